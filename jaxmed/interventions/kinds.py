@@ -1,0 +1,62 @@
+"""Kinds of interventions: each is one function that returns a dictionary of edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxmed.interventions.edits import ANY, Edit, where
+from jaxmed.interventions.sites import site_name
+
+
+def _at(site: str, gate: Any, value: Any, add: Any, layer: Any, position: Any, unit: Any) -> dict[str, Edit]:
+    entries = where(layer, position, unit)
+    count = len(entries.layer)
+
+    def field(x: Any) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        return np.broadcast_to(x, (count, *x.shape[1:])) if x.ndim else np.full(count, x)
+
+    return {site_name(site): Edit(field(gate), field(value), field(add), None, entries)}
+
+
+def resample(site: str, values: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by `values` [E] or [E, ...unit shape], for instance their values in another run."""
+    return _at(site, 1.0, values, 0.0, layer, position, unit)
+
+
+def zero(site: str, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by zero."""
+    return _at(site, 1.0, 0.0, 0.0, layer, position, unit)
+
+
+def mean(site: str, means: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by `means` [E] or [E, ...unit shape], averages over a reference set."""
+    return resample(site, means, layer, position, unit)
+
+
+def noise(
+    site: str, deviation: Any, shape: tuple[int, ...], seed: int, layer: Any = ANY, position: Any = ANY, unit: Any = ANY
+) -> dict[str, Edit]:
+    """Adds Gaussian noise of standard deviation `deviation` and shape `shape` ([E] or [E, ...unit shape])."""
+    draw = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return _at(site, 0.0, 0.0, np.asarray(deviation, np.float32) * draw, layer, position, unit)
+
+
+def scale(site: str, factor: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Multiplies entries by `factor` (scalar or [E])."""
+    return _at(site, 1.0 - np.asarray(factor, np.float32), 0.0, 0.0, layer, position, unit)
+
+
+def steer(site: str, direction: Any, coefficient: float = 1.0, layer: Any = ANY, position: Any = ANY) -> dict[str, Edit]:
+    """Adds `coefficient * direction` ([D]) at the entries."""
+    vector = coefficient * np.asarray(direction, np.float32)
+    return _at(site, 0.0, 0.0, vector[None], layer, position, ANY)
+
+
+def ablate_direction(site: str, direction: Any) -> dict[str, Edit]:
+    """Removes the component along `direction` ([D]) at every layer and position (Arditi et al. 2024, arXiv 2406.11717)."""
+    unit = np.asarray(direction, np.float32)
+    unit = unit / np.linalg.norm(unit)
+    return {site_name(site): Edit(np.float32(1.0), np.float32(0.0), np.float32(0.0), unit[:, None])}

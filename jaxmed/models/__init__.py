@@ -1,0 +1,1 @@
+"""Decoders in Flax, their families, and the checkpoints they are loaded from."""

@@ -1,0 +1,83 @@
+"""A Hugging Face folder: config.json, one or many safetensors files, optional tokenizer files. No torch, no pickle, no remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxmed.errors import UserError, all_problems
+from jaxmed.models.checkpoints import Checkpoint
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Opens a folder and reads the headers of its weight files.
+
+    Raises:
+        UserError: no config or weights; a missing, truncated or damaged file; a tensor the index names and no file holds.
+    """
+    config = read_json(folder / "config.json")
+    files, promised = _weight_files(folder)
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                    where[name] = file
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name}: {error} (truncated or damaged? {file.stat().st_size if file.exists() else 0:,} bytes)")
+    problems += [f"{INDEX} names {name}, and {file} does not hold it" for name, file in promised.items() if name not in where and not problems]
+    if problems:
+        raise all_problems(f"Checkpoint {folder}", problems, "Copy or download the files again.")
+
+    def read(name: str) -> np.ndarray:
+        with safe_open(where[name], framework="numpy") as handle:
+            return handle.get_tensor(name)
+
+    return Checkpoint(config, shapes, read, tuple(files), lambda: _tokenizer(folder))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; a UserError that names the file where it is missing or malformed."""
+    if not file.is_file():
+        raise UserError(f"No {file.name} in {file.parent}. A model folder holds config.json and safetensors files.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}; a JSON object is expected.")
+    return content
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the tensor -> file name map that an index promises (empty without an index)."""
+    if (folder / INDEX).is_file():
+        promised = read_json(folder / INDEX).get("weight_map", {})
+        files = sorted({folder / name for name in promised.values()})
+        missing = [f"{file.name} is missing" for file in files if not file.is_file()]
+        if missing:
+            raise all_problems(f"Checkpoint {folder}", missing, "Copy or download the files again.")
+        return files, promised
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise UserError(f"No safetensors file in {folder} (it holds {found}). Pickled weights are not read; convert them to safetensors first.")
+    return files, {}
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -1,0 +1,178 @@
+"""The decoder block, declared in Flax. Both the full forward and the exact engine run this one `Block`.
+
+Parameters live outside as a nested dict of arrays; the blocks' arrays carry a leading layer axis `L`. `open_block` puts one
+layer's slice back into the module inside the traced function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmed.axes import partition
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.layers import ACTIVATIONS, contract, rms_norm, rotate
+
+Params = dict[str, Any]
+Touch = Callable[[str, jax.Array], jax.Array]
+"""Called at every site with its name and activation; returns the activation to go on with."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(query [B,T,K,G,H], key [B,T,K,H], value [B,T,K,H]), rotated -> head outputs [B,T,K,G,H]."""
+
+
+def untouched(name: str, activation: jax.Array) -> jax.Array:
+    """The `Touch` that changes and records nothing."""
+    del name
+    return activation
+
+
+class Block(nnx.Module):
+    """One decoder layer. Letters as in `axes.py`; every parameter's letters are in `block_letters`."""
+
+    qkv: nnx.Param  # queries, key and value of each group side by side: one matmul, and it still shards over K
+    out: nnx.Param
+    gate_up: nnx.Param  # gate and up side by side: one matmul, and it still shards over F
+    down: nnx.Param
+    attention_norm: nnx.Param
+    mlp_norm: nnx.Param
+    query_norm: nnx.Param
+    key_norm: nnx.Param
+    qkv_bias: nnx.Param
+    out_bias: nnx.Param
+    gate_up_bias: nnx.Param
+    down_bias: nnx.Param
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        for name, letters in block_letters(config).items():
+            shape = tuple(config.sizes[letter] for letter in letters)
+            setattr(self, name, nnx.Param(jnp.zeros(shape, config.compute)))
+
+    def attention(self, h: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, touch: Touch = untouched) -> jax.Array:
+        """h [B,T,D] -> residual_mid [B,T,D]."""
+        config, dtype = self.config, self.config.compute
+        h = touch("residual_in", h)
+        x = rms_norm(h, self.attention_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
+        qkv = contract("BTD,DKJH->BTKJH", x, self.qkv[...], dtype=dtype)
+        if config.qkv_bias:
+            qkv = qkv + self.qkv_bias[...]
+        query, key, value = qkv[..., : config.group, :], qkv[..., config.group, :], qkv[..., config.group + 1, :]
+        if config.query_key_norm:
+            query = rms_norm(query, self.query_norm[...], config.norm_eps, dtype)
+            key = rms_norm(key, self.key_norm[...], config.norm_eps, dtype)
+        heads = (*h.shape[:2], config.heads, config.head_width)
+        query = touch("query", query.reshape(heads))
+        key, value = touch("key", key), touch("value", value)
+        query, key = rotate(query, angles), touch("cached_key", rotate(key, angles))
+        value = touch("cached_value", value)
+        mixed = attend(query.reshape(*h.shape[:2], config.kv_heads, config.group, config.head_width), key, value)
+        mixed = touch("head_out", mixed.reshape(heads))
+        return self.add_attention(h, contract("BTNH,NHD->BTD", mixed, self.out[...]), touch)
+
+    def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:
+        """residual_in [B,T,D] and the output projection, bias not yet added [B,T,D] -> residual_mid."""
+        raw = touch("attention_raw", raw + self.out_bias[...] if self.config.out_bias else raw)
+        return touch("residual_mid", h + touch("attention_out", self.post(raw, "attention_post_norm")))
+
+    def mlp(self, h: jax.Array, touch: Touch = untouched) -> jax.Array:
+        """residual_mid [B,T,D] -> residual_out [B,T,D]."""
+        config, dtype = self.config, self.config.compute
+        x = rms_norm(h, self.mlp_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
+        branches = contract("BTD,DCF->BTCF", x, self.gate_up[...], dtype=dtype)
+        if config.mlp_bias:
+            branches = branches + self.gate_up_bias[...]
+        neuron = ACTIVATIONS[config.activation](branches[:, :, 0])
+        neuron = touch("neuron", neuron * branches[:, :, 1] if config.gated else neuron)
+        raw = contract("BTF,FD->BTD", neuron, self.down[...])
+        raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)
+        return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
+
+    def post(self, raw: jax.Array, norm: str) -> jax.Array:
+        """What is added to the residual stream for the raw output of a module: its post-norm where the family has one."""
+        return rms_norm(raw, getattr(self, norm)[...], self.config.norm_eps, jnp.float32) if self.config.post_norm else raw
+
+
+def block_letters(config: ModelConfig) -> dict[str, str]:
+    """Letters of every parameter of a block, without the leading `L`."""
+    letters = {"qkv": "DKJH", "out": "NHD", "gate_up": "DCF", "down": "FD"}
+    if config.pre_norm:
+        letters |= {"attention_norm": "D", "mlp_norm": "D"}
+    if config.post_norm:
+        letters |= {"attention_post_norm": "D", "mlp_post_norm": "D"}
+    if config.query_key_norm:
+        letters |= {"query_norm": "H", "key_norm": "H"}
+    if config.qkv_bias:
+        letters |= {"qkv_bias": "KJH"}
+    if config.out_bias:
+        letters |= {"out_bias": "D"}
+    if config.mlp_bias:
+        letters |= {"gate_up_bias": "CF", "down_bias": "D"}
+    return letters
+
+
+def param_letters(config: ModelConfig) -> Params:
+    """Letters of every parameter of the model, in the nested dict that holds the parameters."""
+    top = {"embedding": "VD", "final_norm": "D", "blocks": {k: "L" + v for k, v in block_letters(config).items()}}
+    return top if config.tied else {**top, "head": "VD"}
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """`jax.ShapeDtypeStruct` of every parameter."""
+    sizes = config.sizes
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(sizes[c] for c in x), config.compute), param_letters(config))
+
+
+def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Sharding of every parameter on `mesh`, from `axes.py`."""
+    return jax.tree.map(lambda x, s: partition(x, s.shape, mesh), param_letters(config), param_shapes(config))
+
+
+@cache
+def _declaration(config: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(config)))[0]
+
+
+def open_block(config: ModelConfig, arrays: Params) -> Block:
+    """The block whose parameters are `arrays` (one layer's slice)."""
+    return nnx.merge(_declaration(config), arrays)
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """tokens int [B,T] -> residual stream float32 [B,T,D]."""
+    return params["embedding"][tokens].astype(jnp.float32)
+
+
+def head(params: Params) -> jax.Array:
+    """The unembedding [V,D]; the embedding itself where the two are tied."""
+    return params.get("head", params["embedding"])
+
+
+def final_norm(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
+    """Residual stream [...,D] -> what the unembedding reads [...,D]."""
+    return rms_norm(h, params["final_norm"], config.norm_eps, config.compute)
+
+
+def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None, spread: float = 1.0) -> Params:
+    """Random parameters: matrices with standard deviation `spread / sqrt(fan in)`, norms near one. For tests and benchmarks."""
+    letters, shapes = param_letters(config), param_shapes(config)
+
+    def draw(key: jax.Array, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = jax.random.normal(key, shape.shape, jnp.float32)
+        if "norm" in name:
+            return (1 + 0.1 * noise).astype(shape.dtype)
+        fan_in = {"qkv": config.width, "gate_up": config.width, "down": config.neurons}.get(name, config.width)
+        return (spread * noise / fan_in**0.5).astype(shape.dtype)
+
+    leaves, tree = jax.tree.flatten_with_path(letters)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    flat_shapes = jax.tree.leaves(shapes)
+    flat = []
+    for key, (path, names), shape in zip(keys, leaves, flat_shapes, strict=True):
+        sharding = partition(names, shape.shape, mesh) if mesh is not None else None
+        flat.append(jax.jit(lambda key, name=path[-1].key, shape=shape: draw(key, name, shape), out_shardings=sharding)(key))
+    return jax.tree.unflatten(tree, flat)
