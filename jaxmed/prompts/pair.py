@@ -1,0 +1,76 @@
+"""One matched pair of prompts, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxmed.errors import UserError
+
+SPLITS = ("discovery", "heldout")
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A pair of prompts that differ in the behaviour under study.
+
+    Attributes:
+        id: unique name.
+        base: user message of the run that gets patched (for harm: the harmful request).
+        source: user message of the run that values come from (its benign twin).
+        target, foil: answer texts; the outcome is always target against foil (for harm: openings of an answer against
+            openings of a refusal).
+        category: label for grouping results.
+        system: system message of both prompts.
+        messages: full chats {"base": [...], "source": [...]} instead of `base` and `source`.
+        base_prefill, source_prefill: opening of the assistant's turn.
+        response: a fixed answer, for `sequence-logprob`.
+        group: unit of resampling; pairs that share a template or topic share it. Default: the id.
+        split: "discovery" or "heldout", or empty.
+        control: "neutral" or "paraphrase" (or another word) for control pairs, else empty.
+    """
+
+    id: str
+    base: str = ""
+    source: str = ""
+    target: tuple[str, ...] = ()
+    foil: tuple[str, ...] = ()
+    category: str = ""
+    system: str | None = None
+    messages: dict[str, Any] | None = None
+    base_prefill: str = ""
+    source_prefill: str = ""
+    response: str | None = None
+    group: str = ""
+    split: str = ""
+    control: str = ""
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("target", "foil"):
+            texts = getattr(self, name)
+            texts = (texts,) if isinstance(texts, str) else tuple(texts or ())
+            if not all(isinstance(text, str) and text for text in texts):
+                raise UserError(f"pair {self.id!r}: {name!r} is a list of non-empty texts, not {list(texts)!r}.")
+            object.__setattr__(self, name, texts)
+        if not self.group:
+            object.__setattr__(self, "group", self.id)
+        if not self.id:
+            raise UserError("a pair needs a non-empty 'id'.")
+        if self.split and self.split not in SPLITS:
+            raise UserError(f"pair {self.id!r}: split {self.split!r} is not one of {', '.join(SPLITS)}.")
+        if self.messages is None and not (self.base and self.source):
+            raise UserError(f"pair {self.id!r}: needs 'base' and 'source' (user messages), or 'messages'.")
+        if self.messages is not None and set(self.messages) != {"base", "source"}:
+            raise UserError(f"pair {self.id!r}: 'messages' is {{'base': [...], 'source': [...]}}, two lists of chat messages.")
+
+    def chat(self, side: str) -> list[dict[str, str]]:
+        """The chat messages of one side, "base" or "source"."""
+        if self.messages is not None:
+            return list(self.messages[side])
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": getattr(self, side)}]
+
+    def prefill(self, side: str) -> str:
+        """The opening of the assistant's turn on one side."""
+        return self.base_prefill if side == "base" else self.source_prefill

@@ -1,0 +1,129 @@
+"""Pairs from jsonl, csv and parquet files, from Hugging Face datasets, and from the files bundled with the package."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.prompts.pair import PromptPair
+
+BUNDLED = ("harm", "control", "facts")
+COLUMNS = tuple(f.name for f in fields(PromptPair) if f.name != "extra")
+_LISTS = ("target", "foil")
+
+
+def read_pairs(source: str | Path | Iterable[dict[str, Any]]) -> list[PromptPair]:
+    """Pairs from a file, a bundled name, a Hugging Face dataset (any iterable of rows), or rows in memory.
+
+    Args:
+        source: a path ending in .jsonl, .csv or .parquet; one of the bundled names "harm", "control", "facts"; or rows.
+            In csv files, lists are JSON or texts separated by "|".
+
+    Raises:
+        UserError: no such file, an empty file, or rows that are no pairs (all listed, with their line numbers).
+    """
+    if not isinstance(source, (str, Path)):
+        return _check("rows", ((f"row {i + 1}", row) for i, row in enumerate(source)))
+    if str(source) in BUNDLED and not Path(source).exists():
+        path = resources.files("jaxmed.prompts") / "data" / f"{source}.jsonl"
+        return _check(f"bundled pairs {source!r}", _jsonl(path.read_text(encoding="utf-8")))
+    path = Path(source)
+    if not path.is_file():
+        raise unknown("pairs file", str(source), BUNDLED, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file.")
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise unknown(f"type of pairs file {path.name!r}:", path.suffix, readers)
+    return _check(str(path), readers[path.suffix](path))
+
+
+def _check(name: str, rows: Iterable[tuple[str, Any]]) -> list[PromptPair]:
+    pairs: list[PromptPair] = []
+    seen: dict[str, str] = {}
+    problems: list[str] = []
+    for at, row in rows:
+        try:
+            pair = _pair(row)
+            if pair.id in seen:
+                raise UserError(f"id {pair.id!r} was used before, at {seen[pair.id]}.")
+            seen[pair.id] = at
+            pairs.append(pair)
+        except UserError as error:
+            problems.append(f"{at}: {error}")
+    if problems:
+        raise all_problems(name, problems, f"Columns: {', '.join(COLUMNS)}.")
+    if not pairs:
+        raise UserError(f"{name} holds no pairs. Each row needs id, base, source, target and foil.")
+    return pairs
+
+
+def _pair(row: Any) -> PromptPair:
+    if isinstance(row, Exception):
+        raise UserError(str(row))
+    if not isinstance(row, dict):
+        raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
+    for column in row:
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS)
+    given = {key: value for key, value in row.items() if value is not None}
+    if not given.get("id"):
+        raise UserError("the column 'id' is missing or empty.")
+    for key, value in given.items():
+        legal = (str, list, tuple) if key in _LISTS else (dict,) if key == "messages" else (str,)
+        if not isinstance(value, legal):
+            raise UserError(f"column {key!r} holds {value!r}; a {' or '.join(kind.__name__ for kind in legal)} is expected.")
+    return PromptPair(**given)
+
+
+def _jsonl(text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            yield f"line {number}", ValueError(f"not valid JSON: {error}")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        return _jsonl(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}.") from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        for row in reader:
+            at = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                yield at, ValueError("more or fewer fields than the header has")
+                continue
+            yield at, {key: _csv_field(key, value) for key, value in row.items() if value != ""}
+
+
+def _csv_field(column: str, value: str) -> Any:
+    if column not in (*_LISTS, "messages"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value.split("|")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}.") from None
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row

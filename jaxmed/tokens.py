@@ -1,0 +1,198 @@
+"""From messages to token ids: chat template, positions and spans, packing of answers, buckets of lengths."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxmed.errors import UserError, unknown
+from jaxmed.prompts.pair import PromptPair
+
+DATE = datetime.datetime(2026, 1, 1)
+"""The day that chat templates which print a date are shown; recorded with every run."""
+
+WORDS = ("last", "user_last", "header", "user", "each", "all")
+BUCKETS = tuple(int(b) for b in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192))
+WINDOW_BUCKETS = (1, 2, 4, 6, *BUCKETS)
+
+
+def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
+    """The smallest bucket that holds `length`; beyond the last one, multiples of 4,096."""
+    return next((size for size in sizes if size >= length), -(-length // 4096) * 4096)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        text: what was tokenised.
+        ids: int [T], the ids really fed, begin-of-sequence included exactly once where the tokenizer has one.
+        offsets: [T] pairs, the characters of `text` each token covers.
+        user: characters of the user's (last) message in `text`; of all of it for plain text.
+        header: characters from the end of the user's turn to the end of the prompt (generation header and prefill).
+    """
+
+    text: str
+    ids: np.ndarray
+    offsets: tuple[tuple[int, int], ...] = field(repr=False)
+    user: tuple[int, int] = (0, 0)
+    header: tuple[int, int] = (0, 0)
+
+
+def render(tokenizer: Any, pair: PromptPair, side: str, raw: bool = False) -> Prompt:
+    """One side of a pair as token ids.
+
+    Raises:
+        UserError: no tokenizer or chat template, or a prompt without tokens.
+    """
+    need_tokenizer(tokenizer)
+    if raw:
+        text = (pair.base if side == "base" else pair.source) + pair.prefill(side)
+        user, header = (0, len(text)), (len(text), len(text))
+    else:
+        text, user, header = _render_chat(tokenizer, pair, side)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    start = tokenizer.bos_token_id
+    adds_start = start is not None and start in tokenizer("a")["input_ids"][:1]
+    if adds_start and ids[:1] != [start]:
+        ids, offsets = [start, *ids], [(0, 0), *offsets]
+    if not ids:
+        raise UserError(f"pair {pair.id!r}: the {side} prompt has no tokens.")
+    return Prompt(text, np.asarray(ids, np.int32), tuple(offsets), user, header)
+
+
+def need_tokenizer(tokenizer: Any) -> None:
+    """Raises a UserError where a model came without tokenizer files."""
+    if tokenizer is None:
+        raise UserError("This model folder has no tokenizer files; add tokenizer.json and tokenizer_config.json to it.")
+
+
+def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tuple[int, int], tuple[int, int]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("This model's tokenizer has no chat template; use --raw to feed plain text.")
+    chat = pair.chat(side)
+    day = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime}
+    texts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)
+    ]
+    message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
+    if message is None:
+        raise UserError(f"pair {pair.id!r}: the {side} chat has no user message.")
+    begin = texts[1].rfind(message.strip())
+    if begin < 0:
+        raise UserError(f"pair {pair.id!r}: the chat template does not keep the user's message verbatim, so its tokens cannot be found.")
+    end = begin + len(message.strip())
+    text = texts[1] + pair.prefill(side)
+    header = len(texts[0]) if texts[1].startswith(texts[0]) else end
+    return text, (begin, end), (header, len(text))
+
+
+def _covering(prompt: Prompt, span: tuple[int, int]) -> list[int]:
+    return [i for i, (a, b) in enumerate(prompt.offsets) if a < span[1] and b > span[0] and b > a]
+
+
+def locate(prompt: Prompt, position: str | int) -> list[int]:
+    """Token indices of a position in one prompt, ascending.
+
+    Args:
+        position: "last", "user_last", "header", "user", "all", an index (negative counts from the end), or a substring.
+
+    Raises:
+        UserError: index out of range, or a substring that does not occur.
+    """
+    count = len(prompt.ids)
+    if isinstance(position, str) and position.lstrip("-").isdigit():
+        position = int(position)
+    if isinstance(position, int):
+        if not -count <= position < count:
+            raise UserError(f"Position {position} is out of range: the prompt has {count} tokens (legal: {-count} to {count - 1}).")
+        return [position % count]
+    if position == "last":
+        return [count - 1]
+    if position == "all":
+        return list(range(count))
+    spans = {"user": prompt.user, "user_last": (prompt.user[1] - 1, prompt.user[1]), "header": prompt.header}
+    if position in spans:
+        found = _covering(prompt, spans[position])
+        if not found:
+            raise UserError(f"This prompt has no {position!r} tokens (plain text has no generation header).")
+        return found[-1:] if position == "user_last" else found
+    begin = prompt.text.find(position)
+    if begin < 0 or not position:
+        raise unknown("position", position, [*WORDS, "an integer"], "Or give a substring that occurs in both prompts.")
+    return _covering(prompt, (begin, begin + len(position)))
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Tokens that are patched together: equally many in base and source, ascending. `label` counts from the right, -1 last."""
+
+    base: tuple[int, ...]
+    source: tuple[int, ...]
+    label: int = -1
+
+
+def align(base: Prompt, source: Prompt, position: str | int) -> list[Patch]:
+    """The patches a position stands for: one, or with "each" one per position that exists in both prompts, counted from the right.
+
+    Raises:
+        UserError: base and source cover different numbers of tokens, so that they cannot be paired.
+    """
+    if position == "each":
+        common = min(len(base.ids), len(source.ids))
+        return [Patch((len(base.ids) - k,), (len(source.ids) - k,), -k) for k in range(common, 0, -1)]
+    at_base, at_source = locate(base, position), locate(source, position)
+    if len(at_base) != len(at_source):
+        raise UserError(
+            f"Position {position!r} covers {len(at_base)} tokens in base and {len(at_source)} in source, so they cannot be paired. "
+            "Use last, user_last, header, each or an index counted from the end, or pairs of equal length."
+        )
+    return [Patch(tuple(at_base), tuple(at_source), at_base[-1] - len(base.ids))]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A prompt with its answer texts as branches, padded to a bucket: every answer sees the prompt and itself alone.
+
+    Attributes:
+        tokens: int [T]; prompt, then the answers' tokens (without each answer's last, which is only predicted), then padding.
+        position: int [T], RoPE positions.
+        visible: bool [T, T].
+        prompt: number of prompt tokens.
+        used: number of tokens that are not padding.
+        readers: per answer, per answer token, the column whose logits predict it.
+    """
+
+    tokens: np.ndarray
+    position: np.ndarray
+    visible: np.ndarray
+    prompt: int
+    used: int
+    readers: tuple[tuple[int, ...], ...]
+
+
+def pack(prompt: np.ndarray, answers: Sequence[Sequence[int]], size: int | None = None) -> Packed:
+    """Packs a prompt and its answers into one row of `size` columns (default: the bucket)."""
+    count = len(prompt)
+    used = count + sum(len(answer) - 1 for answer in answers)
+    size = bucket(used) if size is None else size
+    tokens, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    visible = np.eye(size, dtype=bool)
+    tokens[:count], position[:count] = prompt, np.arange(count)
+    visible[:count, :count] = np.tril(np.ones((count, count), bool))
+    column, readers = count, []
+    for answer in answers:
+        fed = len(answer) - 1
+        here = slice(column, column + fed)
+        tokens[here], position[here] = answer[:-1], count + np.arange(fed)
+        visible[here, :count] = True
+        visible[here, here] = np.tril(np.ones((fed, fed), bool))
+        readers.append((count - 1, *range(column, column + fed)))
+        column += fed
+    return Packed(tokens, position, visible, count, used, tuple(readers))
