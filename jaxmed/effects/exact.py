@@ -129,26 +129,27 @@ class Values:
     """Outcomes of the rows of some chunks, still on their devices.
 
     Attributes:
-        units: int [rows], the unit of each row, -1 for base rows.
-        outcome: float32 [outcome, rows] each.
-        shares: devices per chunk.
+        units: int [chunks, devices, rows], the unit of each row; -1 for base rows.
+        outcome: per chunk, float32 [outcome, devices * rows].
     """
 
     units: np.ndarray
     outcome: list[jax.Array]
 
     def effects(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Effects float32 [outcome, count] of units 0 to count - 1 (NaN where a unit has no row), and the base outcomes seen.
+        """Effects of units 0 to count - 1 and the base outcomes they were taken from, both float32 [outcome, count].
 
-        Every row is compared with the base row of its own device and chunk: a difference of like with like.
+        Every row is compared with the base row of its own device and chunk: a difference of like with like. NaN where a unit
+        has no row.
         """
         rows = np.concatenate([np.asarray(x).reshape(len(x), *self.units.shape[1:]) for x in self.outcome], axis=1)
         units = self.units.reshape(-1, self.units.shape[-1])
-        base = rows[..., :1]
-        effects = np.full((len(rows), count), np.nan, np.float32)
+        base = np.broadcast_to(rows[..., :1], rows.shape)
         swept = units >= 0
-        effects[:, units[swept]] = (rows - base)[:, swept]
-        return effects, base[..., 0]
+        found = np.full((2, len(rows), count), np.nan, np.float32)
+        found[0][:, units[swept]] = (rows - base)[:, swept]
+        found[1][:, units[swept]] = base[:, swept]
+        return found[0], found[1]
 
 
 def _place(model: Model, rows: np.ndarray) -> jax.Array:

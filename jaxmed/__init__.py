@@ -1,0 +1,53 @@
+"""jaxmed: causal mediation analysis of language models in JAX.
+
+    import jaxmed as jm
+
+    model = jm.load("smollm2-135m-instruct")
+    table = jm.sweep(model, jm.read_pairs("harm")[:1])
+    print(table.neuron)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmed import statistics
+    from jaxmed.api import forward, sweep
+    from jaxmed.errors import UserError
+    from jaxmed.interventions import edits, kinds
+    from jaxmed.interventions.edits import Edit
+    from jaxmed.models.load import Model, load
+    from jaxmed.prompts import PromptPair, read_pairs
+    from jaxmed.results import open_results
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "jaxmed.models.load",
+    "Model": "jaxmed.models.load",
+    "forward": "jaxmed.api",
+    "sweep": "jaxmed.api",
+    "PromptPair": "jaxmed.prompts",
+    "read_pairs": "jaxmed.prompts",
+    "open_results": "jaxmed.results",
+    "Edit": "jaxmed.interventions.edits",
+    "UserError": "jaxmed.errors",
+}
+_MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.kinds", "edits": "jaxmed.interventions.edits"}
+
+__all__ = ["Edit", "Model", "PromptPair", "UserError", "edits", "forward", "kinds", "load", "open_results", "read_pairs", "statistics", "sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that `jaxmed --help` does not wait for JAX."""
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'jaxmed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

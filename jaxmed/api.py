@@ -1,0 +1,106 @@
+"""The Python functions behind `import jaxmed as jm`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from jaxmed import runner
+from jaxmed.effects.job import Request, check
+from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.summary import summarise
+from jaxmed.effects.sweep import run
+from jaxmed.errors import UserError
+from jaxmed.interventions.edits import Edit, check_edits
+from jaxmed.interventions.sites import INTERNAL, site_name
+from jaxmed.models.load import Model
+from jaxmed.prompts.pair import PromptPair
+
+
+def forward(
+    model: Model, tokens: Any, edits: Mapping[str, Edit] | None = None, taps: Sequence[str] = (), padding: Any = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the model over token ids, with interventions as arguments.
+
+    Args:
+        tokens: int [B, T], or [T] for one prompt.
+        edits: site -> `Edit`; see `jaxmed.kinds` for functions that make them.
+        taps: sites to return, by name or TransformerLens alias.
+        padding: int [B], how many tokens at the left of each row are padding; they are neither seen nor counted.
+
+    Returns:
+        logits float32 [B, T, V], and site -> activations [L, B, T, ...], under the names given in `taps`.
+
+    Raises:
+        UserError: unknown site, an edit out of range or not finite, a token id outside the vocabulary.
+    """
+    ids = jnp.asarray(tokens)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
+        raise UserError(f"tokens is an int array [B, T], not {ids.dtype} {list(ids.shape)}.")
+    ids = ids[None] if ids.ndim == 1 else ids
+    config = model.config
+    if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocabulary:
+        raise UserError(f"tokens holds ids from {int(ids.min())} to {int(ids.max())}; legal: 0 to {config.vocabulary - 1}.")
+    if padding is not None and np.shape(padding) != (ids.shape[0],):
+        raise UserError(f"padding is int [B] = [{ids.shape[0]}], the number of pad tokens at the left of each row.")
+    names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
+    checked = check_edits(edits, config.layers, config.sizes | {"S": ids.shape[1]})
+    layout = runner.causal_layout(*ids.shape, padding)
+    logits, recorded = runner.forward(config, model.params, ids, layout, checked, tuple(sorted(set(names))))
+    return logits, {asked: recorded[name] for asked, name in zip(taps, names, strict=True)}
+
+
+def sweep(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    outcome: OutcomeName | Sequence[OutcomeName] = "log-odds",
+    unit: str | Sequence[str] = "neuron",
+    position: str | int = "last",
+    window: int = 32,
+    layers: Sequence[int] | None = None,
+    raw: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    top: int = 50,
+    seed: int = 0,
+    report: Any = None,
+) -> xr.Dataset:
+    """Exact effects of every unit, with statistics over pairs.
+
+    effect = y(base; unit := its value in source) - y(base), with y the outcome (target against foil).
+
+    Args:
+        outcome: one or several of `jaxmed.effects.outcomes.OUTCOMES`, or functions of the logits [V] after the prompt.
+        unit: one or several of neuron, window, head_out, attention_out, mlp_out, residual_out.
+        position: last, user_last, header, user, each, all, an index, or a substring.
+        window: neurons per window, for the unit "window".
+        layers: layers to sweep; all by default.
+        out: folder for the table, run.json and top.csv; a temporary one by default.
+        resume: go on with what `out` holds.
+        report: called with (FLOPs done, effects done, pair id) after every layer.
+
+    Returns:
+        The result table, as an xarray dataset in memory.
+
+    Raises:
+        UserError: anything in the arguments that cannot be used; nothing has run then.
+    """
+    if not pairs:
+        raise UserError("There are no pairs to sweep.")
+    outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
+    units = (unit,) if isinstance(unit, str) else tuple(unit)
+    request = Request(outcomes, units, position, window, None if layers is None else tuple(layers), raw, seed, top)
+    job = check(model, pairs, request)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run" if out is None else Path(out)
+        run(job, folder, resume, report or (lambda *_: None))
+        return summarise(folder, model, top, seed)
+
+

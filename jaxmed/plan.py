@@ -1,0 +1,131 @@
+"""What a sweep will cost, before it runs: chunks, passes, FLOPs, bytes on disk, time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.models.config import ModelConfig
+
+TOKENS_PER_DEVICE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+"""Most row tokens of one chunk on one device: enough to keep the matmuls busy, little enough to stay in memory."""
+MEMORY_SHARE = 0.15
+"""Part of a device's memory that one chunk's activations may take."""
+
+
+def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, window: int, seen: int, logits: bool = False) -> int:
+    """Chunk size: how many units each device takes at once. A function of shapes and device kind alone, so that a resumed run agrees.
+
+    Args:
+        units: units per layer (neurons, windows), or in all (modules).
+        window: tokens carried per unit (window bucket).
+        seen: tokens seen per unit (length bucket).
+        logits: whether whole rows of logits are kept (Python outcomes).
+    """
+    device = mesh.devices.flat[0]
+    devices = mesh.shape["data"]
+    per_token = 4 * (2 * config.sizes["C"] * config.neurons + 8 * config.width + 2 * config.heads * seen + (config.vocabulary if logits else 0))
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit", 8 << 30) * MEMORY_SHARE
+    most = max(1, int(min(TOKENS_PER_DEVICE.get(device.platform, 2048), memory / per_token) // window))
+    pieces = -(-units // (most * devices))
+    size = -(-units // (pieces * devices))
+    return size if size < 8 else -(-size // 8) * 8
+
+
+def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, layers: int) -> float:
+    """Multiply-adds times two of `layers` layers of `propagate`, matmuls of weights and attention (readout not included)."""
+    attention = 4 * config.heads * config.head_width * (seen + window)
+    return float(rows) * window * layers * (2 * config.layer_weights + attention)
+
+
+def count_flops(jaxpr: Any, trips: float = 1.0) -> float:
+    """FLOPs of every `dot_general` of a jaxpr times the lengths of the loops around it.
+
+    The compiler's own cost analysis counts a loop body once. `trips` stands for the length of loops whose bounds are traced.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), (batch, _) = equation.params["dimension_numbers"]
+            left, right = (v.aval.shape for v in equation.invars)
+            shared = math.prod(left[i] for i in (*contracting, *batch))
+            kept = math.prod(left) // shared * math.prod(right)
+            total += 2.0 * kept
+            continue
+        times = {"scan": equation.params.get("length", 1), "while": trips}.get(equation.primitive.name, 1)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * count_flops(inner, trips)
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a sweep.
+
+    Attributes:
+        pairs, patches, effects: how many pairs, patched positions in all, and effects to compute.
+        chunk: units per device, by kind of unit.
+        passes: restarted passes in all (one per effect and base row).
+        flops: matmul FLOPs in all, the full forwards included.
+        disk: bytes of the result table.
+        seconds: estimate from `matmul_rate`, or None.
+    """
+
+    pairs: int
+    patches: int
+    effects: int
+    chunk: Mapping[str, int]
+    passes: int
+    flops: float
+    disk: int
+    seconds: float | None
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        chunk = ", ".join(f"{size} {unit}s" for unit, size in self.chunk.items())
+        lines = [
+            f"pairs {self.pairs}, patched positions {self.patches}, exact effects {self.effects:,}",
+            f"restarted passes {self.passes:,} ({self.flops / 1e12:.2f} TFLOP of matmuls); chunk per device: {chunk}",
+            f"result table at most {self.disk / 1e6:.1f} MB",
+        ]
+        if self.seconds is not None:
+            lines.append(f"about {show_time(self.seconds)} at this machine's matmul rate ({self.flops / self.seconds / 1e9:,.0f} GFLOP/s)")
+        return lines
+
+
+def show_time(seconds: float) -> str:
+    """Seconds as "42 s", "3 min 5 s" or "2 h 10 min"."""
+    seconds = max(1, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> float:
+    """FLOP/s of the MLP's input projection at `rows` rows per device, over all devices of the mesh; takes about a second."""
+    devices = mesh.shape["data"]
+    precision = "highest" if config.dtype == "float32" else None
+    spec = jax.NamedSharding(mesh, jax.P("data"))
+    x = jax.device_put(jnp.ones((devices * rows, config.width), config.compute), spec)
+    w = jax.device_put(jnp.ones((config.width, config.sizes["C"] * config.neurons), config.compute), jax.NamedSharding(mesh, jax.P()))
+    product = jax.jit(lambda x, w: jnp.matmul(x, w, precision=precision))
+    product(x, w).block_until_ready()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(x, w).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return 2.0 * x.shape[0] * w.shape[0] * w.shape[1] / sorted(times)[2]
+
+
