@@ -1,10 +1,10 @@
 """jaxmed: causal mediation analysis of language models in JAX.
 
-    import jaxmed as jm
+import jaxmed as jm
 
-    model = jm.load("smollm2-135m-instruct")
-    table = jm.sweep(model, jm.read_pairs("harm")[:1])
-    print(table.neuron)
+model = jm.load("smollm2-135m-instruct")
+table = jm.sweep(model, jm.read_pairs("harm")[:1])
+print(table.neuron)
 """
 
 from __future__ import annotations
@@ -37,7 +37,20 @@ _PUBLIC = {
 }
 _MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.kinds", "edits": "jaxmed.interventions.edits"}
 
-__all__ = ["Edit", "Model", "PromptPair", "UserError", "edits", "forward", "kinds", "load", "open_results", "read_pairs", "statistics", "sweep"]
+__all__ = [
+    "Edit",
+    "Model",
+    "PromptPair",
+    "UserError",
+    "edits",
+    "forward",
+    "kinds",
+    "load",
+    "open_results",
+    "read_pairs",
+    "statistics",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,5 +102,3 @@ def sweep(
         folder = Path(scratch) / "run" if out is None else Path(out)
         run(job, folder, resume, report or (lambda *_: None))
         return summarise(folder, model, top, seed)
-
-

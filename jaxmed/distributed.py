@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,7 +54,8 @@ def make_mesh(spec: str | None = None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.asarray(devices[:count]).reshape(sizes["data"], sizes["model"]), AXES)
 
 
-def keep_compiled_programs(folder: str) -> None:
-    """Turns JAX's persistent compilation cache on, in `folder`."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def keep_compiled_programs(folder: Path) -> None:
+    """Turns JAX's persistent compilation cache on, in `folder`, unless the user has chosen one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -30,7 +30,9 @@ def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, w
     """
     device = mesh.devices.flat[0]
     devices = mesh.shape["data"]
-    per_token = 4 * (2 * config.sizes["C"] * config.neurons + 8 * config.width + 2 * config.heads * seen + (config.vocabulary if logits else 0))
+    per_token = 4 * (
+        2 * config.sizes["C"] * config.neurons + 8 * config.width + 2 * config.heads * seen + (config.vocabulary if logits else 0)
+    )
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit", 8 << 30) * MEMORY_SHARE
     most = max(1, int(min(TOKENS_PER_DEVICE.get(device.platform, 2048), memory / per_token) // window))
@@ -127,5 +129,3 @@ def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> floa
         product(x, w).block_until_ready()
         times.append(time.perf_counter() - begin)
     return 2.0 * x.shape[0] * w.shape[0] * w.shape[1] / sorted(times)[2]
-
-

@@ -110,7 +110,9 @@ class Table:
         except (ValueError, OSError, RuntimeError) as error:
             text = str(error)
             if any(word in text for word in ("No space", "RESOURCE_EXHAUSTED", "ENOSPC", "File too large", "quota", "Disk", "Permission")):
-                raise UserError(f"Could not write to {self.folder}: {text.splitlines()[0][:300]}\nWhat was finished is kept; continue with --resume.") from None
+                raise UserError(
+                    f"Could not write to {self.folder}: {text.splitlines()[0][:300]}\nWhat was finished is kept; continue with --resume."
+                ) from None
             raise
 
     def done(self) -> np.ndarray:

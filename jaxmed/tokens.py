@@ -78,9 +78,7 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
         raise UserError("This model's tokenizer has no chat template; use --raw to feed plain text.")
     chat = pair.chat(side)
     day = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime}
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)
-    ]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)]
     message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
     if message is None:
         raise UserError(f"pair {pair.id!r}: the {side} chat has no user message.")

@@ -19,7 +19,7 @@ from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runner import Layout, Restart, propagate, run_blocks
-from jaxmed.tokens import WINDOW_BUCKETS, Packed, Patch, Prompt, align, bucket, pack, render
+from jaxmed.tokens import WINDOW_BUCKETS, Packed, Patch, align, bucket, pack, render
 
 
 @partial(jax.jit, static_argnames=("config", "taps"))
@@ -37,13 +37,13 @@ class Prepared:
 
     Attributes:
         patches: the patches of the asked position.
+        packed, answers, start: the base prompt with its answers, and the first column of the widest window.
         base, source: activations at the window's columns; the source's are aligned to the base's columns.
         key, value: [L, S, K, H] of the base run.
+        target: float32 [V], the source's next-token log-probabilities, where an outcome needs them.
         base_outcome, source_outcome: float32 [outcome], from full forwards.
     """
 
-    pair: PromptPair
-    prompts: tuple[Prompt, Prompt]
     patches: tuple[Patch, ...]
     packed: Packed
     answers: Answers
@@ -68,7 +68,20 @@ def prepare(
     base, source = render(model.tokenizer, pair, "base", raw), render(model.tokenizer, pair, "source", raw)
     patches = tuple(align(base, source, position))
     answers = encode_answers(model.tokenizer, pair, outcomes)
-    packed, packed_source = pack(base.ids, answers.ids), pack(source.ids, answers.ids)
+    return prepare_tokens(model, base.ids, source.ids, answers, patches, outcomes, units)
+
+
+def prepare_tokens(
+    model: Model,
+    base: np.ndarray,
+    source: np.ndarray,
+    answers: Answers,
+    patches: tuple[Patch, ...],
+    outcomes: tuple[OutcomeName, ...],
+    units: tuple[str, ...],
+) -> Prepared:
+    """`prepare` for token ids int [T] of base and source."""
+    packed, packed_source = pack(base, answers.ids), pack(source, answers.ids)
     config, params, readout = model.config, model.params, Readout(outcomes)
     start = min(patch.base[0] for patch in patches)
     columns, source_columns = _columns(packed, start, patches)
@@ -84,7 +97,7 @@ def prepare(
     key, value = here.pop("cached_key"), here.pop("cached_value")
     base_outcome = read(config, params, h, reads, readout)
     ends = np.asarray(base_outcome), np.asarray(source_outcome)
-    return Prepared(pair, (base, source), patches, packed, answers, start, here, there, key, value, target, *ends)
+    return Prepared(patches, packed, answers, start, here, there, key, value, target, *ends)
 
 
 def _fed(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

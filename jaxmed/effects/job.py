@@ -214,7 +214,8 @@ def layer_flops(job: Job, number: int, layer: int) -> float:
     config, seen = job.model.config, job.shapes[number][0]
     rows = sum(units_per_layer(config, unit, job.request.window) for unit in job.many) or 1
     return sum(
-        propagate_flops(config, rows, bucket(seen - patch.base[0], WINDOW_BUCKETS), seen, config.layers - layer) for patch in job.patches[number]
+        propagate_flops(config, rows, bucket(seen - patch.base[0], WINDOW_BUCKETS), seen, config.layers - layer)
+        for patch in job.patches[number]
     )
 
 

@@ -116,7 +116,9 @@ def _encode(tokenizer: Any, pair: PromptPair, text: str, outcome: str) -> tuple[
     need_tokenizer(tokenizer)
     answer = tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
     if not answer:
-        raise UserError(f"pair {pair.id!r}: outcome {outcome!r} needs a text it does not have ({'response' if outcome == 'sequence-logprob' else 'target'}).")
+        raise UserError(
+            f"pair {pair.id!r}: outcome {outcome!r} needs a text it does not have ({'response' if outcome == 'sequence-logprob' else 'target'})."
+        )
     if OUTCOMES[outcome].first_token and len(answer) > 1:
         split = " + ".join(repr(tokenizer.decode([i])) for i in answer)
         raise UserError(
@@ -132,7 +134,9 @@ def _check_signs(pair: PromptPair, outcome: str, weights: list[float]) -> None:
         raise UserError(f"pair {pair.id!r}: logit-diff takes one target and one foil, not {targets} and {foils}. Use log-odds for several.")
     needed = {"log-odds": (1, 1), "prefix-gap": (1, 1), "logprob": (1, 0)}.get(outcome, (0, 0))
     if targets < needed[0] or foils < needed[1]:
-        raise UserError(f"pair {pair.id!r}: outcome {outcome!r} needs a target{' and a foil' if needed[1] else ''}; it has {targets} and {foils}.")
+        raise UserError(
+            f"pair {pair.id!r}: outcome {outcome!r} needs a target{' and a foil' if needed[1] else ''}; it has {targets} and {foils}."
+        )
 
 
 @jax.tree_util.register_dataclass

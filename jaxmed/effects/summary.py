@@ -16,9 +16,7 @@ from jaxmed.effects.units import UNITS
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import head
 
-COLUMNS = (
-    "rank unit layer index position outcome mean share ci_low ci_high p q pairs_agreeing promotes suppresses".split()
-)
+COLUMNS = "rank unit layer index position outcome mean share ci_low ci_high p q pairs_agreeing promotes suppresses".split()
 
 
 def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int = 0, window: int = 1) -> xr.Dataset:

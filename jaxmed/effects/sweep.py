@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -24,11 +25,21 @@ from jaxmed.errors import UserError
 from jaxmed.models.load import Model
 
 
-def versions() -> dict[str, str]:
+def commit() -> str | None:
+    """The git commit of a source checkout of this package, with "+" where files are changed; None for an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    git = lambda *arguments: subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    found = git("rev-parse", "HEAD")
+    return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
+
+
+def versions() -> dict[str, str | None]:
     """Versions of what computed a result."""
     names = ("jaxmed", "jax", "jaxlib", "flax", "numpy", "tensorstore", "zarr", "xarray", "transformers")
     found = {name: metadata.version(name) for name in names if _installed(name)}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **found, "commit": commit()}
 
 
 def _installed(name: str) -> bool:
@@ -79,7 +90,9 @@ def _check_same(out: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
     different = [key for key in now if stored.get(key) != now[key]]
     if different:
         shown = "\n".join(f"  - {key}: {str(stored.get(key))[:120]} there, {str(now[key])[:120]} now" for key in different)
-        raise UserError(f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written.")
+        raise UserError(
+            f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
+        )
 
 
 def _steps(job: Job, table: results.Table, report: Report) -> Iterator[dict[str, Any]]:

@@ -213,7 +213,9 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         raise unknown("model_type", kind, FAMILIES, "This version runs these families.")
     family = FAMILIES[kind]
     for key in sorted(set(raw) - family.known - INERT_KEYS):
-        raise unknown(f"config key of a {kind} model:", key, sorted(family.known), "It may change the computation, so the model is refused.")
+        raise unknown(
+            f"config key of a {kind} model:", key, sorted(family.known), "It may change the computation, so the model is refused."
+        )
     for key, allowed in INERT_VALUES.items():
         if raw.get(key) not in (None, *allowed):
             raise UserError(f"Config key {key!r} is {raw[key]!r}; this family runs only {allowed[0]!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.distributed import make_mesh
+from jaxmed.distributed import keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, all_problems, unknown
-from jaxmed.models.catalog import digest, locate
+from jaxmed.models.catalog import cache_folder, digest, locate
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import open_folder
@@ -66,15 +66,26 @@ def load(name_or_path: str, dtype: str = "float32", revision: str | None = None,
     Raises:
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
     """
+    keep_compiled_programs(cache_folder() / "compiled")
+    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh)
+    model.params = read_params(checkpoint, family, model.config, model.mesh)
+    return model
+
+
+def describe(name_or_path: str, dtype: str = "float32", revision: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Raises what `load` raises."""
+    return _open(name_or_path, dtype, revision, mesh)[0]
+
+
+def _open(name: str, dtype: str, revision: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Model, Checkpoint, Family]:
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh()
-    path = locate(name_or_path, revision)
+    path = locate(name, revision)
     checkpoint = open_gguf(path) if path.is_file() else open_folder(path)
     family, config = read_config(checkpoint.config)
-    config = ModelConfig(**{**vars(config), "dtype": dtype})
-    params = read_params(checkpoint, family, config, mesh)
-    return Model(config, params, checkpoint.tokenizer(), mesh, name_or_path, revision, checkpoint.files)
+    config = replace(config, dtype=dtype)
+    return Model(config, {}, checkpoint.tokenizer(), mesh, name, revision, checkpoint.files), checkpoint, family
 
 
 def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:

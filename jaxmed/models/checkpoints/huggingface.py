@@ -35,7 +35,9 @@ def open_folder(folder: Path) -> Checkpoint:
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: {error} (truncated or damaged? {file.stat().st_size if file.exists() else 0:,} bytes)")
-    problems += [f"{INDEX} names {name}, and {file} does not hold it" for name, file in promised.items() if name not in where and not problems]
+    problems += [
+        f"{INDEX} names {name}, and {file} does not hold it" for name, file in promised.items() if name not in where and not problems
+    ]
     if problems:
         raise all_problems(f"Checkpoint {folder}", problems, "Copy or download the files again.")
 
@@ -71,7 +73,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise UserError(f"No safetensors file in {folder} (it holds {found}). Pickled weights are not read; convert them to safetensors first.")
+        raise UserError(
+            f"No safetensors file in {folder} (it holds {found}). Pickled weights are not read; convert them to safetensors first."
+        )
     return files, {}
 
 

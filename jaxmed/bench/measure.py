@@ -1,0 +1,134 @@
+"""One run in which all contestants alternate; medians, ratios, and rows for BENCHMARKS.md."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics as medians
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmed.bench.contestants import bare_matmuls, engine, naive
+from jaxmed.bench.peers import Peers
+from jaxmed.bench.shapes import Subject, make_subject
+from jaxmed.cli import show
+from jaxmed.cli.commands import parse_layers
+from jaxmed.effects.sweep import commit, device_name
+from jaxmed.plan import propagate_flops
+
+NAIVE_NEURONS = 64
+"""How many neurons the slow contestants patch per round; their cost per neuron does not depend on the number."""
+
+
+def bench(command: Any) -> dict[str, Any]:
+    """Runs the benchmark that a `Bench` command describes, prints it, and returns every number."""
+    subject = make_subject(command.model, command.shape, command.random_weights, command.dtype, command.tokens)
+    layers = list(parse_layers(command.layers) or range(subject.model.config.layers))
+    middle = layers[len(layers) // 2]
+    peers = Peers(subject, command.shape) if command.peers else None
+    contestants: dict[str, tuple[int, Callable[[], float]]] = {
+        "engine": (len(layers) * subject.model.config.neurons, lambda: _timed(lambda: engine(subject, layers))),
+        "bare matmuls": (
+            len(layers) * subject.model.config.neurons,
+            lambda: _timed(lambda: jax.block_until_ready(bare_matmuls(subject, layers))),
+        ),
+    }
+    if command.peers:
+        contestants["naive jax, vmapped full forwards"] = (NAIVE_NEURONS, lambda: _timed(lambda: naive(subject, middle, NAIVE_NEURONS)))
+    if peers is not None:
+        contestants |= peers.contestants(layers, middle)
+    try:
+        times = _alternate(contestants, command.repeats)
+        agreement = peers.agreement(subject, middle) if peers is not None else None
+    finally:
+        if peers is not None:
+            peers.close()
+    found = _result(subject, layers, contestants, times, agreement)
+    _show(found)
+    if command.json:
+        command.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if command.append:
+        append(command.append, found)
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _alternate(contestants: dict[str, tuple[int, Callable[[], float]]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round; a first round of each, not counted, compiles."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(repeats + 1):
+        for name, (_, work) in contestants.items():
+            seconds = work()
+            show.err.print(f"round {number} {name}: {seconds:.3f} s{' (compiles; not counted)' if not number else ''}", markup=False)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def _result(
+    subject: Subject, layers: list[int], contestants: Any, times: dict[str, list[float]], agreement: float | None
+) -> dict[str, Any]:
+    config = subject.model.config
+    flops = sum(propagate_flops(config, config.neurons, 1, 0, config.layers - 1 - layer) for layer in layers)
+    rates = {name: contestants[name][0] / medians.median(seconds) for name, seconds in times.items()}
+    rounds = {name: [a / b for a, b in zip(times["bare matmuls"], times[name], strict=True)] for name in ("engine",)}
+    return {
+        "command": "jaxmed " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": device_name(subject.model),
+        "jax": jax.__version__,
+        "model": subject.model.name,
+        "dtype": config.dtype,
+        "tokens": len(subject.base),
+        "layers": layers,
+        "units_per_device": subject.per_device,
+        "seconds": times,
+        "neurons_per_second": rates,
+        "engine_over_bare_matmuls": medians.median(rounds["engine"]),
+        "gflops": {name: flops / medians.median(times[name]) / 1e9 for name in ("engine", "bare matmuls")},
+        "speed_up": {name: rates["engine"] / rate for name, rate in rates.items() if name not in ("engine", "bare matmuls")},
+        "largest_difference_from_hooks": agreement,
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    gflops = found["gflops"]
+    lines = [
+        f"{found['model']}, {found['dtype']}, {found['tokens']} tokens, {len(found['layers'])} layers, on {found['device']}",
+        f"engine: {found['neurons_per_second']['engine']:,.0f} neurons/s, {gflops['engine']:,.0f} GFLOP/s; bare matmuls: "
+        f"{gflops['bare matmuls']:,.0f} GFLOP/s; ratio {found['engine_over_bare_matmuls']:.3f} (median of rounds)",
+    ]
+    for name, ratio in found["speed_up"].items():
+        lines.append(f"{name}: {found['neurons_per_second'][name]:,.1f} neurons/s; the engine is {ratio:,.2f} x as fast")
+    if found["largest_difference_from_hooks"] is not None:
+        lines.append(f"largest difference from forward hooks in PyTorch: {found['largest_difference_from_hooks']:.1e}")
+    return lines
+
+
+def _show(found: dict[str, Any]) -> None:
+    show.lines("benchmark", _lines(found))
+
+
+def append(file: Path, found: dict[str, Any]) -> None:
+    """Adds one dated section with every number that was printed."""
+    commit_id = found["commit"] or "unknown"
+    rows = "\n".join(f"| {name} | {rate:,.1f} |" for name, rate in found["neurons_per_second"].items())
+    section = (
+        f"\n## {found['date']}, commit {commit_id[:12]}, {found['device']}, jax {found['jax']}\n\n"
+        f"`{found['command']}`\n\n"
+        + "".join(f"- {line}\n" for line in _lines(found))
+        + f"\n| contestant | neurons/s |\n|---|---|\n{rows}\n"
+    )
+    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
+    file.write_text(text + section, encoding="utf-8")

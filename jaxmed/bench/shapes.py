@@ -1,0 +1,66 @@
+"""What is measured: a real model on a bundled pair, or random weights of published shapes on random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxmed.distributed import make_mesh
+from jaxmed.effects.exact import Prepared, Window, open_window, prepare_tokens
+from jaxmed.effects.outcomes import Answers, Readout, encode_answers
+from jaxmed.errors import UserError
+from jaxmed.models.config import ModelConfig, Rope
+from jaxmed.models.load import Model, from_params, load
+from jaxmed.models.transformer import random_params
+from jaxmed.plan import units_per_device
+from jaxmed.prompts import read_pairs
+from jaxmed.tokens import Patch, render
+
+_LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+SHAPES: dict[str, ModelConfig] = {
+    "smollm2-135m": ModelConfig("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, Rope(100000.0)),
+    "llama-3.2-1b": ModelConfig("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, replace(_LLAMA3, factor=32.0)),
+    "llama-3.1-8b": ModelConfig("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, _LLAMA3, tied=False),
+}
+"""Published shapes: (layers, width, heads, key/value heads, head width, neurons, vocabulary, length)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and one pair, ready: `base` and `source` are token ids int [T], `answers` the outcome's tokens."""
+
+    model: Model
+    base: np.ndarray
+    source: np.ndarray
+    answers: Answers
+    prepared: Prepared
+    window: Window
+    per_device: int
+    readout: Readout
+
+
+def make_subject(name: str, shape: str, random_weights: bool, dtype: str, tokens: int) -> Subject:
+    """The model and pair to measure.
+
+    Raises:
+        UserError: a shape without `random_weights`, or fewer than two tokens.
+    """
+    outcomes = ("log-odds",)
+    if shape:
+        if not random_weights:
+            raise UserError(f"--shape {shape} runs on random weights; confirm with --random-weights, or give --model.")
+        if tokens < 2:
+            raise UserError(f"--tokens {tokens} is too short: at least 2.")
+        config, mesh = replace(SHAPES[shape], dtype=dtype), make_mesh()
+        model = from_params(config, random_params(config, 0, mesh), mesh, f"random {shape}")
+        base, source = np.random.default_rng(0).integers(0, config.vocabulary, (2, tokens)).astype(np.int32)
+        answers = Answers(tuple((i,) for i in range(8)), ((1.0,) * 4 + (-1.0,) * 4,))
+    else:
+        model, pair = load(name, dtype), read_pairs("harm")[0]
+        base, source = (render(model.tokenizer, pair, side).ids for side in ("base", "source"))
+        answers = encode_answers(model.tokenizer, pair, outcomes)
+    patch = Patch((len(base) - 1,), (len(source) - 1,))
+    prepared = prepare_tokens(model, base, source, answers, (patch,), outcomes, ("neuron",))
+    size = units_per_device(model.config, model.mesh, model.config.neurons, 1, len(prepared.packed.tokens))
+    return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes))

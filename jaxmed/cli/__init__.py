@@ -1,0 +1,1 @@
+"""The command line: each command is a frozen dataclass plus a few lines of glue."""

@@ -1,0 +1,204 @@
+"""The commands `demo`, `models`, `sweep` and `report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxmed.cli import show
+from jaxmed.errors import UserError
+from jaxmed.models.catalog import CATALOG, DEFAULT, HUB_EXAMPLES, cache_folder, cached_file, hub_cached
+
+Config = Annotated[Path | None, tyro.conf.arg(help="YAML file with any of these flags as 'flag: value'; flags given here win.")]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """ "9,19,20-29" as layer numbers; an empty text is all layers (None)."""
+    if not text:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--layers {text!r}: {part!r} is no layer. Give numbers and ranges, such as 9,19,20-29.")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Exact effects of every unit on an outcome: effect = y(base; unit := its value in source) - y(base)."""
+
+    model: str = DEFAULT
+    """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
+    pairs: str = "harm"
+    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    out: Path = Path("jaxmed-sweep")
+    """Folder for effects.zarr, run.json, top.csv and report.html."""
+    outcome: tuple[str, ...] = ("log-odds",)
+    """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+    position: str = "last"
+    """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
+    unit: tuple[str, ...] = ("neuron",)
+    """One or several of: neuron, window, head_out, attention_out, mlp_out, residual_out."""
+    window: int = 32
+    """Adjacent neurons per window, for the unit 'window'."""
+    layers: str = ""
+    """Layers to sweep, such as 9,19,20-29; empty: all."""
+    limit: int | None = None
+    """Sweep the first so many pairs only."""
+    method: Literal["exact"] = "exact"
+    """How effects are computed."""
+    dtype: Dtype = "float32"
+    """Weights and matmuls; residual stream and outcomes are float32 in both."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    raw: bool = False
+    """Feed plain text, without the chat template."""
+    mesh: str | None = None
+    """Device mesh, such as data=4,model=2; default: all local devices on data."""
+    top: int = 50
+    """Units per kind in top.csv."""
+    seed: int = 0
+    """Seed of resamples and sign flips."""
+    resume: bool = False
+    """Go on with what --out holds."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    config: Config = None
+
+    def run(self) -> None:
+        """Checks, plans, sweeps, summarises, reports."""
+        model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run)
+        job = make_job(self, model)
+        sweep_job(job, self.out, self.resume, self.dry_run)
+        if not self.dry_run:
+            write_report([self.out], self.out / "report.html")
+            show.top_units(self.out)
+
+
+def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, weights: bool = True) -> Any:
+    """Loads a model; without `weights` only its config and tokenizer."""
+    from jaxmed.distributed import make_mesh
+    from jaxmed.models.load import describe, load
+
+    return (load if weights else describe)(name, dtype, revision, make_mesh(mesh))
+
+
+def make_job(command: Sweep, model: Any) -> Any:
+    """The checked job of a sweep command."""
+    from jaxmed.effects.job import Request, check
+    from jaxmed.prompts import read_pairs
+
+    pairs = read_pairs(command.pairs)[: command.limit]
+    layers, position = parse_layers(command.layers), command.position
+    request = Request(command.outcome, command.unit, position, command.window, layers, command.raw, command.seed, command.top)
+    return check(model, pairs, request)
+
+
+def sweep_job(job: Any, out: Path, resume: bool, dry_run: bool = False, title: str = "sweep") -> None:
+    """Prints the plan of a job, then runs and summarises it."""
+    from jaxmed.effects.job import estimate_rate, plan, progress_total
+    from jaxmed.effects.summary import summarise
+    from jaxmed.effects.sweep import device_name, run
+    from jaxmed.results import check_folder
+
+    check_folder(out, resume)
+    rate = estimate_rate(job)
+    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model)}", plan(job, rate).lines())
+    if dry_run:
+        return
+    with show.progress(title, progress_total(job)) as report:
+        run(job, out, resume, report, rate)
+    summarise(out, job.model, job.request.top, job.request.seed)
+
+
+def write_report(folders: list[Path], file: Path) -> None:
+    """Writes the HTML page of finished or half-made runs."""
+    from jaxmed.reports.page import write_report as write
+
+    write(folders, file)
+    show.out.print(f"report: {file}", markup=False)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Sweeps the default model: every neuron for two bundled pairs, and the layer, attention and MLP profile over more."""
+
+    out: Path = Path("jaxmed-demo")
+    """Folder for both tables and report.html; a second run continues what it holds."""
+    pairs: int = 2
+    """Pairs of the neuron sweep."""
+    profile_pairs: int = 24
+    """Pairs of the profile, spread over the harm categories."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    config: Config = None
+
+    def run(self) -> None:
+        """Two sweeps and one page."""
+        from jaxmed.effects.job import Request, check
+        from jaxmed.prompts import read_pairs
+
+        model = load_model(DEFAULT, "float32", None, None, weights=not self.dry_run)
+        pairs = read_pairs("harm")
+        spread = pairs[:: max(1, len(pairs) // self.profile_pairs)][: self.profile_pairs]
+        jobs = {
+            "profile": check(model, spread, Request(units=("attention_out", "mlp_out", "residual_out"))),
+            "neurons": check(model, pairs[: self.pairs], Request()),
+        }
+        for name, job in jobs.items():
+            sweep_job(job, self.out / name, True, self.dry_run, name)
+        if not self.dry_run:
+            write_report([self.out / name for name in jobs], self.out / "report.html")
+            show.top_units(self.out / "neurons")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Lists known models, their sizes and licences, and what is on this machine."""
+
+    config: Config = None
+
+    def run(self) -> None:
+        """Prints two tables."""
+        from rich.table import Table
+
+        table = Table(title="Models by name")
+        for column in ("name", "parameters", "licence", "here", "note"):
+            table.add_column(column, no_wrap=column == "name")
+        here = hub_cached()
+        for name, known in CATALOG.items():
+            held = (
+                f"yes ({known.size / 1e6:.0f} MB)" if cached_file(name).is_file() else f"fetched on first use ({known.size / 1e6:.0f} MB)"
+            )
+            table.add_row(name, f"{known.parameters / 1e6:.0f}M", known.licence, held, known.note)
+        for name, (size, licence) in HUB_EXAMPLES.items():
+            table.add_row(name, size, licence, "yes" if name in here else "on the hub", "")
+        for name in sorted(set(here) - set(HUB_EXAMPLES)):
+            table.add_row(name, "", "", "yes", "in the Hugging Face cache")
+        show.out.print(table)
+        show.out.print(
+            f"Cache: {cache_folder()}. A local folder (config.json and safetensors) or a .gguf file works as a name too.", markup=False
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Redraws the HTML page of one or several runs from their saved tables; runs no model."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """--out folders of sweeps."""
+    out: Path | None = None
+    """The HTML file; default: report.html in the first folder."""
+    config: Config = None
+
+    def run(self) -> None:
+        """Writes the page."""
+        if not self.folders:
+            raise UserError("Give at least one --out folder of a sweep.")
+        write_report(list(self.folders), self.out or self.folders[0] / "report.html")

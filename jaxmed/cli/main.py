@@ -1,0 +1,57 @@
+"""Entry point: `jaxmed COMMAND`. Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from jaxmed.cli.commands import Demo, Models, Report, Sweep
+from jaxmed.cli.config_file import expand
+from jaxmed.cli.measure import Bench
+from jaxmed.errors import UserError
+
+COMMANDS: dict[str, type] = {"demo": Demo, "models": Models, "sweep": Sweep, "report": Report, "bench": Bench}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments name, as its dataclass. Wrong usage exits with 2."""
+    union: Any = None
+    for name, kind in COMMANDS.items():
+        summary = (kind.__doc__ or "").strip()
+        one = Annotated[kind, tyro.conf.subcommand(name, description=summary, prefix_name=False)]
+        union = one if union is None else union | one
+    return tyro.cli(union, args=expand(list(arguments), COMMANDS), prog="jaxmed", description=DESCRIPTION, use_underscores=False)
+
+
+DESCRIPTION = "Causal mediation analysis of language models: which layers, modules, heads, neurons and tokens carry a behaviour."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = None
+    try:
+        command = parse(arguments)
+        command.run()
+    except UserError as error:
+        print(f"jaxmed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        out = getattr(command, "out", None)
+        again = "" if "--resume" in arguments or not hasattr(command, "resume") else " --resume"
+        kept = f" What was finished is kept in {out}; continue with: jaxmed {' '.join(arguments)}{again}" if out else ""
+        print(f"\njaxmed: interrupted.{kept}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

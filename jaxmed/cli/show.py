@@ -1,0 +1,81 @@
+"""What commands show: plans, progress, tables."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def lines(title: str, content: Sequence[str]) -> None:
+    """A title and indented lines."""
+    out.print(f"[bold]{title}[/bold]")
+    for line in content:
+        out.print(f"  {line}", markup=False)
+
+
+@contextmanager
+def progress(title: str, total: float) -> Iterator[Callable[[float, int, str], None]]:
+    """A progress bar on stderr with rate and time left; yields `report(work done, effects done, what)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>5.1f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    import time
+
+    begun = time.perf_counter()
+    effects = 0
+    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), refresh_per_second=4) as bar:
+        task = bar.add_task(title, total=total, rate="")
+
+        def report(work: float, count: int, what: str) -> None:
+            nonlocal effects, begun
+            if what == "resumed":
+                bar.update(task, total=(bar.tasks[task].total or 0) - work)
+                return
+            effects += count
+            rate = effects / max(time.perf_counter() - begun, 1e-9)
+            bar.update(task, advance=work, description=f"{title} {what}", rate=f"{rate:,.0f} effects/s")
+
+        yield report
+    if effects:
+        seconds = time.perf_counter() - begun
+        err.print(f"{title}: {effects:,} exact effects in {seconds:,.1f} s, {effects / seconds:,.0f} per second")
+
+
+def top_units(folder: Path, count: int = 12) -> None:
+    """The first rows of a run's top.csv."""
+    with (folder / "top.csv").open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    for unit in dict.fromkeys(row["unit"] for row in rows):
+        table = Table(title=f"{unit}: largest mean effects", title_justify="left")
+        of_unit = [row for row in rows if row["unit"] == unit][:count]
+        columns = [
+            c for c in ("outcome", "layer", "index", "position", "mean", "share", "p", "pairs_agreeing", "promotes") if of_unit[0][c]
+        ]
+        for column in columns:
+            table.add_column(column, justify="right" if column in ("layer", "index", "mean", "share", "p") else "left")
+        for row in of_unit:
+            table.add_row(*(_short(row[column]) for column in columns))
+        out.print(table, markup=False)
+
+
+def _short(text: str) -> str:
+    try:
+        return f"{float(text):.3g}" if "." in text or "e" in text else text
+    except ValueError:
+        return text.replace("[", "\\[")
