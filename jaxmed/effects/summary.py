@@ -71,11 +71,11 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
     mean_total = float(statistics.group_means(totals[behaviour, None], table.group.values[behaviour])[0].mean())
     mean = found["mean"].values
     order = np.argsort(-np.abs(np.nan_to_num(mean)).reshape(-1), kind="stable")[:top]
+    values = effects.transpose("pair", ...).values[behaviour].reshape(behaviour.sum(), -1)
     rows = []
     for rank, flat in enumerate(order, 1):
         at = np.unravel_index(flat, mean.shape)
         where = {dim: int(found[dim].values[i]) for dim, i in zip(found["mean"].dims, at, strict=True)}
-        values = effects.isel(pair=np.flatnonzero(behaviour)).transpose("pair", ...).values[(slice(None), *at)]
         if not np.isfinite(mean[at]):
             continue
         rows.append(
@@ -89,7 +89,7 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
                 "mean": float(mean[at]),
                 "share": float(mean[at]) / mean_total if mean_total else float("nan"),
                 **{name: float(found[name].values[at]) for name in ("ci_low", "ci_high", "p", "q")},
-                "pairs_agreeing": f"{int((np.sign(values) == np.sign(mean[at])).sum())}/{len(values)}",
+                "pairs_agreeing": f"{int((np.sign(values[:, flat]) == np.sign(mean[at])).sum())}/{len(values)}",
             }
         )
     return rows

@@ -169,10 +169,11 @@ def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None
         return (spread * noise / fan_in**0.5).astype(shape.dtype)
 
     leaves, tree = jax.tree.flatten_with_path(letters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    flat_shapes = jax.tree.leaves(shapes)
-    flat = []
-    for key, (path, names), shape in zip(keys, leaves, flat_shapes, strict=True):
-        sharding = partition(names, shape.shape, mesh) if mesh is not None else None
-        flat.append(jax.jit(lambda key, name=path[-1].key, shape=shape: draw(key, name, shape), out_shardings=sharding)(key))
-    return jax.tree.unflatten(tree, flat)
+    names = [path[-1].key for path, _ in leaves]
+
+    def draw_all(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(names))
+        return jax.tree.unflatten(tree, [draw(*each) for each in zip(keys, names, jax.tree.leaves(shapes), strict=True)])
+
+    shardings = param_shardings(config, mesh) if mesh is not None else None
+    return jax.jit(draw_all, out_shardings=shardings)(jax.random.key(seed))

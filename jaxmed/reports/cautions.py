@@ -1,0 +1,141 @@
+"""What a reader must know before quoting a number of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmed.reports.record import (
+    Record,
+    finished_chunks,
+    is_partial,
+    mean_effect,
+    mean_total,
+    select,
+    totals,
+    used_pairs,
+)
+from jaxmed.reports.style import count, number, percent
+
+LEVEL = 0.05
+CLEAR = 10.0  # an effect this many times the noise floor is read without a second thought
+
+
+@dataclass(frozen=True)
+class Caution:
+    """A sentence or two; `serious` ones change what may be claimed, the others inform."""
+
+    text: str
+    serious: bool = True
+
+
+def cautions(record: Record) -> list[Caution]:
+    """Everything that applies to a run, serious ones first."""
+    found = [*_progress(record), *_statistics(record)]
+    for outcome in record.outcomes:
+        found += [*_signs(record, outcome), *_noise(record, outcome), *_residual(record, outcome)]
+    return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
+
+
+def _about(record: Record, outcome: str) -> str:
+    return f" of {outcome}" if len(record.outcomes) > 1 else ""
+
+
+def _progress(record: Record) -> Iterator[Caution]:
+    done = finished_chunks(record)
+    if is_partial(record):
+        whole = int(done.all(axis=1).sum())
+        used = len(used_pairs(record))
+        means = f"Means are over {count(used, 'pair')}" if used else "There is nothing to average yet"
+        yield Caution(
+            f"Partial run: {int(done.sum()):,} of {done.size:,} (pair, layer) chunks are done, {whole} of {len(done)} pairs in full. "
+            f"{means}; there are no statistics. Run the same command with --resume to finish it."
+        )
+    elif not any(f"{unit}_mean" in record.table for unit in record.units):
+        yield Caution("The sweep is done, but its statistics were not written: no intervals and no p values. Run it again with --resume.")
+    for unit in record.units:
+        if f"{unit}_verified" in record.table:
+            share = float((record.table[f"{unit}_verified"].values > 0).mean())
+            yield Caution(f"Screened run: {percent(share)} of the {unit} effects are exact, the others are estimates.")
+
+
+def _statistics(record: Record) -> Iterator[Caution]:
+    attributes = [record.table[f"{unit}_mean"].attrs for unit in record.units if f"{unit}_mean" in record.table]
+    if is_partial(record) or not attributes:
+        return
+    interval, smallest = str(attributes[0].get("interval", "")), attributes[0].get("smallest_p")
+    if interval.startswith("none"):
+        yield Caution(f"No confidence intervals: {interval.removeprefix('none').lstrip(': ')}.")
+    if smallest is not None and smallest > LEVEL:
+        yield Caution(
+            f"The smallest p that this number of groups can reach is {number(smallest)}: no unit can be significant at {LEVEL}, "
+            "however large its effect."
+        )
+
+
+def _signs(record: Record, outcome: str) -> Iterator[Caution]:
+    base, source = totals(record, outcome)
+    total = (source - base)[used_pairs(record)]
+    up, down = int((total > 0).sum()), int((total < 0).sum())
+    mean = mean_total(record, outcome)
+    if up and down:
+        yield Caution(
+            f"Totals{_about(record, outcome)} disagree in sign: {count(up, 'pair')} positive, {count(down, 'pair')} negative. "
+            f"The mean total ({number(mean)}) mixes opposite directions, and so does every share; look at the pairs before quoting a mean."
+        )
+    if mean < 0:
+        yield Caution(
+            f"The mean total{_about(record, outcome)} is negative ({number(mean)}): the source moves toward the foil, "
+            "so a positive share is an effect toward the foil.",
+            serious=False,
+        )
+
+
+def noise_floor(record: Record, outcome: str) -> float:
+    """Largest spread over a pair's base outcomes, max over pairs; NaN where nothing is done."""
+    low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
+    spread = (high.max("layer") - low.min("layer")).values
+    return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")
+
+
+def _median(record: Record, unit: str, outcome: str) -> float:
+    """Median |effect| over units and layers, then over pairs: one pair in memory at a time."""
+    effects = select(record.table[unit], outcome)
+    sizes = (np.abs(effects.isel(pair=pair).values) for pair in used_pairs(record))
+    medians = [float(np.median(size[np.isfinite(size)])) for size in sizes if np.isfinite(size).any()]
+    return float(np.median(medians)) if medians else float("nan")
+
+
+def _noise(record: Record, outcome: str) -> Iterator[Caution]:
+    floor = noise_floor(record, outcome)
+    medians = {unit: median for unit in record.units if np.isfinite(median := _median(record, unit, outcome))}
+    if not np.isfinite(floor) or not medians:
+        return
+    ratio = {unit: median / floor if floor else np.inf for unit, median in medians.items()}
+    shown = ", ".join(f"{unit} {number(medians[unit])}" + (f" ({number(ratio[unit])} times)" if floor else "") for unit in medians)
+    weak = [unit for unit in ratio if ratio[unit] < CLEAR]
+    text = f"Noise floor{_about(record, outcome)}: {number(floor)} (largest spread of a pair's base value). Median |effect|: {shown}."
+    if weak:
+        text += f" The typical effect of {', '.join(weak)} is near the noise floor: values of that size are not to be read one by one."
+    yield Caution(text, serious=bool(weak))
+
+
+def _residual(record: Record, outcome: str) -> Iterator[Caution]:
+    if "residual_out" not in record.units:
+        return
+    last, total = int(record.table["layer"].values[-1]), mean_total(record, outcome)
+    mean = mean_effect(record, "residual_out", outcome).sel(layer=last)
+    mean = mean.sel(position=-1) if "position" in mean.dims else mean
+    share = float(mean) / total if total else float("nan")
+    identity = (
+        f"its share at the last layer is {number(share)} by identity"
+        if abs(share - 1) < 0.01
+        else "its share grows with depth by construction"
+    )
+    yield Caution(
+        f"residual_out{_about(record, outcome)} replaces everything computed up to its layer; {identity}. "
+        "No claim about depth rests on it.",
+        serious=False,
+    )

@@ -1,0 +1,88 @@
+"""One self-contained HTML page from saved results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from jaxmed.errors import UserError
+from jaxmed.reports.cautions import cautions
+from jaxmed.reports.figures import columns, figures
+from jaxmed.reports.record import Record, read
+from jaxmed.reports.style import Figure, visible
+from jaxmed.reports.tables import facts, provenance, top_tables
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Writes one HTML file with a section per run folder, and returns its path.
+
+    The file works offline (plotly.js is inside, once) and appears whole or not at all. It is drawn from `effects.zarr`, `run.json`
+    and `top.csv` alone; unfinished runs show what is there and say so.
+
+    Raises:
+        UserError: no folder, a folder without a run, or `out` that cannot be written.
+    """
+    if not folders:
+        raise UserError("There is nothing to report. Give at least one --out folder of a sweep.")
+    records = [read(Path(folder)) for folder in folders]
+    page, out = render(records), Path(out)
+    partial = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"The report cannot be written to {out}: {error.strerror or error}. Give another file.") from None
+    return out
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page as text. Everything that is not our own markup is escaped, control characters are written out."""
+    environment = Environment(
+        loader=PackageLoader("jaxmed.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    width = columns(list(records))
+    sections = [section(record, width, f"run{number}") for number, record in enumerate(records, 1)]
+    models = ", ".join(dict.fromkeys(str(record.manifest.get("model", {}).get("name", "a model")) for record in records))
+    return environment.get_template("report.html.j2").render(sections=sections, models=models, plotly=Markup(get_plotlyjs()))
+
+
+def section(record: Record, columns: int, name: str) -> dict[str, Any]:
+    """What the template shows of one run; `name` is the prefix of its element ids."""
+    parts = []
+    for at, outcome in enumerate(record.outcomes):
+        drawn = [
+            {"id": f"{name}-{at}-{number}", "title": figure.title, "caption": figure.caption, "data": embedded(figure)}
+            for number, figure in enumerate(figures(record, outcome, columns))
+        ]
+        parts.append({"outcome": outcome, "figures": drawn})
+    return {
+        "id": name,
+        "title": record.folder.resolve().name,
+        "facts": facts(record),
+        "cautions": cautions(record),
+        "parts": parts,
+        "tables": top_tables(record),
+        "has_top": record.top is not None,
+        **provenance(record),
+    }
+
+
+def embedded(figure: Figure) -> Markup:
+    """A figure as JSON that cannot end its script element."""
+    return Markup((figure.plot.to_json() or "{}").replace("<", "\\u003c"))
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value

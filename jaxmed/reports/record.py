@@ -1,0 +1,144 @@
+"""A saved run as the page sees it: what was swept, means over pairs, totals. Reads lazily; partial runs are welcome."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from jaxmed import results
+
+UNITS = ("neuron", "window", "head_out", "attention_out", "mlp_out", "residual_out")
+MODULES = ("attention_out", "mlp_out", "residual_out")
+HELD = 2**29  # bytes of a table that is read whole; a larger one is read piece by piece
+_SHARED = {"outcome", "pair", "layer", "position"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run folder. `table` may be lazily read; `run` is run.json; `top` the rows of top.csv (None without the file)."""
+
+    folder: Path
+    table: xr.Dataset
+    run: dict[str, Any]
+    top: list[dict[str, str]] | None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.run.get("manifest", {})
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return self.manifest.get("request", {})
+
+    @property
+    def units(self) -> list[str]:
+        return [unit for unit in UNITS if unit in self.table]
+
+    @property
+    def outcomes(self) -> list[str]:
+        if "outcome" in self.table.dims:
+            return [str(name) for name in self.table["outcome"].values]
+        return [str(name) for name in self.request.get("outcomes", [])][:1] or ["outcome"]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that the run asked for."""
+        return list(self.manifest.get("layers", self.table["layer"].values.tolist()))
+
+
+def read(folder: Path) -> Record:
+    """The run saved in `folder`.
+
+    Raises:
+        UserError: no table, or no readable run.json there.
+    """
+    table, run, file = results.open_results(folder), results.read_run(folder), folder / results.TOP
+    table = table.load() if table.nbytes < HELD else table
+    if not file.is_file():
+        return Record(folder, table, run, None)
+    with file.open(newline="", encoding="utf-8", errors="backslashreplace") as handle:
+        return Record(folder, table, run, list(csv.DictReader(handle)))
+
+
+def labels(record: Record, name: str) -> np.ndarray:
+    """A text coordinate of the pairs (category, group, split, control), str [pair]; empty texts where the table lacks it."""
+    if name in record.table:
+        return np.asarray(record.table[name].values, str)
+    return np.asarray([""] * record.table.sizes["pair"])
+
+
+def finished_chunks(record: Record) -> np.ndarray:
+    """bool [pair, layer asked for]: what is committed."""
+    return record.table["done"].sel(layer=record.layers).values.astype(bool)
+
+
+def is_partial(record: Record) -> bool:
+    """Whether some (pair, layer) is still to do."""
+    return not bool(finished_chunks(record).all())
+
+
+def used_pairs(record: Record) -> np.ndarray:
+    """Indices of the pairs that means are taken over: not controls (where there are others), every layer done.
+
+    In a partial run with no pair done in full: the pairs that were begun.
+    """
+    control, done = labels(record, "control"), finished_chunks(record)
+    kept = control == "" if (control == "").any() else np.ones(len(control), bool)
+    whole = kept & done.all(axis=1)
+    return np.flatnonzero(whole if whole.any() else kept & done.any(axis=1))
+
+
+def index_axis(record: Record, unit: str) -> str:
+    """Name of the unit's index dimension; "" where a layer has one such unit."""
+    return next((str(dim) for dim in record.table[unit].dims if dim not in _SHARED), "")
+
+
+def select(array: xr.DataArray, outcome: str) -> xr.DataArray:
+    """One outcome of a variable; the variable itself where the run has one outcome."""
+    return array.sel(outcome=outcome) if "outcome" in array.dims else array
+
+
+def statistic(record: Record, unit: str, outcome: str, field: str) -> xr.DataArray | None:
+    """A stored statistic [layer, ...], or None where there is none (partial runs have none to trust)."""
+    name = f"{unit}_{field}"
+    if name not in record.table or is_partial(record):
+        return None
+    return select(record.table[name], outcome).load()
+
+
+def mean_effect(record: Record, unit: str, outcome: str) -> xr.DataArray:
+    """Mean over groups of the group's mean effect, [layer, ...]; NaN where a group lacks a value."""
+    stored = statistic(record, unit, outcome, "mean")
+    if stored is not None:
+        return stored
+    effects, used = select(record.table[unit], outcome), used_pairs(record)
+    groups = labels(record, "group")[used]
+    names = list(dict.fromkeys(groups))
+    empty = xr.full_like(effects.isel(pair=0, drop=True), np.nan)
+    means = (effects.isel(pair=used[groups == name]).mean("pair", skipna=False) for name in names)  # one group in memory at a time
+    return sum(means) / len(names) if names else empty  # type: ignore[return-value]
+
+
+def swept(mean: xr.DataArray) -> xr.DataArray:
+    """The layers of a mean effect that hold any number."""
+    known = np.isfinite(mean.transpose("layer", ...).values)
+    return mean.isel(layer=np.flatnonzero(known.reshape(len(known), -1).any(axis=1)))
+
+
+def totals(record: Record, outcome: str) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes of base and source, float [pair]; NaN where not computed yet."""
+    base, source = (select(record.table[name], outcome).values.astype(float) for name in ("base_outcome", "source_outcome"))
+    return base, source
+
+
+def mean_total(record: Record, outcome: str) -> float:
+    """Mean total over groups, y(source) - y(base), of the pairs that means are taken over; NaN without any."""
+    base, source = totals(record, outcome)
+    used = used_pairs(record)
+    total, groups = (source - base)[used], labels(record, "group")[used]
+    return float(np.mean([total[groups == name].mean() for name in dict.fromkeys(groups)])) if len(used) else float("nan")

@@ -1,0 +1,93 @@
+"""The oracle of the exact engine: one full forward per patched unit and answer text, outcomes computed in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax, logsumexp
+
+import jaxmed as jm
+from jaxmed.effects.units import UNITS
+from jaxmed.interventions.edits import Edit
+from jaxmed.models.load import Model
+from jaxmed.prompts import PromptPair
+from jaxmed.tokens import Patch, align, render
+
+
+LENGTH = 48
+"""Everything is padded to this many tokens on the right, where causal attention cannot see it: one compilation per site."""
+
+
+def _padded(ids: np.ndarray) -> np.ndarray:
+    assert len(ids) <= LENGTH
+    return np.concatenate([ids, np.zeros(LENGTH - len(ids), np.int32)])
+
+
+def _logits(model: Model, ids: np.ndarray, edits: Any = None) -> np.ndarray:
+    return np.asarray(jm.forward(model, _padded(ids), edits)[0][0, : len(ids)], np.float64)
+
+
+def _answer_scores(model: Model, prompt: np.ndarray, text: str, edits: Any) -> np.ndarray:
+    """Log-probability of every token of a text, teacher-forced after the prompt."""
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    fed = np.concatenate([prompt, np.asarray(ids[:-1], np.int32)])
+    rows = log_softmax(_logits(model, fed, edits), axis=-1)[len(prompt) - 1 :]
+    return rows[np.arange(len(ids)), ids]
+
+
+def outcome(model: Model, pair: PromptPair, side: str, name: str, edits: Any = None) -> float:
+    """The outcome of a run of one side of a pair."""
+    prompt = render(model.tokenizer, pair, side).ids
+    first = lambda texts: [model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]  # noqa: E731
+    last = _logits(model, prompt, edits)[-1]
+    if name == "log-odds":
+        return logsumexp(last[first(pair.target)]) - logsumexp(last[first(pair.foil)])
+    if name == "logit-diff":
+        return last[first(pair.target)[0]] - last[first(pair.foil)[0]]
+    if name == "logprob":
+        return logsumexp(log_softmax(last)[first(pair.target)])
+    if name == "kl":
+        source = log_softmax(_logits(model, render(model.tokenizer, pair, "source").ids)[-1])
+        return -float(np.sum(np.exp(source) * (source - log_softmax(last))))
+    if name == "sequence-logprob":
+        return float(_answer_scores(model, prompt, pair.response or "", edits).sum())
+    if name == "prefix-gap":
+        means = lambda texts: np.mean([_answer_scores(model, prompt, text, edits).mean() for text in texts])  # noqa: E731
+        return float(means(pair.target) - means(pair.foil))
+    raise ValueError(name)
+
+
+def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, index: int, window: int) -> dict[str, Edit]:
+    """The edit that gives one unit its source value at the patched tokens; dense, unlike anything the engine does."""
+    site = UNITS[unit].site
+    source = np.asarray(_source(model, pair)[site])
+    gate, value = np.zeros(source.shape, np.float32), np.zeros(source.shape, np.float32)
+    units = {"neuron": slice(index, index + 1), "window": slice(index * window, (index + 1) * window), "head_out": index}.get(unit, slice(None))
+    for base, other in zip(patch.base, patch.source, strict=True):
+        gate[layer, 0, base, units] = 1.0
+        value[layer, 0, base, units] = source[layer, 0, other, units]
+    return {site: Edit(gate, value, np.float32(0.0))}
+
+
+_SOURCES: dict[Any, Any] = {}
+
+
+def _source(model: Model, pair: PromptPair) -> Any:
+    """Activations of the source run at every swapped site."""
+    key = (model.name, model.config, pair.source)
+    if key not in _SOURCES:
+        sites = tuple(sorted({unit.site for unit in UNITS.values()}))
+        taken = jm.forward(model, _padded(render(model.tokenizer, pair, "source").ids), taps=sites)[1]
+        _SOURCES[key] = {name: np.asarray(a, np.float32) for name, a in taken.items()}
+    return _SOURCES[key]
+
+
+def effects(model: Model, pair: PromptPair, position: str | int, unit: str, layer: int, index: int, name: str, window: int) -> list[float]:
+    """Effects of one unit at every patch of a position."""
+    base, source = render(model.tokenizer, pair, "base"), render(model.tokenizer, pair, "source")
+    unpatched = outcome(model, pair, "base", name)
+    return [
+        outcome(model, pair, "base", name, swap(model, pair, patch, unit, layer, index, window)) - unpatched
+        for patch in align(base, source, position)
+    ]

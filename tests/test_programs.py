@@ -1,0 +1,74 @@
+"""Compiles and FLOPs of the engine, counted rather than timed."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.effects.exact import open_window, prepare
+from jaxmed.effects.job import Request, check, plan
+from jaxmed.effects.outcomes import Readout
+from jaxmed.effects.units import UNITS
+from jaxmed.models.load import Model
+from jaxmed.plan import count_flops, propagate_flops
+from jaxmed.runner import propagate
+from tests import tiny
+
+
+def test_one_compile_per_length_window_and_chunk(tiny_model: Model) -> None:
+    propagate.clear_cache()
+    jm.sweep(tiny_model, tiny.PAIRS, unit=("neuron",))
+    lengths = {len(prepare(tiny_model, pair, ("log-odds",), ("neuron",), "last").packed.tokens) for pair in tiny.PAIRS}
+    assert propagate._cache_size() == len(lengths)
+    jm.sweep(tiny_model, tiny.PAIRS[:1] * 1, unit=("neuron",), layers=[0, 2])
+    assert propagate._cache_size() == len(lengths)
+
+
+def test_each_position_reuses_programs_of_window_buckets(plain_model: Model) -> None:
+    propagate.clear_cache()
+    job = check(plain_model, tiny.PAIRS[2:], Request(position="each"))
+    windows = {len(open_window(prepare(plain_model, tiny.PAIRS[2], ("log-odds",), ("neuron",), "each"), p).slots) for p in job.patches[0]}
+    jm.sweep(plain_model, tiny.PAIRS[2:], unit="neuron", position="each")
+    assert len(windows) < len(job.patches[0])
+    assert propagate._cache_size() == len(windows)
+
+
+def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
+    prepared = prepare(plain_model, tiny.PAIRS[0], ("log-odds",), ("neuron",), "last")
+    window, config = open_window(prepared, prepared.patches[0]), plain_model.config
+    rows, seen = 10, len(prepared.packed.tokens)
+    h = np.zeros((rows, 1, config.width), np.float32)
+    program = jax.make_jaxpr(lambda first: propagate(config, plain_model.params, window.restart, h, first, window.reads, Readout(("log-odds",))))
+    found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers)
+    readout = 2 * rows * config.width * len(window.reads.token) * len(window.reads.slots)
+    assert found == propagate_flops(config, rows, 1, seen, config.layers) + readout
+
+
+def test_scans_are_counted_once_per_step() -> None:
+    def many(x):
+        return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=7)[0]
+
+    assert count_flops(jax.make_jaxpr(many)(np.ones((4, 4), np.float32)).jaxpr) == 7 * 2 * 4**3
+
+
+@pytest.mark.parametrize("position", ["last", "each"])
+def test_the_plan_counts_effects_and_passes_that_are_done(plain_model: Model, position: str, tmp_path) -> None:
+    job = check(plain_model, tiny.PAIRS[1:], Request(units=tuple(UNITS), position=position, window=5))
+    planned = plan(job)
+    table = jm.sweep(plain_model, tiny.PAIRS[1:], unit=tuple(UNITS), position=position, window=5, out=tmp_path / "run")
+    from jaxmed.results import read_run
+
+    assert planned.effects == sum(int(np.isfinite(table[unit].values).sum()) for unit in UNITS)
+    assert planned.passes == sum(session["passes"] for session in read_run(tmp_path / "run")["sessions"])
+
+
+def test_memory_of_a_chunk_does_not_depend_on_the_number_of_units(plain_model: Model) -> None:
+    import dataclasses
+
+    from jaxmed.plan import TOKENS_PER_DEVICE, units_per_device
+
+    wide = dataclasses.replace(plain_model.config, neurons=10**6)
+    for units in (10, 10**4, 10**6):
+        assert units_per_device(wide, plain_model.mesh, units, 1, 64) <= TOKENS_PER_DEVICE["cpu"] + 8

@@ -1,0 +1,7 @@
+"""Every tolerance of the test suite, absolute, in the unit of what is compared."""
+
+LOGITS = 2e-4  # default model against transformers, float32
+TINY_LOGITS = 1e-5  # tiny models against transformers, float32
+EFFECTS = 1e-4  # exact engine against naive full-forward patching, float32
+RESIDUAL = 1e-4  # residual identities
+EXACT = 0.0
