@@ -142,11 +142,16 @@ def open_results(folder: str | Path) -> xr.Dataset:
         return xr.open_zarr(table, consolidated=False, chunks=None)
 
 
-def append(folder: Path, dataset: xr.Dataset) -> None:
-    """Adds variables (statistics) to a table; those already there are replaced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset.to_zarr(folder / TABLE, mode="a", zarr_format=3, consolidated=False)
+def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]) -> None:
+    """Adds float32 variables name -> (dimensions, values, attributes) to a table; those already there are replaced."""
+    group = zarr.open_group(folder / TABLE, mode="a")
+    for name, (dims, values, attributes) in added.items():
+        values = np.asarray(values, np.float32)
+        array = group.create_array(
+            name, shape=values.shape, chunks=values.shape, dtype="float32", fill_value=np.nan, dimension_names=tuple(dims), overwrite=True
+        )
+        array[...] = values
+        array.attrs.update(dict(attributes))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from scipy import stats
 FEWEST_FOR_INTERVAL = 10
 FEWEST_FOR_BCA = 40
 DISCOVERIES = 200
+HELD_OUT_FLIPS = 20_000
+"""A q value of 0.05 among 200 units needs p values far below 1 / 2,000."""
 _BLOCK = 4096
 
 
@@ -64,7 +66,7 @@ def summarise(x: np.ndarray, groups: np.ndarray, splits: np.ndarray | None = Non
         side = np.asarray([of_group[name] for name in names])
         discovery, heldout = kept[side == "discovery"], kept[side == "heldout"]
         if min(len(discovery), len(heldout)) >= 3:
-            out["q"][whole] = replicate(discovery, heldout, resamples, seed)
+            out["q"][whole] = replicate(discovery, heldout, seed=seed)
     how = "bootstrap-t" if count < FEWEST_FOR_BCA else "BCa bootstrap"
     note = f"95 % {how}, {resamples} resamples of {count} groups"
     if count < FEWEST_FOR_INTERVAL:
@@ -127,7 +129,7 @@ def sign_flip(x: np.ndarray, flips: int = 2000, seed: int = 0) -> np.ndarray:
     return exceeded / len(signs)
 
 
-def replicate(discovery: np.ndarray, heldout: np.ndarray, flips: int = 2000, seed: int = 0) -> np.ndarray:
+def replicate(discovery: np.ndarray, heldout: np.ndarray, flips: int = HELD_OUT_FLIPS, seed: int = 0) -> np.ndarray:
     """q values [units]: the `DISCOVERIES` largest |t| in discovery groups, tested in held-out groups with Benjamini-Hochberg."""
     strength = np.abs(_t(discovery.mean(axis=0), np.mean(discovery**2, axis=0), len(discovery)))
     picked = np.argsort(-strength, kind="stable")[:DISCOVERIES]

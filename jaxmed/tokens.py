@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; use --raw to feed plain text.")
     chat = pair.chat(side)
-    day = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime}
+    day = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": lambda form: DATE.strftime(form)}
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)]
     message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
     if message is None:
@@ -89,6 +90,17 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
     text = texts[1] + pair.prefill(side)
     header = len(texts[0]) if texts[1].startswith(texts[0]) else end
     return text, (begin, end), (header, len(text))
+
+
+def _fixed_date(template: Any) -> dict[str, Any]:
+    """Arguments that make a template print `DATE`: as the variable `date_string`, and as a macro in place of `strftime_now`."""
+    day: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y")}
+    if isinstance(template, str) and "strftime_now" in template:
+        formats = re.findall(r"strftime_now\(\s*['\"]([^'\"]*)['\"]", template)
+        day["fixed_dates"] = {form: DATE.strftime(form) for form in formats}
+        macro = "{%- macro strftime_now(form) -%}{{ fixed_dates[form] }}{%- endmacro -%}"
+        day["chat_template"] = macro + template
+    return day
 
 
 def _covering(prompt: Prompt, span: tuple[int, int]) -> list[int]:

@@ -16,7 +16,7 @@ from tests import tiny, tolerances
 
 def test_a_pair_of_equal_prompts_has_no_effects(tiny_model: Model) -> None:
     same = replace(tiny.PAIRS[0], source=tiny.PAIRS[0].base)
-    table = jm.sweep(tiny_model, [same], unit=tuple(UNITS))
+    table = jm.sweep(tiny_model, [same], unit=tuple(UNITS), window=7)
     for unit in UNITS:
         assert np.abs(table[unit].values).max() <= float(table.noise_floor.max()) + 1e-6
 
@@ -28,7 +28,7 @@ def test_the_last_residual_stream_carries_the_whole_total(tiny_model: Model) -> 
 
 
 def test_every_residual_stream_at_all_positions_carries_the_whole_total(tiny_model: Model) -> None:
-    table = jm.sweep(tiny_model, tiny.LONG[:1], "prefix-gap", "residual_out", position="all")
+    table = jm.sweep(tiny_model, tiny.PAIRS[:1], unit="residual_out", position="all")
     total = table.source_outcome - table.base_outcome
     assert np.abs((table.residual_out - total).values).max() <= tolerances.EFFECTS
 

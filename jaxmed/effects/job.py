@@ -78,7 +78,7 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
     layers = tuple(range(config.layers)) if request.layers is None else tuple(sorted(set(request.layers)))
     if not layers or not 0 <= layers[0] <= layers[-1] < config.layers:
         raise UserError(f"--layers names layer {layers[-1] if layers else 'none'}; this model has layers 0 to {config.layers - 1}.")
-    if not 1 <= request.window <= config.neurons:
+    if "window" in units and not 1 <= request.window <= config.neurons:
         raise UserError(f"--window {request.window} is out of range: 1 to {config.neurons} neurons.")
     patches, tokens, shapes = [], [], []
     for pair in pairs:

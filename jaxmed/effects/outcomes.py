@@ -171,7 +171,7 @@ def make_reads(packed: Packed, answers: Answers, start: int, source: Any = None)
     slots[: len(columns)] = np.asarray(columns) - start
     count, size = len(token), bucket(max(len(token), 1), READ_BUCKETS)
     padded = np.zeros((len(answers.weights), size), np.float32)
-    padded[:, :count] = np.asarray(weight, np.float32).reshape(count, -1).T
+    padded[:, :count] = np.asarray(weight, np.float32).reshape(count, len(padded)).T
     pad = lambda values: np.asarray(values + [0] * (size - count), np.int32)  # noqa: E731
     return Reads(slots, pad(at), pad(token), padded, np.zeros(0, np.float32) if source is None else source)
 

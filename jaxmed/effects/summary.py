@@ -27,8 +27,8 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         top: rows per unit and outcome.
     """
     table = results.open_results(folder).load()
-    added = xr.Dataset()
-    added["noise_floor"] = table.base_highest.max("layer") - table.base_lowest.min("layer")
+    noise = table.base_highest.max("layer") - table.base_lowest.min("layer")
+    added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})}
     rows: list[dict[str, Any]] = []
     for unit in (name for name in UNITS if name in table):
         stacked = table[unit] if "outcome" in table[unit].dims else table[unit].expand_dims(outcome=[table.attrs["outcome"]])
@@ -39,9 +39,8 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
             parts.append(part)
         joined = xr.concat(parts, "outcome") if "outcome" in table[unit].dims else parts[0]
         for name in ("mean", "ci_low", "ci_high", "p", "q"):
-            added[f"{unit}_{name}"] = joined[name].astype("float32")
-        added[f"{unit}_mean"].attrs = parts[0].attrs
-    results.append(folder, added.drop_vars([name for name in added.coords if name not in added.dims]))
+            added[f"{unit}_{name}"] = (joined[name].dims, joined[name].values, parts[0].attrs if name == "mean" else {})
+    results.append(folder, added)
     _name_tokens(rows, model, window)
     _write_top(folder, rows)
     return results.open_results(folder).load()

@@ -1,0 +1,107 @@
+"""Pairs: bundled files, readers, and every malformed row said with its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jaxmed as jm
+from jaxmed.effects.outcomes import encode_answers
+from jaxmed.models.load import describe
+from jaxmed.prompts.readers import BUNDLED
+from jaxmed.tokens import render
+
+ROW = {"id": "a", "category": "c", "base": "x", "source": "y", "target": ["S"], "foil": ["N", "I"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return describe("smollm2-135m-instruct").tokenizer
+
+
+def test_bundled_sets_are_large_and_varied() -> None:
+    harm, control, facts = (jm.read_pairs(name) for name in BUNDLED)
+    assert len(harm) >= 80
+    assert len(Counter(pair.category for pair in harm)) >= 8
+    assert len(control) >= 40
+    assert {pair.control for pair in control} == {"neutral", "paraphrase"}
+    assert len(facts) >= 20
+    assert not any(pair.response for pair in (*harm, *control))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_answers_are_single_tokens(tokenizer, name: str) -> None:
+    for pair in jm.read_pairs(name):
+        encode_answers(tokenizer, pair, ("log-odds", "prefix-gap"))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_groups_stay_on_one_side_of_the_split(name: str) -> None:
+    sides: dict[str, set[str]] = {}
+    for pair in jm.read_pairs(name):
+        sides.setdefault(pair.group, set()).add(pair.split)
+    assert all(len(side) == 1 for side in sides.values())
+
+
+def test_half_of_the_harm_pairs_are_equally_long(tokenizer) -> None:
+    lengths = [[len(render(tokenizer, pair, side).ids) for side in ("base", "source")] for pair in jm.read_pairs("harm")]
+    assert sum(a == b for a, b in lengths) >= len(lengths) / 2
+
+
+def test_csv_and_parquet_equal_jsonl(tmp_path: Path) -> None:
+    rows = [ROW, {**ROW, "id": "b", "system": "be kind", "split": "heldout"}]
+    (tmp_path / "p.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    with (tmp_path / "p.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, [*ROW, "system", "split"], restval="")
+        writer.writeheader()
+        writer.writerows([{**row, "target": "S", "foil": json.dumps(row["foil"]) if row["id"] == "a" else "N|I"} for row in rows])
+    pq.write_table(pa.Table.from_pylist([{**row, "system": row.get("system"), "split": row.get("split")} for row in rows]), tmp_path / "p.parquet")
+    wanted = jm.read_pairs(tmp_path / "p.jsonl")
+    assert jm.read_pairs(tmp_path / "p.csv") == wanted == jm.read_pairs(tmp_path / "p.parquet") == jm.read_pairs(rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{nonsense", "line 2: not valid JSON"),
+        ("[1, 2]", "line 2: a row is an object"),
+        (json.dumps({**ROW, "id": "b", "bse": "x"}), "Did you mean 'base'"),
+        (json.dumps({**ROW, "id": ""}), "line 2: the column 'id'"),
+        (json.dumps(ROW), "used before, at line 1"),
+        (json.dumps({**ROW, "id": "b", "base": None}), "needs 'base' and 'source'"),
+        (json.dumps({**ROW, "id": "b", "target": [""]}), "non-empty texts"),
+        (json.dumps({**ROW, "id": "b", "target": 3}), "column 'target' holds 3"),
+        (json.dumps({**ROW, "id": "b", "split": "train"}), "'train' is not one of"),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
+    with pytest.raises(jm.UserError) as caught:
+        jm.read_pairs(tmp_path / "p.jsonl")
+    assert said in str(caught.value)
+
+
+def test_an_empty_file_and_an_unknown_one(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(jm.UserError, match="holds no pairs"):
+        jm.read_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(jm.UserError, match="Did you mean 'harm'"):
+        jm.read_pairs("harms")
+    (tmp_path / "p.txt").write_text("x")
+    with pytest.raises(jm.UserError, match=r"\.parquet"):
+        jm.read_pairs(tmp_path / "p.txt")
+
+
+def test_all_problems_of_a_file_are_listed_together(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("{x\n" + json.dumps(ROW) + "\n[]\n")
+    with pytest.raises(jm.UserError) as caught:
+        jm.read_pairs(tmp_path / "p.jsonl")
+    assert "2 problems" in str(caught.value)
+    assert "line 1" in str(caught.value)
+    assert "line 3" in str(caught.value)
