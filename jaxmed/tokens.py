@@ -78,7 +78,7 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; use --raw to feed plain text.")
     chat = pair.chat(side)
-    day = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": lambda form: DATE.strftime(form)}
+    day = _fixed_date(tokenizer.chat_template)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)]
     message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
     if message is None:

@@ -14,7 +14,6 @@ from jaxmed.models.load import Model
 from jaxmed.prompts import PromptPair
 from jaxmed.tokens import Patch, align, render
 
-
 LENGTH = 48
 """Everything is padded to this many tokens on the right, where causal attention cannot see it: one compilation per site."""
 
@@ -63,7 +62,9 @@ def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, in
     site = UNITS[unit].site
     source = np.asarray(_source(model, pair)[site])
     gate, value = np.zeros(source.shape, np.float32), np.zeros(source.shape, np.float32)
-    units = {"neuron": slice(index, index + 1), "window": slice(index * window, (index + 1) * window), "head_out": index}.get(unit, slice(None))
+    units = {"neuron": slice(index, index + 1), "window": slice(index * window, (index + 1) * window), "head_out": index}.get(
+        unit, slice(None)
+    )
     for base, other in zip(patch.base, patch.source, strict=True):
         gate[layer, 0, base, units] = 1.0
         value[layer, 0, base, units] = source[layer, 0, other, units]

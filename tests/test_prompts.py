@@ -61,7 +61,9 @@ def test_csv_and_parquet_equal_jsonl(tmp_path: Path) -> None:
         writer = csv.DictWriter(handle, [*ROW, "system", "split"], restval="")
         writer.writeheader()
         writer.writerows([{**row, "target": "S", "foil": json.dumps(row["foil"]) if row["id"] == "a" else "N|I"} for row in rows])
-    pq.write_table(pa.Table.from_pylist([{**row, "system": row.get("system"), "split": row.get("split")} for row in rows]), tmp_path / "p.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{**row, "system": row.get("system"), "split": row.get("split")} for row in rows]), tmp_path / "p.parquet"
+    )
     wanted = jm.read_pairs(tmp_path / "p.jsonl")
     assert jm.read_pairs(tmp_path / "p.csv") == wanted == jm.read_pairs(tmp_path / "p.parquet") == jm.read_pairs(rows)
 

@@ -28,9 +28,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "four_norms": replace(LLAMA, post_norm=True, activation="gelu_tanh"),
     "windowed_biased": replace(LLAMA, windows=(4, 2**30, 9), qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, activation="gelu"),
 }
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 PAIRS = (
     PromptPair("equal", "how to harm", "how to help", ("S", "T"), ("N", "I"), category="x", response="ok then"),
     PromptPair("unequal", "why is it bad", "why is it very nice", ("S",), ("N", "I"), category="y", response="no"),

@@ -65,7 +65,9 @@ class Peers:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends one request and waits for its answer."""
-        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        assert self.process is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -57,25 +58,31 @@ def progress(title: str, total: float) -> Iterator[Callable[[float, int, str], N
         err.print(f"{title}: {effects:,} exact effects in {seconds:,.1f} s, {effects / seconds:,.0f} per second")
 
 
+COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "right", "mean": "right", "share": "right", "p": "right"}
+
+
 def top_units(folder: Path, count: int = 12) -> None:
-    """The first rows of a run's top.csv."""
+    """The first rows of a run's top.csv; columns that hold one value throughout are left out."""
     with (folder / "top.csv").open(newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     for unit in dict.fromkeys(row["unit"] for row in rows):
-        table = Table(title=f"{unit}: largest mean effects", title_justify="left")
         of_unit = [row for row in rows if row["unit"] == unit][:count]
-        columns = [
-            c for c in ("outcome", "layer", "index", "position", "mean", "share", "p", "pairs_agreeing", "promotes") if of_unit[0][c]
-        ]
-        for column in columns:
-            table.add_column(column, justify="right" if column in ("layer", "index", "mean", "share", "p") else "left")
+        table = Table(title=f"{unit}: largest mean effects (all in {folder / 'top.csv'})", title_justify="left")
+        columns = [name for name in COLUMNS if name in ("layer", "mean", "share") or len({row[name] for row in of_unit}) > 1]
+        for name in columns:
+            table.add_column(name, justify=COLUMNS[name])  # type: ignore[arg-type]
+        table.add_column("pairs agreeing")
+        promotes = any(row["promotes"] for row in of_unit)
+        if promotes:
+            table.add_column("output vector promotes", no_wrap=True, overflow="ellipsis")
         for row in of_unit:
-            table.add_row(*(_short(row[column]) for column in columns))
-        out.print(table, markup=False)
+            cells = [*(_short(row[name]) for name in columns), row["pairs_agreeing"], *([row["promotes"]] if promotes else [])]
+            table.add_row(*(escape(cell) for cell in cells))
+        out.print(table)
 
 
 def _short(text: str) -> str:
     try:
         return f"{float(text):.3g}" if "." in text or "e" in text else text
     except ValueError:
-        return text.replace("[", "\\[")
+        return text

@@ -116,9 +116,8 @@ def _encode(tokenizer: Any, pair: PromptPair, text: str, outcome: str) -> tuple[
     need_tokenizer(tokenizer)
     answer = tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
     if not answer:
-        raise UserError(
-            f"pair {pair.id!r}: outcome {outcome!r} needs a text it does not have ({'response' if outcome == 'sequence-logprob' else 'target'})."
-        )
+        column = "response" if outcome == "sequence-logprob" else "target"
+        raise UserError(f"pair {pair.id!r}: outcome {outcome!r} needs the column {column!r}, which is empty.")
     if OUTCOMES[outcome].first_token and len(answer) > 1:
         split = " + ".join(repr(tokenizer.decode([i])) for i in answer)
         raise UserError(

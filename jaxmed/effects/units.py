@@ -104,7 +104,8 @@ def neuron_rows(
     valid = (units[:, None] >= 0) & (index < config.neurons)
     index = jnp.clip(index, 0, config.neurons - 1)
     moved = jnp.where(valid, delta[:, index], 0.0)  # [T, U, width]
-    rows = jnp.einsum("TUE,UED->UTD", moved, block.down[...][index].astype(jnp.float32), precision="highest")
+    vectors = block.down[...].T[index].astype(jnp.float32)  # [U, width, D]
+    rows = jnp.einsum("TUE,UED->UTD", moved, vectors, precision="highest")
     if not config.post_norm:
         return at["residual_out"] + rows
     return at["residual_mid"] + block.post(at["mlp_raw"] + rows, "mlp_post_norm")
@@ -153,7 +154,7 @@ def _head_rows(
         return record["head_out"][units.layer, :, units.index][:, slots].astype(jnp.float32)  # [U, T, H]
 
     delta = jnp.where(patched[None, :, None], head_values(source) - head_values(base), 0.0)
-    rows = contract("UTH,UHD->UTD", delta, params["blocks"]["out"][units.layer, units.index].astype(jnp.float32))
+    rows = contract("UTH,UDH->UTD", delta, params["blocks"]["out"][units.layer, :, units.index].astype(jnp.float32))
     if not config.post_norm:
         return at(base, "residual_mid") + rows
     scale = params["blocks"]["attention_post_norm"][units.layer][:, None].astype(jnp.float32)

@@ -107,7 +107,7 @@ def _spread(where: Where, field: Any, a: jax.Array, layer: jax.Array, index: Tok
     hit &= _matches(wanted, position) | ((wanted < 0) & (wanted == from_right))
     hit &= position >= 0
     unit = _matches(where.unit[:, None], jnp.arange(unit_shape[0]))  # [E, unit]
-    field = jnp.broadcast_to(jnp.asarray(field, jnp.float32), (entries,) + jnp.shape(field)[1:])
+    field = jnp.broadcast_to(jnp.asarray(field, jnp.float32), (entries, *jnp.shape(field)[1:]))
     missing = 1 + len(unit_shape) - field.ndim
     field = field.reshape((entries,) + (1,) * missing + field.shape[1:])
     masked = field * unit.reshape(unit.shape + (1,) * (len(unit_shape) - 1))

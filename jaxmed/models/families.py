@@ -59,25 +59,20 @@ def _as_is(sizes: Mapping[str, int], tensor: np.ndarray) -> np.ndarray:
 
 
 def _fuse_qkv(sizes: Mapping[str, int], query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """[NH, D] and two [KH, D] -> [D, K, J, H]; for biases [NH] -> [K, J, H]."""
+    """[NH, D] and two [KH, D] -> [K, J, H, D]; for biases [NH] -> [K, J, H]."""
     kv, group, width = sizes["K"], sizes["G"], sizes["H"]
     rest = query.shape[1:]
     parts = [query.reshape(kv, group, width, *rest), key.reshape(kv, 1, width, *rest), value.reshape(kv, 1, width, *rest)]
-    fused = np.concatenate(parts, axis=1)
-    return np.moveaxis(fused, -1, 0) if rest else fused
+    return np.concatenate(parts, axis=1)
 
 
 def _fuse_gate_up(sizes: Mapping[str, int], gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Two [F, D] -> [D, C, F]; for biases [F] -> [C, F]."""
-    return np.stack([gate.T, up.T], axis=-2)
+    """Two [F, D] -> [C, F, D]; for biases [F] -> [C, F]."""
+    return np.stack([gate, up])
 
 
 def _output_projection(sizes: Mapping[str, int], weight: np.ndarray) -> np.ndarray:
-    return weight.T.reshape(sizes["N"], sizes["H"], sizes["D"])
-
-
-def _transpose(sizes: Mapping[str, int], weight: np.ndarray) -> np.ndarray:
-    return weight.T
+    return weight.reshape(sizes["D"], sizes["N"], sizes["H"])
 
 
 def _layer(name: str, *shape: str) -> Source:
@@ -118,7 +113,7 @@ LLAMA_RULES = (
         _fuse_gate_up,
         lambda c: c.mlp_bias,
     ),
-    Rule(("blocks", "down"), (_layer("mlp.down_proj.weight", "D", "F"),), _transpose),
+    Rule(("blocks", "down"), (_layer("mlp.down_proj.weight", "D", "F"),), _as_is),
     Rule(("blocks", "down_bias"), (_layer("mlp.down_proj.bias", "D"),), _as_is, lambda c: c.mlp_bias),
 )
 
@@ -183,14 +178,52 @@ def read_llama_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 LLAMA_KEYS = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
-    "max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias".split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+    ]
 )
 
 INERT_KEYS = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path bos_token_id eos_token_id pad_token_id "
-    "initializer_range use_cache attention_dropout pretraining_tp rope_interleaved is_llama_config transformers.js_config "
-    "output_attentions output_hidden_states return_dict unsloth_fixed unsloth_version torchscript".split()
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "use_cache",
+        "attention_dropout",
+        "pretraining_tp",
+        "rope_interleaved",
+        "is_llama_config",
+        "transformers.js_config",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "unsloth_fixed",
+        "unsloth_version",
+        "torchscript",
+    ]
 )
 """Config keys that do not change what a forward pass computes."""
 

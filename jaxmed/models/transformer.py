@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import ACTIVATIONS, contract, rms_norm, rotate
+from jaxmed.models.layers import ACTIVATIONS, project, rms_norm, rotate
 
 Params = dict[str, Any]
 Touch = Callable[[str, jax.Array], jax.Array]
@@ -58,7 +58,7 @@ class Block(nnx.Module):
         config, dtype = self.config, self.config.compute
         h = touch("residual_in", h)
         x = rms_norm(h, self.attention_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
-        qkv = contract("BTD,DKJH->BTKJH", x, self.qkv[...], dtype=dtype)
+        qkv = project(x, self.qkv[...], dtype=dtype)
         if config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         query, key, value = qkv[..., : config.group, :], qkv[..., config.group, :], qkv[..., config.group + 1, :]
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         value = touch("cached_value", value)
         mixed = attend(query.reshape(*h.shape[:2], config.kv_heads, config.group, config.head_width), key, value)
         mixed = touch("head_out", mixed.reshape(heads))
-        return self.add_attention(h, contract("BTNH,NHD->BTD", mixed, self.out[...]), touch)
+        return self.add_attention(h, project(mixed, self.out[...], inputs=2), touch)
 
     def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:
         """residual_in [B,T,D] and the output projection, bias not yet added [B,T,D] -> residual_mid."""
@@ -83,12 +83,12 @@ class Block(nnx.Module):
         """residual_mid [B,T,D] -> residual_out [B,T,D]."""
         config, dtype = self.config, self.config.compute
         x = rms_norm(h, self.mlp_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
-        branches = contract("BTD,DCF->BTCF", x, self.gate_up[...], dtype=dtype)
+        branches = project(x, self.gate_up[...], dtype=dtype)
         if config.mlp_bias:
             branches = branches + self.gate_up_bias[...]
         neuron = ACTIVATIONS[config.activation](branches[:, :, 0])
         neuron = touch("neuron", neuron * branches[:, :, 1] if config.gated else neuron)
-        raw = contract("BTF,FD->BTD", neuron, self.down[...])
+        raw = project(neuron, self.down[...])
         raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
 
@@ -98,8 +98,11 @@ class Block(nnx.Module):
 
 
 def block_letters(config: ModelConfig) -> dict[str, str]:
-    """Letters of every parameter of a block, without the leading `L`."""
-    letters = {"qkv": "DKJH", "out": "NHD", "gate_up": "DCF", "down": "FD"}
+    """Letters of every parameter of a block, without the leading `L`.
+
+    Matrices are stored output by input, as checkpoints have them: on two CPU cores XLA multiplies by them 8 % faster so.
+    """
+    letters = {"qkv": "KJHD", "out": "DNH", "gate_up": "CFD", "down": "DF"}
     if config.pre_norm:
         letters |= {"attention_norm": "D", "mlp_norm": "D"}
     if config.post_norm:

@@ -1,0 +1,108 @@
+"""The rooms: imports go only upward, Flax stays in models, torch stays out, names are the field's."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxmed as jm
+
+PACKAGE = Path(jm.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "axes": {"errors"},
+    "distributed": {"errors"},
+    "statistics": set(),
+    "prompts": {"errors"},
+    "tokens": {"errors", "prompts"},
+    "interventions": {"errors"},
+    "models": {"errors", "axes", "distributed", "interventions"},
+    "runner": {"interventions", "models"},
+    "results": {"errors"},
+    "plan": {"models"},
+    "effects": {"errors", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "plan"},
+    "api": {"errors", "prompts", "interventions", "models", "runner", "effects"},
+    "reports": {"errors", "results", "statistics"},
+    "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "plan", "distributed", "cli"},
+    "cli": {"errors", "prompts", "models", "distributed", "effects", "reports", "results", "bench"},
+}
+"""Room -> the rooms it may import."""
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f.name != "__init__.py" or f.parent != PACKAGE], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_go_only_upward(path: Path) -> None:
+    rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("jaxmed.")}
+    assert rooms - {_room(path)} <= ALLOWED[_room(path)]
+
+
+def test_flax_is_used_in_models_alone() -> None:
+    users = {_room(path) for path in FILES if "nnx." in path.read_text()}
+    assert users == {"models"}
+
+
+def test_torch_is_imported_by_the_benchmark_process_alone() -> None:
+    users = {path.name for path in FILES if {name.split(".")[0] for name in _imports(path)} & {"torch"}}
+    assert users == {"torch_peers.py"}
+
+
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoTorch())
+import jaxmed as jm
+print(jm.forward(jm.load("smollm2-135m-instruct"), [[1, 2]])[0].shape)
+"""
+
+
+def test_the_package_works_without_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert "(1, 2, 49152)" in done.stdout, done.stderr
+
+
+def test_no_model_name_branches_outside_models() -> None:
+    names = re.compile(r"[\"'](llama|gpt2|gemma\d?|qwen\d?|mistral|olmo\d?|phi\d?)[\"']")
+    assert not [path.name for path in FILES if _room(path) not in ("models",) and names.search(path.read_text())]
+
+
+def test_einsum_strings_use_the_legend() -> None:
+    legend = set("BTSDNKHVFLUPGJCER")
+    for path in FILES:
+        for letters in re.findall(r"(?:einsum|contract)\(\s*\"([A-Za-z.,>-]+)\"", path.read_text()):
+            if letters.isupper():
+                assert set(letters) - set(",->") <= legend, (path.name, letters)
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in jm.__all__:
+        assert getattr(jm, name).__doc__, name
+
+
+def test_no_work_at_import() -> None:
+    code = "import jax, jaxmed as jm; jm.load, jm.sweep; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
