@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.core import Tracer
 
 from jaxmed import runner
 from jaxmed.effects.job import Request, check
@@ -46,13 +47,13 @@ def forward(
         raise UserError(f"tokens is an int array [B, T], not {ids.dtype} {list(ids.shape)}.")
     ids = ids[None] if ids.ndim == 1 else ids
     config = model.config
-    if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocabulary:
+    if not isinstance(ids, Tracer) and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocabulary:
         raise UserError(f"tokens holds ids from {int(ids.min())} to {int(ids.max())}; legal: 0 to {config.vocabulary - 1}.")
     if padding is not None and np.shape(padding) != (ids.shape[0],):
         raise UserError(f"padding is int [B] = [{ids.shape[0]}], the number of pad tokens at the left of each row.")
     names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
     checked = check_edits(edits, config.layers, config.sizes | {"S": ids.shape[1]})
-    layout = runner.causal_layout(*ids.shape, padding)
+    layout = runner.causal_layout(ids.shape[0], ids.shape[1], padding)
     logits, recorded = runner.forward(config, model.params, ids, layout, checked, tuple(sorted(set(names))))
     return logits, {asked: recorded[name] for asked, name in zip(taps, names, strict=True)}
 

@@ -56,6 +56,6 @@ def make_mesh(spec: str | None = None) -> jax.sharding.Mesh:
 
 def keep_compiled_programs(folder: Path) -> None:
     """Turns JAX's persistent compilation cache on, in `folder`, unless the user has chosen one."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
@@ -41,11 +41,11 @@ def outcome(model: Model, pair: PromptPair, side: str, name: str, edits: Any = N
     first = lambda texts: [model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]  # noqa: E731
     last = _logits(model, prompt, edits)[-1]
     if name == "log-odds":
-        return logsumexp(last[first(pair.target)]) - logsumexp(last[first(pair.foil)])
+        return float(np.logaddexp.reduce(last[first(pair.target)]) - np.logaddexp.reduce(last[first(pair.foil)]))
     if name == "logit-diff":
         return last[first(pair.target)[0]] - last[first(pair.foil)[0]]
     if name == "logprob":
-        return logsumexp(log_softmax(last)[first(pair.target)])
+        return float(np.logaddexp.reduce(log_softmax(last)[first(pair.target)]))
     if name == "kl":
         source = log_softmax(_logits(model, render(model.tokenizer, pair, "source").ids)[-1])
         return -float(np.sum(np.exp(source) * (source - log_softmax(last))))

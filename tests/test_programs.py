@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -17,22 +19,27 @@ from jaxmed.runner import propagate
 from tests import tiny
 
 
-def test_one_compile_per_length_window_and_chunk(tiny_model: Model) -> None:
-    propagate.clear_cache()
-    jm.sweep(tiny_model, tiny.PAIRS, unit=("neuron",))
-    lengths = {len(prepare(tiny_model, pair, ("log-odds",), ("neuron",), "last").packed.tokens) for pair in tiny.PAIRS}
-    assert propagate._cache_size() == len(lengths)
-    jm.sweep(tiny_model, tiny.PAIRS[:1] * 1, unit=("neuron",), layers=[0, 2])
-    assert propagate._cache_size() == len(lengths)
+def _program() -> Any:
+    """`propagate`, with the attributes of a jitted function that its type does not declare."""
+    return propagate
+
+
+def test_one_compile_per_length_window_and_chunk(plain_model: Model) -> None:
+    _program().clear_cache()
+    jm.sweep(plain_model, tiny.PAIRS, unit=("neuron",))
+    lengths = {len(prepare(plain_model, pair, ("log-odds",), ("neuron",), "last").packed.tokens) for pair in tiny.PAIRS}
+    assert _program()._cache_size() == len(lengths)
+    jm.sweep(plain_model, tiny.PAIRS[:1], unit=("neuron",), layers=[0, 2])
+    assert _program()._cache_size() == len(lengths)
 
 
 def test_each_position_reuses_programs_of_window_buckets(plain_model: Model) -> None:
-    propagate.clear_cache()
+    _program().clear_cache()
     job = check(plain_model, tiny.PAIRS[2:], Request(position="each"))
     windows = {len(open_window(prepare(plain_model, tiny.PAIRS[2], ("log-odds",), ("neuron",), "each"), p).slots) for p in job.patches[0]}
     jm.sweep(plain_model, tiny.PAIRS[2:], unit="neuron", position="each")
     assert len(windows) < len(job.patches[0])
-    assert propagate._cache_size() == len(windows)
+    assert _program()._cache_size() == len(windows)
 
 
 def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
@@ -55,7 +62,7 @@ def test_scans_are_counted_once_per_step() -> None:
     assert count_flops(jax.make_jaxpr(many)(np.ones((4, 4), np.float32)).jaxpr) == 7 * 2 * 4**3
 
 
-@pytest.mark.parametrize("position", ["last", "each"])
+@pytest.mark.parametrize("position", ["last", pytest.param("each", marks=pytest.mark.slow)])
 def test_the_plan_counts_effects_and_passes_that_are_done(plain_model: Model, position: str, tmp_path) -> None:
     job = check(plain_model, tiny.PAIRS[1:], Request(units=tuple(UNITS), position=position, window=5))
     planned = plan(job)

@@ -68,7 +68,7 @@ def build(
     added = xr.Dataset({name: (dims[name], array) for name, array in values.items()})
     for unit in () if undone else units:
         added = added.merge(_statistics(unit, added[unit], pairs))
-    results.append(folder, added)
+    results.append(folder, {str(name): ([str(dim) for dim in array.dims], array.values, array.attrs) for name, array in added.items()})
     _write_records(folder, units, outcomes, layers, positions, tokens, bool(undone))
     return folder
 

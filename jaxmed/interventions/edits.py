@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxmed.errors import UserError
 from jaxmed.interventions.sites import INTERNAL, SITES, Site, site_name
@@ -141,19 +142,20 @@ def _join(name: str, first: Edit, second: Edit) -> Edit:
                 f"Two edits touch the same entry of site {name!r} (layer {_shown(first.where.layer[i])}, position "
                 f"{_shown(first.where.position[i])}, unit {_shown(first.where.unit[i])}). Drop one, or use different entries."
             )
-    stack = lambda field: _concatenate(getattr(first, field), first.where, getattr(second, field), second.where)  # noqa: E731
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first.where, second.where)
-    return Edit(stack("gate"), stack("value"), stack("add"), None, joined)
+    at = (len(first.where.layer), len(second.where.layer))
+    gate, value, add = (_concatenate((getattr(first, name), getattr(second, name)), at) for name in ("gate", "value", "add"))
+    return Edit(gate, value, add, None, joined)
 
 
-def _concatenate(a: Any, where_a: Where, b: Any, where_b: Where) -> np.ndarray:
+def _concatenate(fields: tuple[Any, Any], entries: tuple[int, int]) -> np.ndarray:
+    """Two fields [E] or [E, ...], or scalars, as one with as many entries as both have."""
+    rank = max(np.ndim(fields[0]), np.ndim(fields[1]), 1)
+    shape = np.broadcast_shapes(*(np.shape(field)[1:] for field in fields))
     parts = []
-    rank = max(np.ndim(a), np.ndim(b), 1)
-    shape = np.broadcast_shapes(np.shape(a)[1:], np.shape(b)[1:])
-    for field, at in ((a, where_a), (b, where_b)):
+    for field, count in zip(fields, entries, strict=True):
         field = np.asarray(field, np.float32)
-        field = field.reshape(field.shape + (1,) * (rank - field.ndim))
-        parts.append(np.broadcast_to(field, (len(at.layer), *shape)))
+        parts.append(np.broadcast_to(field.reshape(field.shape + (1,) * (rank - field.ndim)), (count, *shape)))
     return np.concatenate(parts)
 
 
@@ -195,7 +197,7 @@ def check_edits(edits: Edits | None, layers: int, sizes: Mapping[str, int]) -> d
             raise UserError(f"Site {name!r} is given twice, under two names. Combine the edits with `merge`.")
         for field in ("gate", "value", "add", "basis"):
             array = getattr(edit, field)
-            if array is not None and not isinstance(array, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(array, np.float32))):
+            if array is not None and not isinstance(array, Tracer) and not np.all(np.isfinite(np.asarray(array, np.float32))):
                 raise UserError(f"The {field} of the edit at {name!r} holds a value that is not finite.")
         if edit.where is not None:
             _check_range(name, "layer", edit.where.layer, layers)
@@ -207,7 +209,7 @@ def check_edits(edits: Edits | None, layers: int, sizes: Mapping[str, int]) -> d
 
 
 def _check_range(name: str, what: str, index: Any, size: int) -> None:
-    if isinstance(index, jax.core.Tracer):
+    if isinstance(index, Tracer):
         return
     wrong = [int(i) for i in np.asarray(index) if i != ANY and not 0 <= i < size]
     if wrong:

@@ -1,0 +1,94 @@
+"""Edits as data: merging, refusals, kinds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.interventions.sites import ALIASES, SITES, site_name
+from jaxmed.models.load import Model
+
+
+def test_merged_edits_equal_one_after_the_other(plain_model: Model) -> None:
+    a = jm.kinds.resample("neuron", [1.0, 2.0], layer=0, position=-1, unit=[3, 4])
+    b = jm.kinds.scale("neuron", 0.5, layer=2, position=-1, unit=3)
+    taps = jm.forward(plain_model, np.arange(6), jm.edits.merge(a, b), taps=("neuron",))[1]["neuron"]
+    alone = jm.forward(plain_model, np.arange(6), a, taps=("neuron",))[1]["neuron"]
+    assert taps[0, 0, -1, 3:5].tolist() == [1.0, 2.0]
+    assert np.isclose(float(taps[2, 0, -1, 3]), 0.5 * float(alone[2, 0, -1, 3]), atol=1e-6)
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_merging_two_edits_of_one_entry_is_an_error(position: int) -> None:
+    a = jm.kinds.zero("neuron", layer=1, position=-1, unit=3)
+    b = jm.kinds.scale("hook_post", 2.0, layer=1, position=position)
+    with pytest.raises(jm.UserError, match="same entry of site 'neuron'"):
+        jm.edits.merge(a, b)
+
+
+def test_merging_with_a_dense_edit_is_an_error() -> None:
+    with pytest.raises(jm.UserError, match="all of it"):
+        jm.edits.merge({"mlp_out": jm.Edit(1.0, 0.0)}, jm.kinds.zero("mlp_out", layer=1))
+
+
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        ({"neuron": jm.Edit(0.0, np.nan)}, "not finite"),
+        ({"nuron": jm.Edit(1.0, 0.0)}, "Did you mean 'neuron'"),
+        ({"mlp_raw": jm.Edit(1.0, 0.0)}, "can be read, not edited"),
+        ({"neuron": jm.Edit(1.0, 0.0), "hook_post": jm.Edit(1.0, 0.0)}, "given twice"),
+        (jm.kinds.zero("neuron", layer=3), "layer 3; legal: 0 to 2"),
+        (jm.kinds.zero("head_out", unit=4), "unit 4; legal: 0 to 3"),
+        (jm.kinds.zero("key", unit=2), "unit 2; legal: 0 to 1"),
+    ],
+)
+def test_edits_that_cannot_be_meant(plain_model: Model, edits: dict, said: str) -> None:
+    with pytest.raises(jm.UserError) as caught:
+        jm.forward(plain_model, np.arange(4), edits)
+    assert said in str(caught.value)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="legal: 0 to 263"):
+        jm.forward(plain_model, [[1, 264]])
+
+
+def test_aliases_name_sites() -> None:
+    assert {site_name(alias) for alias in ALIASES} == set(SITES)
+
+
+def test_noise_is_seeded_and_steering_adds(plain_model: Model) -> None:
+    run = lambda edits: np.asarray(jm.forward(plain_model, np.arange(6), edits, taps=("residual_out",))[1]["residual_out"])  # noqa: E731
+    noisy = [run(jm.kinds.noise("residual_out", 0.1, (1, 16), seed, layer=1, position=2)) for seed in (0, 0, 1)]
+    assert np.array_equal(noisy[0], noisy[1])
+    assert not np.array_equal(noisy[0], noisy[2])
+    steered = run(jm.kinds.steer("residual_out", np.ones(16), 2.0, layer=1, position=2)) - run(None)
+    assert np.allclose(steered[1, 0, 2], 2.0, atol=1e-5)
+    assert np.abs(steered[1, 0, :2]).max() == 0
+
+
+def test_sparse_edits_stay_sparse(plain_model: Model) -> None:
+    """64 edits at once: no array of the program holds a dense value for every edit, layer and neuron."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmed.interventions.edits import ANY, Edit, Where
+    from jaxmed.runner import causal_layout, run_blocks
+
+    config, params, count, length = plain_model.config, plain_model.params, 64, 6
+
+    def one(neuron, value):
+        at = Where(jnp.asarray([1]), jnp.asarray([-1]), neuron[None], jnp.asarray([ANY]))
+        edits = {"neuron": Edit(jnp.ones(1), value[None], jnp.zeros(1), None, at)}
+        return run_blocks(config, params, jnp.arange(length)[None], causal_layout(1, length), edits)[0]
+
+    program = jax.make_jaxpr(jax.vmap(one))(jnp.arange(count), jnp.ones(count))
+    dense = count * config.layers * length * config.neurons
+
+    def largest(jaxpr) -> int:
+        inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values() if hasattr(getattr(v, "jaxpr", v), "eqns")]
+        return max([0, *(int(np.prod(v.aval.shape)) for e in jaxpr.eqns for v in e.outvars), *map(largest, inner)])
+
+    assert largest(program.jaxpr) < dense
