@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import pytest
 
@@ -28,6 +30,12 @@ def tiny_model(request: pytest.FixtureRequest) -> Model:
 def plain_model() -> Model:
     """The tiny Llama."""
     return tiny.model("llama")
+
+
+@pytest.fixture(scope="session")
+def smol(default_model: Model) -> Any:
+    """The default model's tokenizer."""
+    return default_model.tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_a_damaged_gguf(tmp_path: Path) -> None:
     from jaxmed.models.catalog import locate
 
     whole = locate("smollm2-135m-instruct").read_bytes()
-    for content in (b"", b"GGUF", whole[:1000], whole[:3_000_000], whole[: len(whole) // 2]):
+    for content in (b"", b"GGUF", whole[:1000], whole[: len(whole) // 2]):
         (tmp_path / "m.gguf").write_bytes(content)
         assert "m.gguf" in _refused(tmp_path / "m.gguf")
 

@@ -170,6 +170,7 @@ def test_help_does_not_wait_for_jax() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_plans(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 0

@@ -173,7 +173,7 @@ def test_key_and_value_edits_reach_the_whole_group(plain_model: Model) -> None:
 def test_an_edit_touches_only_its_entry(plain_model: Model) -> None:
     edit = jm.kinds.resample("neuron", [7.5], layer=1, position=-3, unit=5)
     ids = np.arange(10)
-    before, after = (np.asarray(jm.forward(plain_model, ids, e, taps=("neuron",))[1]["neuron"]) for e in (None, edit))
+    before, after = (np.array(jm.forward(plain_model, ids, e, taps=("neuron",))[1]["neuron"]) for e in (None, edit))
     assert after[1, 0, 7, 5] == 7.5
     after[1, 0, 7, 5] = before[1, 0, 7, 5]
     assert np.array_equal(before[:2], after[:2])

@@ -13,16 +13,10 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.effects.outcomes import encode_answers
-from jaxmed.models.load import describe
 from jaxmed.prompts.readers import BUNDLED
 from jaxmed.tokens import render
 
 ROW = {"id": "a", "category": "c", "base": "x", "source": "y", "target": ["S"], "foil": ["N", "I"]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return describe("smollm2-135m-instruct").tokenizer
 
 
 def test_bundled_sets_are_large_and_varied() -> None:
@@ -36,9 +30,9 @@ def test_bundled_sets_are_large_and_varied() -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_answers_are_single_tokens(tokenizer, name: str) -> None:
+def test_bundled_answers_are_single_tokens(smol, name: str) -> None:
     for pair in jm.read_pairs(name):
-        encode_answers(tokenizer, pair, ("log-odds", "prefix-gap"))
+        encode_answers(smol, pair, ("log-odds", "prefix-gap"))
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -49,8 +43,8 @@ def test_groups_stay_on_one_side_of_the_split(name: str) -> None:
     assert all(len(side) == 1 for side in sides.values())
 
 
-def test_half_of_the_harm_pairs_are_equally_long(tokenizer) -> None:
-    lengths = [[len(render(tokenizer, pair, side).ids) for side in ("base", "source")] for pair in jm.read_pairs("harm")]
+def test_half_of_the_harm_pairs_are_equally_long(smol) -> None:
+    lengths = [[len(render(smol, pair, side).ids) for side in ("base", "source")] for pair in jm.read_pairs("harm")]
     assert sum(a == b for a, b in lengths) >= len(lengths) / 2
 
 

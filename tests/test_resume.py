@@ -21,7 +21,7 @@ from jaxmed.effects.units import UNITS
 from jaxmed.models.load import Model
 from tests import tiny
 
-SETTINGS = {"outcome": ("log-odds", "prefix-gap"), "unit": tuple(UNITS), "window": 5}
+SETTINGS = {"outcome": ("prefix-gap", "sequence-logprob"), "unit": tuple(UNITS), "window": 5}
 
 
 def _same(a: xr.Dataset, b: xr.Dataset) -> bool:
@@ -114,7 +114,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
 from tests import tiny
-jm.sweep(tiny.model("llama"), tiny.LONG, ("log-odds", "prefix-gap"), tuple(UNITS), window=5, out=sys.argv[1], resume=True)
+jm.sweep(tiny.model("llama"), tiny.LONG, ("prefix-gap", "sequence-logprob"), tuple(UNITS), window=5, out=sys.argv[1], resume=True)
 """
 
 

@@ -7,14 +7,8 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.effects.outcomes import encode_answers
-from jaxmed.models.load import describe
 from jaxmed.tokens import BUCKETS, align, bucket, locate, pack, render
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def smol():
-    return describe("smollm2-135m-instruct").tokenizer
 
 
 def test_ids_of_the_default_tokenizer_are_pinned(smol) -> None:

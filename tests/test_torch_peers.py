@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 from jaxmed.bench import torch_peers  # noqa: E402
 from tests.tolerances import EFFECTS  # noqa: E402
