@@ -42,7 +42,7 @@ def _matmuls(config: ModelConfig, params: Params, x: jax.Array, first: Any, toke
         y = contract("UD,FD->UF", x, qkv.reshape(-1, config.width), dtype=dtype)
         y = contract("UF,DF->UD", y[:, :wide], out.reshape(-1, wide), dtype=dtype)
         y = contract("UD,FD->UF", y, gate_up.reshape(-1, config.width), dtype=dtype)
-        return contract("UF,DF->UD", y[:, : config.neurons], down, dtype=dtype)
+        return contract("UF,FD->UD", y[:, : config.neurons], down, dtype=dtype)
 
     x = jax.lax.fori_loop(first, config.layers, step, x)
     return contract("UD,RD->UR", x, head(params)[tokens])

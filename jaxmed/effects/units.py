@@ -104,7 +104,7 @@ def neuron_rows(
     valid = (units[:, None] >= 0) & (index < config.neurons)
     index = jnp.clip(index, 0, config.neurons - 1)
     moved = jnp.where(valid, delta[:, index], 0.0)  # [T, U, width]
-    vectors = block.down[...].T[index].astype(jnp.float32)  # [U, width, D]
+    vectors = block.down[...][index].astype(jnp.float32)  # [U, width, D]
     rows = jnp.einsum("TUE,UED->UTD", moved, vectors, precision="highest")
     if not config.post_norm:
         return at["residual_out"] + rows

@@ -75,6 +75,10 @@ def _output_projection(sizes: Mapping[str, int], weight: np.ndarray) -> np.ndarr
     return weight.reshape(sizes["D"], sizes["N"], sizes["H"])
 
 
+def _transpose(sizes: Mapping[str, int], weight: np.ndarray) -> np.ndarray:
+    return weight.T
+
+
 def _layer(name: str, *shape: str) -> Source:
     return Source("model.layers.{l}." + name, shape)
 
@@ -113,7 +117,7 @@ LLAMA_RULES = (
         _fuse_gate_up,
         lambda c: c.mlp_bias,
     ),
-    Rule(("blocks", "down"), (_layer("mlp.down_proj.weight", "D", "F"),), _as_is),
+    Rule(("blocks", "down"), (_layer("mlp.down_proj.weight", "D", "F"),), _transpose),
     Rule(("blocks", "down_bias"), (_layer("mlp.down_proj.bias", "D"),), _as_is, lambda c: c.mlp_bias),
 )
 
