@@ -43,7 +43,8 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         top: rows per unit and outcome.
     """
     table = results.open_results(folder).load()
-    noise = table.base_highest.max("layer") - table.base_lowest.min("layer")
+    highest = np.maximum(table.base_highest.max("layer"), table.base_outcome)  # the full forward is one more way to the same number
+    noise = highest - np.minimum(table.base_lowest.min("layer"), table.base_outcome)
     added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})}
     rows: list[dict[str, Any]] = []
     for unit in (name for name in UNITS if name in table):
