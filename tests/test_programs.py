@@ -81,3 +81,12 @@ def test_memory_of_a_chunk_does_not_depend_on_the_number_of_units(plain_model: M
     wide = dataclasses.replace(plain_model.config, neurons=10**6)
     for units in (10, 10**4, 10**6):
         assert units_per_device(wide, plain_model.mesh, units, 1, 64) <= TOKENS_PER_DEVICE["cpu"] + 8
+
+
+def test_the_plan_of_last_token_neurons_carries_one_token_per_row(plain_model: Model) -> None:
+    job = check(plain_model, tiny.PAIRS[:1], Request())
+    config, (seen, window, _) = plain_model.config, job.shapes[0]
+    rows = (job.chunk["neuron"] + 1) * plain_model.mesh.shape["data"]
+    restarts = sum(propagate_flops(config, rows, 1, seen, config.layers - 1 - layer) for layer in range(config.layers))
+    assert window == 1
+    assert plan(job).flops == restarts + 2 * propagate_flops(config, 1, seen, 0, config.layers)

@@ -54,7 +54,7 @@ class Job:
     layers: tuple[int, ...]
     patches: tuple[tuple[Patch, ...], ...]
     tokens: tuple[dict[str, list[int]], ...]
-    shapes: tuple[tuple[int, int], ...]  # per pair: length bucket, widest window bucket
+    shapes: tuple[tuple[int, int, int], ...]  # per pair: length bucket, widest window bucket, tokens used
     chunk: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -92,7 +92,7 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
             raise UserError(f"pair {pair.id!r} has {packed.used} tokens with its answers; this model takes {config.max_length}.")
         patches.append(here)
         tokens.append({"base": base.ids.tolist(), "source": source.ids.tolist()})
-        shapes.append((len(packed.tokens), bucket(packed.used - min(p.base[0] for p in here), WINDOW_BUCKETS)))
+        shapes.append((len(packed.tokens), bucket(packed.used - min(p.base[0] for p in here), WINDOW_BUCKETS), packed.used))
     job = Job(model, tuple(pairs), request, layers, tuple(patches), tuple(tokens), tuple(shapes))
     job.chunk.update(_chunks(job))
     return job
@@ -117,10 +117,10 @@ def plan(job: Job, rate: float | None = None) -> Plan:
     """The cost of a job; `rate` (FLOP/s) turns FLOPs into seconds."""
     config, devices = job.model.config, job.model.mesh.shape["data"]
     passes, flops, effects = 0, 0.0, 0
-    for patches, (seen, _) in zip(job.patches, job.shapes, strict=True):
+    for patches, (seen, _, used) in zip(job.patches, job.shapes, strict=True):
         flops += 2 * propagate_flops(config, 1, seen, 0, config.layers)
         for patch in patches:
-            window = bucket(seen - patch.base[0], WINDOW_BUCKETS)
+            window = bucket(used - patch.base[0], WINDOW_BUCKETS)
             for unit in job.many:
                 units = units_per_layer(config, unit, job.request.window)
                 rows = -(-units // (job.chunk[unit] * devices)) * (job.chunk[unit] + 1) * devices
@@ -211,10 +211,10 @@ def manifest(job: Job) -> dict[str, Any]:
 
 def layer_flops(job: Job, number: int, layer: int) -> float:
     """FLOPs that progress counts for a layer: its neuron rows, or its share of the modules."""
-    config, seen = job.model.config, job.shapes[number][0]
+    config, (seen, _, used) = job.model.config, job.shapes[number]
     rows = sum(units_per_layer(config, unit, job.request.window) for unit in job.many) or 1
     return sum(
-        propagate_flops(config, rows, bucket(seen - patch.base[0], WINDOW_BUCKETS), seen, config.layers - layer)
+        propagate_flops(config, rows, bucket(used - patch.base[0], WINDOW_BUCKETS), seen, config.layers - layer)
         for patch in job.patches[number]
     )
 
