@@ -32,7 +32,8 @@ def test_bundled_sets_are_large_and_varied() -> None:
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_answers_are_single_tokens(smol, name: str) -> None:
     for pair in jm.read_pairs(name):
-        encode_answers(smol, pair, ("log-odds", "prefix-gap"))
+        answers = encode_answers(smol, pair, ("log-odds", "prefix-gap"))
+        assert {len(ids) for ids in answers.ids} == {1}
 
 
 @pytest.mark.parametrize("name", BUNDLED)
