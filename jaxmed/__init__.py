@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxmed import statistics
     from jaxmed.api import forward, sweep
+    from jaxmed.distributed import make_mesh
     from jaxmed.errors import UserError
     from jaxmed.interventions import edits, kinds
     from jaxmed.interventions.edits import Edit
@@ -34,6 +35,7 @@ _PUBLIC = {
     "open_results": "jaxmed.results",
     "Edit": "jaxmed.interventions.edits",
     "UserError": "jaxmed.errors",
+    "make_mesh": "jaxmed.distributed",
 }
 _MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.kinds", "edits": "jaxmed.interventions.edits"}
 
@@ -46,6 +48,7 @@ __all__ = [
     "forward",
     "kinds",
     "load",
+    "make_mesh",
     "open_results",
     "read_pairs",
     "statistics",

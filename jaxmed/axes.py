@@ -10,6 +10,8 @@ Einsum strings, shape annotations and comments use these letters and no others:
     J rows of the fused projection per key/value head: G queries, one key, one value (J = G + 2)
     C branches of the MLP's input projection: gate and up, or up alone
     E entries of an indexed edit                              R answer tokens read from the logits
+    X experts of a mixture; M neurons of one expert (F = X * M)
+    Q learned positions
 
 A parameter names its letters once (`models/transformer.py`); its sharding follows from `MESH_AXES`.
 """
@@ -20,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.errors import UserError
 
-MESH_AXES: dict[str, str] = {"B": "data", "U": "data", "P": "data", "N": "model", "K": "model", "F": "model", "V": "model"}
+MESH_AXES: dict[str, str] = dict.fromkeys("BUP", "data") | dict.fromkeys("NKFXV", "model")
 """Logical axis -> mesh axis. A letter that is absent is replicated. `L` is never sharded: the layer loop slices it."""
 
 

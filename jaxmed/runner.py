@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from jaxmed.interventions.edits import Edit, TokenIndex, apply_edit
 from jaxmed.interventions.sites import INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import MASKED, contract, rope_angles, sees
-from jaxmed.models.transformer import Params, embed, final_norm, head, open_block
-
-UNLIMITED = 2**30
+from jaxmed.models.layers import MASKED, attention_scores, contract, sees
+from jaxmed.models.rope import layer_windows, model_angles
+from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +50,6 @@ def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
     return Layout(jnp.maximum(counted, 0), visible, TokenIndex(counted, length - left))
 
 
-def layer_windows(config: ModelConfig) -> jax.Array:
-    """Sliding window of every layer, int [L]; `UNLIMITED` where a layer sees all tokens."""
-    return jnp.asarray(config.windows or (UNLIMITED,) * config.layers, jnp.int32)
-
-
 def run_blocks(
     config: ModelConfig,
     params: Params,
@@ -71,7 +65,7 @@ def run_blocks(
     """
     edits = edits or {}
     scanned, fixed = _split_dense(edits)
-    angles = rope_angles(config.rope, config.head_width, layout.position)
+    angles = model_angles(config, layout.position)
 
     def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         arrays, window, layer, dense = inputs
@@ -87,19 +81,19 @@ def run_blocks(
             return a
 
         visible = layout.visible & sees(layout.position, layout.position, window)
-        attend = partial(_attend_all, visible=visible, touch=touch)
-        h = block.attention(h, angles, attend, touch)
+        attend = partial(_attend_all, config, visible=visible, touch=touch)
+        h = block.attention(h, angles(window), attend, touch)
         return block.mlp(h, touch), recorded
 
     layers = jnp.arange(config.layers)
     inputs = (params["blocks"], layer_windows(config), layers, scanned)
-    return jax.lax.scan(step, embed(params, tokens), inputs)
+    return jax.lax.scan(step, embed(config, params, tokens, layout.position), inputs)
 
 
-def _attend_all(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Any) -> jax.Array:
+def _attend_all(config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Any) -> jax.Array:
     """Attention among the tokens of a batch: query [B,T,K,G,H], key and value [B,S,K,H] -> [B,T,K,G,H]."""
-    batch, length, kv_heads, group, width = query.shape
-    scores = contract("BTKGH,BSKH->BKGTS", query, key) / width**0.5
+    batch, length, kv_heads, group, _ = query.shape
+    scores = attention_scores(config, contract("BTKGH,BSKH->BKGTS", query, key))
     pattern = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     pattern = touch("attention_pattern", pattern.reshape(batch, kv_heads * group, length, -1))
     pattern = pattern.reshape(scores.shape).astype(value.dtype)
@@ -139,7 +133,7 @@ def forward(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """tokens int [B,T] -> logits float32 [B,T,V] and the tapped activations, each [L,B,T,...]."""
     h, recorded = run_blocks(config, params, tokens, layout, edits, taps)
-    return contract("BTD,VD->BTV", final_norm(config, params, h), head(params)), recorded
+    return as_logits(config, contract("BTD,VD->BTV", final_norm(config, params, h), head(params))), recorded
 
 
 @jax.tree_util.register_dataclass
@@ -201,7 +195,7 @@ def propagate(
     Returns:
         What `readout` returns, [..., U].
     """
-    angles = rope_angles(config.rope, config.head_width, restart.position)
+    angles = model_angles(config, restart.position)
     windows = layer_windows(config)
     base_position = jnp.arange(restart.key.shape[1])
 
@@ -210,8 +204,8 @@ def propagate(
         block = open_block(config, arrays)
         before = (base_position < restart.prefix) & sees(restart.position, base_position, windows[layer])
         among = restart.visible & sees(restart.position, restart.position, windows[layer])
-        attend = partial(_attend_restarted, before=before, among=among, cached=(restart.key[layer], restart.value[layer]))
-        stream = block.attention(stream, angles, attend)
+        attend = partial(_attend_restarted, config, before=before, among=among, cached=(restart.key[layer], restart.value[layer]))
+        stream = block.attention(stream, angles(windows[layer]), attend)
         if entry is not None:
             stream = _join(stream, h, (entry.layer == layer) & entry.mid)
         stream = block.mlp(stream)
@@ -225,16 +219,21 @@ def _join(stream: jax.Array, rows: jax.Array, here: jax.Array) -> jax.Array:
 
 
 def _attend_restarted(
-    query: jax.Array, key: jax.Array, value: jax.Array, before: jax.Array, among: jax.Array, cached: tuple[jax.Array, jax.Array]
+    config: ModelConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    before: jax.Array,
+    among: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """Attention of window tokens to the base run's earlier tokens (shared by all rows) and to each other.
 
     query [B,T,K,G,H], key and value [B,T,K,H], cached [S,K,H], before [T,S], among [T,T] -> [B,T,K,G,H].
     """
-    width = query.shape[-1]
-    earlier = contract("BTKGH,SKH->KBTGS", query, cached[0]) / width**0.5
+    earlier = attention_scores(config, contract("BTKGH,SKH->KBTGS", query, cached[0]))
     earlier = jnp.where(before[None, None, :, None], earlier, MASKED)
-    own = contract("BTKGH,BSKH->KBTGS", query, key) / width**0.5
+    own = attention_scores(config, contract("BTKGH,BSKH->KBTGS", query, key))
     own = jnp.where(among[None, None, :, None], own, MASKED)
     top = jnp.maximum(earlier.max(-1), own.max(-1))[..., None]
     earlier, own = jnp.exp(earlier - top), jnp.exp(own - top)

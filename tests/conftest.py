@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import version
 from typing import Any
 
-import jax
-import pytest
+QUICK_COMPILES = " --xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+"""Compiling takes most of the suite's time. XLA ends the process at a flag it does not know, hence the version."""
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_COMPILES
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-from jaxmed.models.load import Model, load  # noqa: E402
+from jaxmed.models.load import Model, describe, load  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -20,7 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-@pytest.fixture(scope="session", params=sorted(tiny.CONFIGS))
+@pytest.fixture(
+    scope="session",
+    params=["llama", "post_norm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_norms", "windowed_biased"))],
+)
 def tiny_model(request: pytest.FixtureRequest) -> Model:
     """A random model of a few thousand weights, one per kind of block."""
     return tiny.model(request.param)
@@ -33,9 +42,9 @@ def plain_model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def smol(default_model: Model) -> Any:
+def smol() -> Any:
     """The default model's tokenizer."""
-    return default_model.tokenizer
+    return describe("smollm2-135m-instruct").tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_an_index_that_names_an_absent_tensor(tmp_path: Path) -> None:
         ({"attention_sink": 4}, "'attention_sink'"),
         ({"model_type": "lama"}, "Did you mean 'llama'"),
         ({"hidden_act": "swish9"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, "'twist'"),
         ({"num_hidden_layers": "many"}, "cannot be used"),
         ({"rope_interleaved": True}, "rope_interleaved"),

@@ -52,6 +52,7 @@ def test_answers_do_not_see_each_other(plain_model: Model) -> None:
     assert np.abs(alone.mlp_out.values - both.mlp_out.sel(outcome="prefix-gap").values).max() <= tolerances.EFFECTS
 
 
+@pytest.mark.slow
 def test_the_default_models_neurons_equal_naive_patching(default_model: Model) -> None:
     pair = read_pairs("harm")[0]
     table = jm.sweep(default_model, [pair], layers=[3, 17, 29])

@@ -15,16 +15,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxmed.distributed import make_mesh
+from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families import FAMILIES
-from jaxmed.models.load import Model, _names, from_params
+from jaxmed.models.load import Model, from_params
 from jaxmed.models.transformer import param_shapes, param_shardings
 from jaxmed.prompts import PromptPair
 
 LLAMA = ModelConfig("llama", 3, 16, 4, 2, 8, 24, 264, 512, Rope(10000.0), tied=False)
 CONFIGS: dict[str, ModelConfig] = {
     "llama": LLAMA,
-    "post_norm": replace(LLAMA, pre_norm=False, post_norm=True, query_key_norm=True, tied=True),
+    "post_norm": replace(LLAMA, pre_norm=False, post_norm=True, query_key_norm="head", tied=True),
     "four_norms": replace(LLAMA, post_norm=True, activation="gelu_tanh"),
     "windowed_biased": replace(LLAMA, windows=(4, 2**30, 9), qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, activation="gelu"),
 }
@@ -87,9 +88,9 @@ def write_checkpoint(folder: Path, shards: int = 1, dtype: Any = np.float32, **c
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
     family = FAMILIES["llama"]
-    config = family.read_config(raw)
+    config = family.read(raw)
     rng = np.random.default_rng(0)
-    names = [pair for rule in family.rules if rule.needed(config) for pair in _names(rule, config)]
+    names = [pair for rule in needed_rules(family, config) for pair in expected_tensors(rule, config)]
     tensors = {name: (rng.normal(size=shape) * (1.0 if len(shape) == 1 else 0.5)).astype(dtype) for name, shape in names}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")

@@ -15,7 +15,7 @@ from jaxmed.effects.units import chunk_rows
 from jaxmed.interventions.edits import ANY, Edit, Where
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, final_norm, head
+from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.runner import causal_layout, forward, run_blocks
 
 
@@ -70,7 +70,7 @@ def _patched_logits(config: ModelConfig, params: Params, tokens: jax.Array, laye
         return h[0, -1]
 
     h = jax.vmap(one)(neurons, values)
-    return contract("UD,VD->UV", final_norm(config, params, h), head(params))
+    return as_logits(config, contract("UD,VD->UV", final_norm(config, params, h), head(params)))
 
 
 def naive(subject: Subject, layer: int, count: int, batch: int = 32) -> np.ndarray:

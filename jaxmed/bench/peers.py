@@ -60,7 +60,7 @@ class Peers:
             dtype=config.dtype,
             threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             device="cuda" if jax.default_backend() == "gpu" else "cpu",
-            random={**random, "rope_base": config.rope.base} if shape else None,
+            random={**random, "rope_base": config.rope.base} if shape and config.rope else None,
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, final_norm, head
+from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.tokens import Packed, bucket, need_tokenizer
 
@@ -185,17 +185,17 @@ class Readout:
         """h float32 [U,T,D] -> outcomes float32 [outcome, U]."""
         x = final_norm(config, params, h[:, reads.slots])
         known = [OUTCOMES[o] for o in self.outcomes if not callable(o)]
-        logits = contract("UTD,RD->URT", x, head(params)[reads.token])
+        logits = as_logits(config, contract("UTD,RD->URT", x, head(params)[reads.token]))
         logits = jnp.take_along_axis(logits, reads.at[None, :, None], axis=2)[..., 0]
         scores = logits
         normaliser = expected = jnp.zeros(x.shape[:2])
         if any(outcome.normalised for outcome in known):
-            normaliser, expected = _normalise(x, head(params), reads.source)
+            normaliser, expected = _normalise(config, x, head(params), reads.source)
             scores = logits - normaliser[:, reads.at]
         values = []
         for row, outcome in enumerate(self.outcomes):
             if callable(outcome):
-                values.append(jax.vmap(outcome)(contract("UD,VD->UV", x[:, 0], head(params))))
+                values.append(jax.vmap(outcome)(as_logits(config, contract("UD,VD->UV", x[:, 0], head(params)))))
             else:
                 kind = OUTCOMES[outcome]
                 values.append(RULES[kind.rule](scores if kind.normalised else logits, reads.weight[row], reads, normaliser, expected))
@@ -223,7 +223,7 @@ def _kl(scores: jax.Array, weight: jax.Array, reads: Reads, normaliser: jax.Arra
 RULES: dict[str, Callable[..., jax.Array]] = {"sum": _sum, "odds": _odds, "total": _total, "kl": _kl}
 
 
-def _normalise(x: jax.Array, table: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normalise(config: ModelConfig, x: jax.Array, table: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-normaliser of the logits, and their mean under the source's distribution, both [U,T]; in blocks of the vocabulary."""
     count = table.shape[0]
     size = int(min(count, max(128, VOCABULARY_BYTES // (4 * x.shape[0] * x.shape[1]))))
@@ -233,7 +233,7 @@ def _normalise(x: jax.Array, table: jax.Array, source: jax.Array) -> tuple[jax.A
         top, total, expected = carry
         start = jnp.minimum(number * size, count - size)
         block = jax.lax.dynamic_slice_in_dim(table, start, size)
-        logits = contract("UTD,VD->UTV", x, block)
+        logits = as_logits(config, contract("UTD,VD->UTV", x, block))
         new = (start + jnp.arange(size)) >= number * size  # the last block may reach back over the one before
         masked = jnp.where(new, logits, -jnp.inf)
         higher = jnp.maximum(top, masked.max(-1))
@@ -251,7 +251,7 @@ def _normalise(x: jax.Array, table: jax.Array, source: jax.Array) -> tuple[jax.A
 @partial(jax.jit, static_argnames=("config",))
 def next_token(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
     """Log-probabilities float32 [V] of the next token, from the last residual stream [D] of a token."""
-    return jax.nn.log_softmax(contract("UD,VD->UV", final_norm(config, params, h[None]), head(params))[0])
+    return jax.nn.log_softmax(as_logits(config, contract("UD,VD->UV", final_norm(config, params, h[None]), head(params)))[0])
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract
+from jaxmed.models.layers import contract, normalise
 from jaxmed.models.transformer import Params, open_block
 from jaxmed.runner import Entry
 
@@ -73,6 +73,7 @@ def recorded_sites(config: ModelConfig, units: tuple[str, ...]) -> tuple[tuple[s
     """The sites that must be recorded in the base run and in the source run."""
     swapped = {UNITS[unit].site for unit in units}
     base = swapped | {"residual_mid", "residual_out"} | ({"mlp_raw", "attention_raw", "residual_in"} if config.post_norm else set())
+    base |= {"routing"} if config.experts and "neuron" in swapped else set()
     return tuple(sorted(base)), tuple(sorted(swapped))
 
 
@@ -86,7 +87,8 @@ def neuron_rows(
 ) -> jax.Array:
     """residual_out of one layer with windows of `width` adjacent neurons swapped for their source values.
 
-    Neuron j changes the MLP's output by `delta_j * W_down[j]`: no MLP matmul is run again.
+    Neuron j changes the MLP's output by `delta_j * W_down[j]`: no MLP matmul is run again. In a mixture of experts that is times
+    the weight of j's expert in the base run, where routing at this layer stays as it was; later layers route anew.
 
     Args:
         slots: int [T], which recorded columns the window has.
@@ -103,11 +105,13 @@ def neuron_rows(
     index = units[:, None] * width + jnp.arange(width)
     valid = (units[:, None] >= 0) & (index < config.neurons)
     index = jnp.clip(index, 0, config.neurons - 1)
+    if config.experts:
+        delta = delta * jnp.repeat(at["routing"], config.sizes["M"], axis=-1)
     moved = jnp.where(valid, delta[:, index], 0.0)  # [T, U, width]
     vectors = block.down[...][index].astype(jnp.float32)  # [U, width, D]
     rows = jnp.einsum("TUE,UED->UTD", moved, vectors, precision="highest")
     if not config.post_norm:
-        return at["residual_out"] + rows
+        return at["residual_out"] + rows * config.residual_scale
     return at["residual_mid"] + block.post(at["mlp_raw"] + rows, "mlp_post_norm")
 
 
@@ -156,11 +160,10 @@ def _head_rows(
     delta = jnp.where(patched[None, :, None], head_values(source) - head_values(base), 0.0)
     rows = contract("UTH,UDH->UTD", delta, params["blocks"]["out"][units.layer, :, units.index].astype(jnp.float32))
     if not config.post_norm:
-        return at(base, "residual_mid") + rows
-    scale = params["blocks"]["attention_post_norm"][units.layer][:, None].astype(jnp.float32)
+        return at(base, "residual_mid") + rows * config.residual_scale
+    scale = params["blocks"]["attention_post_norm"][units.layer][:, None]
     raw = at(base, "attention_raw") + rows
-    normed = raw * jax.lax.rsqrt(jnp.mean(raw * raw, axis=-1, keepdims=True) + config.norm_eps) * scale
-    return at(base, "residual_in") + normed
+    return at(base, "residual_in") + normalise(config, raw, scale) * config.residual_scale
 
 
 def chunk_rows(units: int, per_device: int, devices: int) -> np.ndarray:

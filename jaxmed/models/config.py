@@ -10,22 +10,30 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding.
+    """Rotary position embedding; `models/rope.py` turns it into frequencies.
 
     Attributes:
         base: the base of the frequencies.
-        scaling: "none", "linear" (all frequencies divided by `factor`), or "llama3" (low frequencies divided, high ones kept,
-            a linear ramp between; Llama 3.1), or "factors" (each frequency divided by its own factor, as GGUF files store it).
-        factor, low_factor, high_factor, original_length, factors: parameters of the scaling.
+        scaling: a key of `rope.SCALINGS`.
+        share: part of the head width that is rotated, from its start.
+        factor, low_factor, high_factor, original_length, factors, short_factors, beta_fast, beta_slow, truncate: parameters of
+            the scaling.
+        amplitude: factor on cosines and sines.
     """
 
     base: float = 10000.0
     scaling: str = "none"
+    share: float = 1.0
     factor: float = 1.0
     low_factor: float = 1.0
     high_factor: float = 4.0
     original_length: int = 8192
     factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    amplitude: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,17 @@ class ModelConfig:
     heads: int  # N
     kv_heads: int  # K
     head_width: int  # H
-    neurons: int  # F
+    neurons: int  # F, over all experts
     vocabulary: int  # V
     max_length: int
-    rope: Rope = Rope()
+    rope: Rope | None = Rope()  # None: learned positions
+    local_rope: Rope | None = None  # of layers with a sliding window, where it differs
+    norm: str = "rms"  # or "layer": mean subtracted, and a bias
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # added to the norms' scales
     pre_norm: bool = True
     post_norm: bool = False
-    query_key_norm: bool = False
+    query_key_norm: str = ""  # "head": over each head; "all": over all heads together
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
@@ -53,6 +64,15 @@ class ModelConfig:
     mlp_bias: bool = False
     tied: bool = True
     windows: tuple[int, ...] | None = None  # per layer: how many tokens a query sees; None: all
+    score_scale: float | None = None  # of attention scores; None: 1 / sqrt(H)
+    score_cap: float = 0.0  # soft cap of attention scores; 0: none
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    experts: int = 0  # X; 0: no mixture
+    experts_used: int = 0  # per token
+    experts_normed: bool = False  # whether the weights of the used experts sum to one
     dtype: str = "float32"
 
     @property
@@ -63,6 +83,10 @@ class ModelConfig:
     @property
     def compute(self) -> Any:
         return jnp.dtype(self.dtype)
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.norm == "layer"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -78,10 +102,13 @@ class ModelConfig:
             "G": self.group,
             "J": self.group + 2,
             "C": 2 if self.gated else 1,
+            "X": max(self.experts, 1),
+            "M": self.neurons // max(self.experts, 1),
+            "Q": self.max_length,
         }
 
     @property
     def layer_weights(self) -> int:
         """Weights in one block's matrices."""
         attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
-        return attention + self.width * self.neurons * (self.sizes["C"] + 1)
+        return attention + self.width * self.neurons * (self.sizes["C"] + 1) + self.width * self.experts

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxmed.models.config import Rope
+from jaxmed.models.config import ModelConfig
 
 MASKED = -1e30
 """Score of a token that may not be seen: finite, so that a row without any visible token stays finite."""
@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+"""The MLP's nonlinearity, by name."""
 
 
 def contract(letters: str, *operands: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -43,41 +44,39 @@ def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype |
     return out if dtype is None else out.astype(dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in `dtype`."""
-    x = x.astype(jnp.float32)
-    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(dtype)
+def normalise(
+    config: ModelConfig, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, dtype: Any = jnp.float32, axes: int = 1
+) -> jax.Array:
+    """The family's norm over the last `axes` axes of x, computed in float32, returned in `dtype`.
+
+    Root-mean-square norm, or layer norm (mean subtracted, bias added).
+    """
+    x, over = x.astype(jnp.float32), tuple(range(-axes, 0))
+    if config.norm == "layer":
+        x = x - jnp.mean(x, axis=over, keepdims=True)
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=over, keepdims=True) + config.norm_eps)
+    normed = normed * (scale.astype(jnp.float32) + config.norm_offset)
+    return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(dtype)
 
 
-def rope_frequencies(rope: Rope, head_width: int) -> np.ndarray:
-    """Angular frequencies [H / 2] (radians per token), with the scaling of `rope`."""
-    frequencies = 1.0 / rope.base ** (np.arange(0, head_width, 2, dtype=np.float64) / head_width)
-    if rope.scaling == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.scaling == "factors":
-        frequencies = frequencies / np.asarray(rope.factors)
-    elif rope.scaling == "llama3":
-        wavelength = 2 * math.pi / frequencies
-        low, high = rope.original_length / rope.low_factor, rope.original_length / rope.high_factor
-        ramp = (rope.original_length / wavelength - rope.low_factor) / (rope.high_factor - rope.low_factor)
-        between = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
-        scaled = np.where(wavelength > low, frequencies / rope.factor, between)
-        frequencies = np.where(wavelength < high, frequencies, scaled)
-    return frequencies.astype(np.float32)
+def cap(x: jax.Array, limit: float) -> jax.Array:
+    """Soft cap: `limit * tanh(x / limit)`; nothing at limit 0."""
+    return limit * jnp.tanh(x / limit) if limit else x
 
 
-def rope_angles(rope: Rope, head_width: int, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., T, 1, H / 2] for integer positions [..., T]."""
-    angles = position[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_width)
-    return jnp.cos(angles), jnp.sin(angles)
+def attention_scores(config: ModelConfig, products: jax.Array) -> jax.Array:
+    """Scaled and capped attention scores from the products of queries and keys."""
+    scale = config.head_width**-0.5 if config.score_scale is None else config.score_scale
+    return cap(products * scale, config.score_cap)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies RoPE to x [..., T, heads, H], halves paired as in Hugging Face checkpoints."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def route(config: ModelConfig, products: jax.Array) -> jax.Array:
+    """Router products [B,T,X] -> weight of every expert, float32 [B,T,X]; zero for experts that a token does not use."""
+    share = jax.nn.softmax(products.astype(jnp.float32), axis=-1)
+    most, chosen = jax.lax.top_k(share, config.experts_used)
+    if config.experts_normed:
+        most = most / most.sum(-1, keepdims=True)
+    return (jax.nn.one_hot(chosen, config.experts) * most[..., None]).sum(-2)
 
 
 def sees(query_position: jax.Array, key_position: jax.Array, window: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from flax import nnx
 
 from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import ACTIVATIONS, contract, project, rms_norm, rotate
+from jaxmed.models.layers import ACTIVATIONS, cap, contract, normalise, project, route
+from jaxmed.models.rope import Angles, rotate
 
 Params = dict[str, Any]
 Touch = Callable[[str, jax.Array], jax.Array]
@@ -38,8 +39,7 @@ class Block(nnx.Module):
     out: nnx.Param
     gate_up: nnx.Param  # gate and up side by side: one matmul, and it still shards over F
     down: nnx.Param
-    attention_norm: nnx.Param
-    mlp_norm: nnx.Param
+    router: nnx.Param
     query_norm: nnx.Param
     key_norm: nnx.Param
     qkv_bias: nnx.Param
@@ -51,23 +51,29 @@ class Block(nnx.Module):
         self.config = config
         for name, letters in block_letters(config).items():
             shape = tuple(config.sizes[letter] for letter in letters)
-            setattr(self, name, nnx.Param(jnp.zeros(shape, config.compute)))
+            setattr(self, name, nnx.Param(jnp.zeros(shape, param_dtype(config, name))))
 
-    def attention(self, h: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, touch: Touch = untouched) -> jax.Array:
+    def norm(self, x: jax.Array, name: str, dtype: Any) -> jax.Array:
+        """x [B,T,D] through one of the block's norms over D, in `dtype`."""
+        bias = getattr(self, name + "_bias")[...] if self.config.norm_bias else None
+        return normalise(self.config, x, getattr(self, name)[...], bias, dtype)
+
+    def attention(self, h: jax.Array, angles: Angles | None, attend: Attend, touch: Touch = untouched) -> jax.Array:
         """h [B,T,D] -> residual_mid [B,T,D]."""
         config, dtype = self.config, self.config.compute
         h = touch("residual_in", h)
-        x = rms_norm(h, self.attention_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
+        x = self.norm(h, "attention_norm", dtype) if config.pre_norm else h.astype(dtype)
         qkv = project(x, self.qkv[...], dtype=dtype)
         if config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         query, key, value = qkv[..., : config.group, :], qkv[..., config.group, :], qkv[..., config.group + 1, :]
-        if config.query_key_norm:
-            query = rms_norm(query, self.query_norm[...], config.norm_eps, dtype)
-            key = rms_norm(key, self.key_norm[...], config.norm_eps, dtype)
         heads = (*h.shape[:2], config.heads, config.head_width)
-        query = touch("query", query.reshape(heads))
-        key, value = touch("key", key), touch("value", value)
+        query = query.reshape(heads)
+        if config.query_key_norm:
+            axes = {"head": 1, "all": 2}[config.query_key_norm]
+            query = normalise(config, query, self.query_norm[...], None, dtype, axes)
+            key = normalise(config, key, self.key_norm[...], None, dtype, axes)
+        query, key, value = touch("query", query), touch("key", key), touch("value", value)
         query, key = rotate(query, angles), touch("cached_key", rotate(key, angles))
         value = touch("cached_value", value)
         mixed = attend(query.reshape(*h.shape[:2], config.kv_heads, config.group, config.head_width), key, value)
@@ -82,53 +88,74 @@ class Block(nnx.Module):
     def mlp(self, h: jax.Array, touch: Touch = untouched) -> jax.Array:
         """residual_mid [B,T,D] -> residual_out [B,T,D]."""
         config, dtype = self.config, self.config.compute
-        x = rms_norm(h, self.mlp_norm[...], config.norm_eps, dtype) if config.pre_norm else h.astype(dtype)
+        x = self.norm(h, "mlp_norm", dtype) if config.pre_norm else h.astype(dtype)
         branches = project(x, self.gate_up[...], dtype=dtype)
         if config.mlp_bias:
             branches = branches + self.gate_up_bias[...]
-        neuron = ACTIVATIONS[config.activation](branches[:, :, 0])
-        neuron = touch("neuron", neuron * branches[:, :, 1] if config.gated else neuron)
+        neuron = ACTIVATIONS[config.activation](branches[..., 0, :])
+        neuron = neuron * branches[..., 1, :] if config.gated else neuron
+        neuron = touch("neuron", neuron.reshape(*h.shape[:2], config.neurons))
+        if config.experts:
+            weight = touch("routing", route(config, project(x, self.router[...])))
+            neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
         raw = contract("BTF,FD->BTD", neuron, self.down[...])
         raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
 
     def post(self, raw: jax.Array, norm: str) -> jax.Array:
-        """What is added to the residual stream for the raw output of a module: its post-norm where the family has one."""
-        return rms_norm(raw, getattr(self, norm)[...], self.config.norm_eps, jnp.float32) if self.config.post_norm else raw
+        """What is added to the residual stream for the raw output of a module: its post-norm and scale where the family has them."""
+        added = self.norm(raw, norm, jnp.float32) if self.config.post_norm else raw
+        return added * self.config.residual_scale if self.config.residual_scale != 1 else added
 
 
 def block_letters(config: ModelConfig) -> dict[str, str]:
     """Letters of every parameter of a block, without the leading `L`.
 
-    Matrices are stored output by input, as checkpoints have them: on two CPU cores XLA multiplies by them 8 % faster so. `down` is
-    stored neuron by neuron, because the engine gathers the output vectors of neurons.
+    Matrices are stored output by input, as checkpoints have them: XLA on the CPU multiplies faster so. `down` is stored neuron by
+    neuron, because the engine gathers the output vectors of neurons.
     """
-    letters = {"qkv": "KJHD", "out": "DNH", "gate_up": "CFD", "down": "FD"}
-    if config.pre_norm:
-        letters |= {"attention_norm": "D", "mlp_norm": "D"}
-    if config.post_norm:
-        letters |= {"attention_post_norm": "D", "mlp_post_norm": "D"}
+    norms = [*(("attention_norm", "mlp_norm") if config.pre_norm else ())]
+    norms += ("attention_post_norm", "mlp_post_norm") if config.post_norm else ()
+    letters = {"qkv": "KJHD", "out": "DNH", "gate_up": "XCMD" if config.experts else "CFD", "down": "FD"}
+    letters |= dict.fromkeys(norms, "D")
+    if config.norm_bias:
+        letters |= {name + "_bias": "D" for name in norms}
     if config.query_key_norm:
-        letters |= {"query_norm": "H", "key_norm": "H"}
+        letters |= {"query_norm": "H", "key_norm": "H"} if config.query_key_norm == "head" else {"query_norm": "NH", "key_norm": "KH"}
     if config.qkv_bias:
-        letters |= {"qkv_bias": "KJH"}
+        letters["qkv_bias"] = "KJH"
     if config.out_bias:
-        letters |= {"out_bias": "D"}
+        letters["out_bias"] = "D"
     if config.mlp_bias:
         letters |= {"gate_up_bias": "CF", "down_bias": "D"}
+    if config.experts:
+        letters["router"] = "XD"
     return letters
+
+
+def param_dtype(config: ModelConfig, name: str) -> Any:
+    """The dtype a parameter is kept in: norms always float32."""
+    return jnp.dtype(jnp.float32) if "norm" in name else config.compute
 
 
 def param_letters(config: ModelConfig) -> Params:
     """Letters of every parameter of the model, in the nested dict that holds the parameters."""
-    top = {"embedding": "VD", "final_norm": "D", "blocks": {k: "L" + v for k, v in block_letters(config).items()}}
+    top: Params = {"embedding": "VD", "final_norm": "D", "blocks": {k: "L" + v for k, v in block_letters(config).items()}}
+    if config.norm_bias:
+        top["final_norm_bias"] = "D"
+    if config.rope is None:
+        top["positions"] = "QD"
     return top if config.tied else {**top, "head": "VD"}
 
 
 def param_shapes(config: ModelConfig) -> Params:
     """`jax.ShapeDtypeStruct` of every parameter."""
     sizes = config.sizes
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(sizes[c] for c in x), config.compute), param_letters(config))
+
+    def shape(path: Any, letters: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in letters), param_dtype(config, path[-1].key))
+
+    return jax.tree.map_with_path(shape, param_letters(config))
 
 
 def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
@@ -146,9 +173,10 @@ def open_block(config: ModelConfig, arrays: Params) -> Block:
     return nnx.merge(_declaration(config), arrays)
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
-    """tokens int [B,T] -> residual stream float32 [B,T,D]."""
-    return params["embedding"][tokens].astype(jnp.float32)
+def embed(config: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
+    """tokens and their positions int [B,T] -> residual stream float32 [B,T,D]."""
+    h = params["embedding"][tokens].astype(jnp.float32) * jnp.asarray(config.embedding_scale, config.compute).astype(jnp.float32)
+    return h + params["positions"][position].astype(jnp.float32) if config.rope is None else h
 
 
 def head(params: Params) -> jax.Array:
@@ -158,7 +186,12 @@ def head(params: Params) -> jax.Array:
 
 def final_norm(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
     """Residual stream [...,D] -> what the unembedding reads [...,D]."""
-    return rms_norm(h, params["final_norm"], config.norm_eps, config.compute)
+    return normalise(config, h, params["final_norm"], params.get("final_norm_bias"), config.compute)
+
+
+def as_logits(config: ModelConfig, products: jax.Array) -> jax.Array:
+    """Logits from the products of `final_norm` and rows of the unembedding: the family's scale and soft cap."""
+    return cap(products * config.logit_scale if config.logit_scale != 1 else products, config.logit_cap)
 
 
 def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None, spread: float = 1.0) -> Params:
@@ -168,7 +201,7 @@ def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None
     def draw(key: jax.Array, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         noise = jax.random.normal(key, shape.shape, jnp.float32)
         if "norm" in name:
-            return (1 + 0.1 * noise).astype(shape.dtype)
+            return (1 - config.norm_offset + 0.1 * noise).astype(shape.dtype)
         fan_in = {"qkv": config.width, "gate_up": config.width, "down": config.neurons}.get(name, config.width)
         return (spread * noise / fan_in**0.5).astype(shape.dtype)
 

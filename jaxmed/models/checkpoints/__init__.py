@@ -17,13 +17,13 @@ class Checkpoint:
     Attributes:
         config: config.json, or what the file's metadata says in the same keys.
         shapes: shape of every tensor, by its Hugging Face name.
-        read: name -> tensor, in its stored dtype (quantised tensors: float32).
+        read: (name, slices of every axis or None for all) -> tensor, in its stored dtype (quantised tensors: float32).
         files: the files that hold the weights.
         tokenizer: builds the tokenizer; returns None where the checkpoint has none.
     """
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]
     files: tuple[Path, ...]
     tokenizer: Callable[[], Any]

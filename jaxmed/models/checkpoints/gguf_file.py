@@ -66,11 +66,12 @@ def open_gguf(file: Path) -> Checkpoint:
     if factors is not None:
         config["rope_scaling"] = {"rope_type": "factors", "factors": tuple(float(x) for x in factors.data)}
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, cut: tuple[slice, ...] | None = None) -> np.ndarray:
         tensor = tensors[name]
         array = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        return half_split(array, config[heads]) if heads else array
+        array = half_split(array, config[heads]) if heads else array
+        return array if cut is None else array[cut]
 
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     return Checkpoint(config, shapes, read, (file,), lambda: _tokenizer(fields, architecture))

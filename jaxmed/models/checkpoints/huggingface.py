@@ -41,9 +41,9 @@ def open_folder(folder: Path) -> Checkpoint:
     if problems:
         raise all_problems(f"Checkpoint {folder}", problems, "Copy or download the files again.")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, cut: tuple[slice, ...] | None = None) -> np.ndarray:
         with safe_open(where[name], framework="numpy") as handle:
-            return handle.get_tensor(name)
+            return handle.get_tensor(name) if cut is None else handle.get_slice(name)[cut]
 
     return Checkpoint(config, shapes, read, tuple(files), lambda: _tokenizer(folder))
 

@@ -1,0 +1,195 @@
+"""Checkpoint tensors -> parameters, through a family's name table: checked first, then read layer by layer, each device its own slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.axes import MESH_AXES, partition
+from jaxmed.errors import UserError, all_problems
+from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.families.table import Family, Rule, Source
+from jaxmed.models.transformer import Params, param_dtype, param_letters
+
+SHARDED = frozenset(letter for letter, axis in MESH_AXES.items() if axis == "model")
+Part = tuple[int, int, int]
+"""A share of the model axis: parts from `first` to `stop`, of `count`."""
+WHOLE: Part = (0, 1, 1)
+
+
+def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Every parameter of `config` on its devices. Host memory beyond the parameters: one layer of one parameter.
+
+    Raises:
+        UserError: tensors that are missing, left over, of a wrong shape, or hold values that are not finite.
+    """
+    rules = needed_rules(family, config)
+    checkpoint = _under_full_names(checkpoint, family)
+    _check_tensors(checkpoint, family, rules, config)
+    params: Params = {"blocks": {}}
+    problems: list[str] = []
+    for rule in rules:
+        target = params
+        for key in rule.path[:-1]:
+            target = target[key]
+        target[rule.path[-1]] = _place(checkpoint, rule, config, mesh, problems)
+    if problems:
+        raise all_problems("Checkpoint", problems, "The weights are damaged.")
+    return params
+
+
+def letters_of(rule: Rule, config: ModelConfig) -> str | None:
+    """Letters of a rule's parameter, the layer axis included; None where the config has no such parameter."""
+    found: Any = param_letters(config)
+    for key in rule.path:
+        if key not in found:
+            return None
+        found = found[key]
+    return found
+
+
+def needed_rules(family: Family, config: ModelConfig) -> list[Rule]:
+    """The rules of the parameters that `config` has."""
+    return [rule for rule in family.rules if letters_of(rule, config) is not None]
+
+
+def is_stacked(rule: Rule) -> bool:
+    return rule.path[0] == "blocks"
+
+
+def axis_terms(axis: str, sizes: dict[str, int]) -> list[tuple[int, bool]]:
+    """Length of every term of a source axis ("NH+KH+KH" has three), and whether it is cut along the model axis."""
+    return [(math.prod(sizes[letter] for letter in term), not SHARDED.isdisjoint(term)) for term in axis.split("+")]
+
+
+def source_shape(source: Source, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sum(length for length, _ in axis_terms(axis, sizes)) for axis in source.shape)
+
+
+def expected_tensors(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a rule reads."""
+    sizes = config.sizes
+    for layer in range(config.layers) if is_stacked(rule) else (0,):
+        for source in rule.sources:
+            for expert in range(sizes["X"]) if "{e}" in source.name else (0,):
+                yield source.name.format(l=layer, e=expert), source_shape(source, sizes)
+
+
+def _under_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the prefix that some leave out of their names put back."""
+    begins = family.begins
+    if any(name.startswith(begins) for name in checkpoint.shapes):
+        return checkpoint
+    full = {name if name == "lm_head.weight" else begins + name: name for name in checkpoint.shapes}
+    shapes = {new: checkpoint.shapes[old] for new, old in full.items()}
+    read = lambda name, cut=None: checkpoint.read(full[name], cut)  # noqa: E731
+    return Checkpoint(checkpoint.config, shapes, read, checkpoint.files, checkpoint.tokenizer)
+
+
+def _check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], config: ModelConfig) -> None:
+    if config.layers * config.sizes["X"] > 4 * len(checkpoint.shapes):
+        raise UserError(f"The config says {config.layers} layers; the checkpoint holds {len(checkpoint.shapes)} tensors in all.")
+    expected = dict(pair for rule in rules for pair in expected_tensors(rule, config))
+    ignored = {name.format(l=layer) for name in family.ignored for layer in range(config.layers)}
+    if config.tied:
+        ignored.add("lm_head.weight")
+    problems = [f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in checkpoint.shapes]
+    problems += [
+        f"tensor {name} has shape {list(found)}, the config says {list(expected[name])}"
+        for name, found in checkpoint.shapes.items()
+        if name in expected and found != expected[name]
+    ]
+    problems += [f"unknown tensor {name}" for name in checkpoint.shapes if name not in expected and name not in ignored]
+    if problems:
+        raise all_problems(f"Checkpoint {checkpoint.files[0]}", problems, "Check that config and weights belong together.")
+
+
+def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sharding.Mesh, problems: list[str]) -> jax.Array:
+    """One parameter on its devices, each of which reads no more than its own slice."""
+    letters, dtype = letters_of(rule, config) or "", param_dtype(config, rule.path[-1])
+    one = letters[1:] if is_stacked(rule) else letters
+    shape = tuple(config.sizes[letter] for letter in one)
+    sharding = partition(one, shape, mesh)
+
+    def read(layer: int) -> jax.Array:
+        held: dict[Part, np.ndarray] = {}
+
+        def own(index: Any) -> np.ndarray:
+            part = _part(index, shape)
+            if part not in held:
+                held[part] = np.ascontiguousarray(_build(checkpoint, rule, config, layer, part, problems).astype(dtype))
+            return held[part]
+
+        return jax.make_array_from_callback(shape, sharding, own)
+
+    if not is_stacked(rule):
+        return read(0)
+    full = (config.layers, *shape)
+    stack = jax.jit(partial(jnp.zeros, full, dtype), out_shardings=partition(letters, full, mesh))()
+    for layer in range(config.layers):
+        stack = _set_layer(stack, read(layer), layer)
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, row: jax.Array, layer: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+
+
+def _part(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
+    """Which share of the model axis an index asks for."""
+    for cut, size in zip(index, shape, strict=True):
+        start, stop, _ = cut.indices(size)
+        if stop - start < size:
+            return start * (size // (stop - start)) // size, start * (size // (stop - start)) // size + 1, size // (stop - start)
+    return WHOLE
+
+
+def _build(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, layer: int, part: Part, problems: list[str]) -> np.ndarray:
+    """One layer of a parameter, or one device's share of it, from its tensors."""
+    sizes = config.sizes
+    local = {letter: size // part[2] if letter in SHARDED else size for letter, size in sizes.items()}
+    tensors = []
+    for source in rule.sources:
+        name = source.name.replace("{l}", str(layer))
+        if "{e}" in name:
+            experts = range(part[0] * local["X"], part[1] * local["X"])
+            tensors.append(np.stack([_read(checkpoint, name.format(e=e), source, sizes, WHOLE, problems) for e in experts]))
+        else:
+            tensors.append(_read(checkpoint, name, source, sizes, part, problems))
+    return rule.layout.join(local, *tensors)
+
+
+def _read(checkpoint: Checkpoint, name: str, source: Source, sizes: dict[str, int], part: Part, problems: list[str]) -> np.ndarray:
+    """A tensor, or the rows and columns of it that belong to a share of the model axis."""
+    if part == WHOLE:
+        tensor = checkpoint.read(name, None)
+    else:
+        tensor = _read_cut(checkpoint, name, [_ranges(axis, sizes, part) for axis in source.shape])
+    if not np.isfinite(tensor.sum(dtype=np.float64)):
+        problems.append(f"{name} holds values that are not finite")
+    return tensor
+
+
+def _ranges(axis: str, sizes: dict[str, int], part: Part) -> list[slice]:
+    found, start = [], 0
+    for length, cut in axis_terms(axis, sizes):
+        piece = length // part[2]
+        found.append(slice(start + part[0] * piece, start + part[1] * piece) if cut else slice(start, start + length))
+        start += length
+    return found
+
+
+def _read_cut(checkpoint: Checkpoint, name: str, ranges: list[list[slice]]) -> np.ndarray:
+    """The ranges of every axis, those of an axis put one after the other."""
+    several = next((axis for axis, found in enumerate(ranges) if len(found) > 1), 0)
+    cuts = [tuple(cut if axis == several else found[0] for axis, found in enumerate(ranges)) for cut in ranges[several]]
+    pieces = [checkpoint.read(name, cut) for cut in cuts]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=several)
