@@ -39,9 +39,9 @@ def _matmuls(config: ModelConfig, params: Params, x: jax.Array, first: Any, toke
         qkv, out, gate_up, down = (
             jax.lax.dynamic_index_in_dim(blocks[name], layer, 0, keepdims=False) for name in ("qkv", "out", "gate_up", "down")
         )
-        y = contract("UD,FD->UF", x, qkv.reshape(-1, config.width), dtype=dtype)
-        y = contract("UF,DF->UD", y[:, :wide], out.reshape(-1, wide), dtype=dtype)
-        y = contract("UD,FD->UF", y, gate_up.reshape(-1, config.width), dtype=dtype)
+        y = contract("UD,DF->UF", x, qkv.reshape(config.width, -1), dtype=dtype)
+        y = contract("UF,FD->UD", y[:, :wide], out.reshape(wide, -1), dtype=dtype)
+        y = contract("UD,DF->UF", y, gate_up.reshape(config.width, -1), dtype=dtype)
         return contract("UF,FD->UD", y[:, : config.neurons], down, dtype=dtype)
 
     x = jax.lax.fori_loop(first, config.layers, step, x)

@@ -158,7 +158,7 @@ def _head_rows(
         return record["head_out"][units.layer, :, units.index][:, slots].astype(jnp.float32)  # [U, T, H]
 
     delta = jnp.where(patched[None, :, None], head_values(source) - head_values(base), 0.0)
-    rows = contract("UTH,UDH->UTD", delta, params["blocks"]["out"][units.layer, :, units.index].astype(jnp.float32))
+    rows = contract("UTH,UHD->UTD", delta, params["blocks"]["out"][units.layer, units.index].astype(jnp.float32))
     if not config.post_norm:
         return at(base, "residual_mid") + rows * config.residual_scale
     scale = params["blocks"]["attention_post_norm"][units.layer][:, None]

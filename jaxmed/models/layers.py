@@ -34,13 +34,13 @@ def contract(letters: str, *operands: jax.Array, dtype: jnp.dtype | None = None)
 
 
 def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [B,T,...in] times weight [...out, ...in], over the last `inputs` axes of both -> [B,T,...out], accumulated in float32.
+    """x [B,T,...in] times weight [...in, ...out], over the last `inputs` axes of x -> [B,T,...out], accumulated in float32.
 
     Written as one product of two matrices: given more axes, XLA on the CPU transposes the weights anew in every loop step.
     """
-    fan_in = math.prod(weight.shape[-inputs:])
-    out = contract("UD,VD->UV", x.reshape(-1, fan_in), weight.reshape(-1, fan_in))
-    out = out.reshape(*x.shape[:-inputs], *weight.shape[:-inputs])
+    fan_in = math.prod(weight.shape[:inputs])
+    out = contract("UD,DV->UV", x.reshape(-1, fan_in), weight.reshape(fan_in, -1))
+    out = out.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
     return out if dtype is None else out.astype(dtype)
 
 

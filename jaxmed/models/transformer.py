@@ -111,12 +111,12 @@ class Block(nnx.Module):
 def block_letters(config: ModelConfig) -> dict[str, str]:
     """Letters of every parameter of a block, without the leading `L`.
 
-    Matrices are stored output by input, as checkpoints have them: XLA on the CPU multiplies faster so. `down` is stored neuron by
-    neuron, because the engine gathers the output vectors of neurons.
+    Matrices are stored input by output: Eigen, which XLA uses on the CPU, multiplies faster so, and the rows of `down` are the
+    output vectors of neurons, which the engine gathers.
     """
     norms = [*(("attention_norm", "mlp_norm") if config.pre_norm else ())]
     norms += ("attention_post_norm", "mlp_post_norm") if config.post_norm else ()
-    letters = {"qkv": "KJHD", "out": "DNH", "gate_up": "XCMD" if config.experts else "CFD", "down": "FD"}
+    letters = {"qkv": "DKJH", "out": "NHD", "gate_up": "DXCM" if config.experts else "DCF", "down": "FD"}
     letters |= dict.fromkeys(norms, "D")
     if config.norm_bias:
         letters |= {name + "_bias": "D" for name in norms}
@@ -129,7 +129,7 @@ def block_letters(config: ModelConfig) -> dict[str, str]:
     if config.mlp_bias:
         letters |= {"gate_up_bias": "CF", "down_bias": "D"}
     if config.experts:
-        letters["router"] = "XD"
+        letters["router"] = "DX"
     return letters
 
 

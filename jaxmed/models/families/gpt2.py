@@ -7,7 +7,19 @@ from typing import Any
 
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.reading import activation
-from jaxmed.models.families.table import AS_IS, BRANCHES, OUT, QKV_IN_ONE, Family, Rule, Source, layer, turned
+from jaxmed.models.families.table import (
+    AS_IS,
+    BRANCHES,
+    BRANCHES_BIAS,
+    OUT,
+    QKV_BIAS_IN_ONE,
+    QKV_IN_ONE,
+    Family,
+    Rule,
+    Source,
+    layer,
+    turned,
+)
 
 
 def read_gpt2(raw: Mapping[str, Any]) -> ModelConfig:
@@ -53,11 +65,11 @@ RULES = (
     _layer("mlp_norm", AS_IS, "ln_2.weight", "D"),
     _layer("mlp_norm_bias", AS_IS, "ln_2.bias", "D"),
     _layer("qkv", turned(QKV_IN_ONE), "attn.c_attn.weight", "D", "NH+KH+KH"),
-    _layer("qkv_bias", QKV_IN_ONE, "attn.c_attn.bias", "NH+KH+KH"),
+    _layer("qkv_bias", QKV_BIAS_IN_ONE, "attn.c_attn.bias", "NH+KH+KH"),
     _layer("out", turned(OUT), "attn.c_proj.weight", "NH", "D"),
     _layer("out_bias", AS_IS, "attn.c_proj.bias", "D"),
     _layer("gate_up", turned(BRANCHES), "mlp.c_fc.weight", "D", "F"),
-    _layer("gate_up_bias", BRANCHES, "mlp.c_fc.bias", "F"),
+    _layer("gate_up_bias", BRANCHES_BIAS, "mlp.c_fc.bias", "F"),
     _layer("down", AS_IS, "mlp.c_proj.weight", "F", "D"),
     _layer("down_bias", AS_IS, "mlp.c_proj.bias", "D"),
 )

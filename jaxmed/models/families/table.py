@@ -92,10 +92,8 @@ def _cut_qkv(sizes: Sizes, joined: np.ndarray) -> np.ndarray:
     return _fuse_qkv(sizes, *np.split(joined, [queries, queries + keys]))
 
 
-def _headed(letter: str, last: int = 0) -> Layout:
-    """[letter * H, ...] <-> [letter, H, ...] on the first axis, or the last of two."""
-    if last:
-        return Layout(lambda s, w: w.reshape(-1, s[letter], s["H"]), lambda s, p: (p.reshape(len(p), -1),))
+def _headed(letter: str) -> Layout:
+    """[letter * H, ...] <-> [letter, H, ...]."""
     return Layout(lambda s, w: w.reshape(s[letter], s["H"], *w.shape[1:]), lambda s, p: (p.reshape(-1, *p.shape[2:]),))
 
 
@@ -104,15 +102,24 @@ def turned(layout: Layout) -> Layout:
     return Layout(lambda s, *w: layout.join(s, *(x.T for x in w)), lambda s, p: tuple(x.T for x in layout.split(s, p)))
 
 
+def inputs_first(layout: Layout) -> Layout:
+    """The same layout with the last axis of the parameter, the matrix's inputs, moved to the front."""
+    return Layout(lambda s, *w: np.moveaxis(layout.join(s, *w), -1, 0), lambda s, p: layout.split(s, np.moveaxis(p, 0, -1)))
+
+
 AS_IS = Layout(lambda s, w: w, lambda s, p: (p,))
 TURNED = turned(AS_IS)
-QKV = Layout(_fuse_qkv, _split_qkv)
-QKV_IN_ONE = Layout(_cut_qkv, lambda s, p: (np.concatenate(_split_qkv(s, p)),))
-OUT = _headed("N", last=1)
 PER_HEAD = {letter: _headed(letter) for letter in "NK"}
-BRANCHES = Layout(lambda s, *w: np.stack(w), lambda s, p: tuple(p))
-BRANCHES_IN_ONE = Layout(lambda s, w: w.reshape(2, -1, *w.shape[1:]), lambda s, p: (p.reshape(-1, *p.shape[2:]),))
-EXPERT_BRANCHES = Layout(lambda s, *w: np.stack(w, axis=1), lambda s, p: tuple(np.moveaxis(p, 1, 0)))
+OUT = turned(PER_HEAD["N"])
+QKV_BIAS = Layout(_fuse_qkv, _split_qkv)
+QKV_BIAS_IN_ONE = Layout(_cut_qkv, lambda s, p: (np.concatenate(_split_qkv(s, p)),))
+QKV, QKV_IN_ONE = inputs_first(QKV_BIAS), inputs_first(QKV_BIAS_IN_ONE)
+BRANCHES_BIAS = Layout(lambda s, *w: np.stack(w), lambda s, p: tuple(p))
+BRANCHES = inputs_first(BRANCHES_BIAS)
+BRANCHES_IN_ONE = inputs_first(
+    Layout(lambda s, w: w.reshape(2, -1, *w.shape[1:]), lambda s, p: (p.reshape(-1, *p.shape[2:]),)),
+)
+EXPERT_BRANCHES = inputs_first(Layout(lambda s, *w: np.stack(w, axis=1), lambda s, p: tuple(np.moveaxis(p, 1, 0))))
 EXPERT_DOWN = Layout(
     lambda s, w: np.swapaxes(w, 1, 2).reshape(-1, w.shape[1]),
     lambda s, p: (np.swapaxes(p.reshape(s["X"], -1, p.shape[-1]), 1, 2),),
@@ -140,13 +147,13 @@ ATTENTION = (
         ("self_attn.k_proj.weight", ("KH", "D")),
         ("self_attn.v_proj.weight", ("KH", "D")),
     ),
-    layer("qkv_bias", QKV, ("self_attn.q_proj.bias", ("NH",)), ("self_attn.k_proj.bias", ("KH",)), ("self_attn.v_proj.bias", ("KH",))),
+    layer("qkv_bias", QKV_BIAS, ("self_attn.q_proj.bias", ("NH",)), ("self_attn.k_proj.bias", ("KH",)), ("self_attn.v_proj.bias", ("KH",))),
     layer("out", OUT, ("self_attn.o_proj.weight", ("D", "NH"))),
     layer("out_bias", AS_IS, ("self_attn.o_proj.bias", ("D",))),
 )
 MLP = (
     layer("gate_up", BRANCHES, ("mlp.gate_proj.weight", ("F", "D")), ("mlp.up_proj.weight", ("F", "D"))),
-    layer("gate_up_bias", BRANCHES, ("mlp.gate_proj.bias", ("F",)), ("mlp.up_proj.bias", ("F",))),
+    layer("gate_up_bias", BRANCHES_BIAS, ("mlp.gate_proj.bias", ("F",)), ("mlp.up_proj.bias", ("F",))),
     layer("down", TURNED, ("mlp.down_proj.weight", ("D", "F"))),
     layer("down_bias", AS_IS, ("mlp.down_proj.bias", ("D",))),
 )
