@@ -14,28 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxmed import statistics
-    from jaxmed.api import forward, sweep
+    from jaxmed.api import forward, load, sweep
     from jaxmed.distributed import make_mesh
     from jaxmed.errors import UserError
     from jaxmed.interventions import edits, kinds
     from jaxmed.interventions.edits import Edit
-    from jaxmed.models.load import Model, load
+    from jaxmed.models.checkpoints.export import export_folder
+    from jaxmed.models.load import Model
+    from jaxmed.parity.selfcheck import self_check
     from jaxmed.prompts import PromptPair, read_pairs
     from jaxmed.results import open_results
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "jaxmed.models.load",
+    "load": "jaxmed.api",
     "Model": "jaxmed.models.load",
     "forward": "jaxmed.api",
     "sweep": "jaxmed.api",
     "PromptPair": "jaxmed.prompts",
     "read_pairs": "jaxmed.prompts",
     "open_results": "jaxmed.results",
+    "export_folder": "jaxmed.models.checkpoints.export",
     "Edit": "jaxmed.interventions.edits",
     "UserError": "jaxmed.errors",
     "make_mesh": "jaxmed.distributed",
+    "self_check": "jaxmed.parity.selfcheck",
 }
 _MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.kinds", "edits": "jaxmed.interventions.edits"}
 
@@ -45,12 +49,14 @@ __all__ = [
     "PromptPair",
     "UserError",
     "edits",
+    "export_folder",
     "forward",
     "kinds",
     "load",
     "make_mesh",
     "open_results",
     "read_pairs",
+    "self_check",
     "statistics",
     "sweep",
 ]

@@ -22,7 +22,41 @@ from jaxmed.errors import UserError
 from jaxmed.interventions.edits import Edit, check_edits
 from jaxmed.interventions.sites import INTERNAL, site_name
 from jaxmed.models.load import Model
+from jaxmed.models.load import load as load_unchecked
+from jaxmed.parity.selfcheck import self_check
 from jaxmed.prompts.pair import PromptPair
+
+
+def load(
+    name_or_path: str,
+    dtype: str | None = "float32",
+    revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    int8: bool = False,
+    template_from: str | None = None,
+    adapter: str | Path | None = None,
+    check: bool = True,
+) -> Model:
+    """Loads a model: a known name, a local folder, a .gguf file, a Hugging Face name, or what `jaxmed convert --to orbax` wrote.
+
+    Args:
+        name_or_path: see `jaxmed models` for the known names.
+        dtype: "float32" or "bfloat16", for weights and matmuls. The residual stream and the outcomes are float32 in both.
+        revision: branch, tag or commit on the hub, such as a training stage.
+        mesh: device mesh with axes "data" and "model" (`jm.make_mesh`); by default all local devices on "data".
+        int8: keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise.
+        template_from: a model whose chat template is used, for base models that have none.
+        adapter: a LoRA adapter to merge in, as the folder that PEFT saves.
+        check: run `jm.self_check` on it, which takes seconds.
+
+    Raises:
+        UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
+    """
+    model = load_unchecked(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    if check:
+        self_check(model)
+    return model
 
 
 def forward(

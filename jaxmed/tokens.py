@@ -71,7 +71,11 @@ def render(tokenizer: Any, pair: PromptPair, side: str, raw: bool = False) -> Pr
 def need_tokenizer(tokenizer: Any) -> None:
     """Raises a UserError where a model came without tokenizer files."""
     if tokenizer is None:
-        raise UserError("This model folder has no tokenizer files; add tokenizer.json and tokenizer_config.json to it.")
+        raise UserError(
+            "This model has no tokenizer: its folder has no tokenizer files (add tokenizer.json and "
+            "tokenizer_config.json), or its GGUF file "
+            "describes a tokenizer that transformers cannot build (load the Hugging Face folder of the model instead)."
+        )
 
 
 def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tuple[int, int], tuple[int, int]]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+from jaxmed.parity.torch_reference import run
+
 SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,
@@ -99,7 +101,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**SIZES, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
-        {**SIZES, "head_dim": 16, "moe_intermediate_size": 12, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
+        {**SIZES, "head_dim": 16, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
     ),
 }
 """Name -> (config class of transformers, its arguments)."""
@@ -157,73 +159,23 @@ def logits(made: Any, ids: np.ndarray, **arguments: Any) -> np.ndarray:
         return made(torch.as_tensor(ids), **arguments).logits.float().numpy()
 
 
-def _parts(layer: Any) -> dict[str, tuple[Any, bool]]:
-    """Site -> (module, whether its input is meant and not its output), for a layer of any family."""
-    if hasattr(layer, "ln_1"):
-        return {
-            "residual_in": (layer.ln_1, True),
-            "qkv": (layer.attn.c_attn, False),
-            "head_out": (layer.attn.c_proj, True),
-            "attention_out": (layer.attn, False),
-            "residual_mid": (layer.ln_2, True),
-            "neuron": (layer.mlp.c_proj, True),
-            "mlp_out": (layer.mlp, False),
-            "residual_out": (layer, False),
-        }
-    attention = layer.self_attn
-    found = {"residual_in": (layer, True), "residual_out": (layer, False), "head_out": (attention.o_proj, True)}
-    if hasattr(attention, "qkv_proj"):
-        found["qkv"] = (attention.qkv_proj, False)
-    else:
-        found["query"] = (getattr(attention, "q_norm", attention.q_proj), False)
-        found["key"] = (getattr(attention, "k_norm", attention.k_proj), False)
-        found["value"] = (attention.v_proj, False)
-    four = hasattr(layer, "post_feedforward_layernorm")
-    found["attention_out"] = (layer.post_attention_layernorm if four else attention.o_proj, False)
-    before = getattr(layer, "pre_feedforward_layernorm", layer.mlp if four else layer.post_attention_layernorm)
-    found["residual_mid"] = (before, True)
-    found["mlp_out"] = (layer.post_feedforward_layernorm if four else layer.mlp, False)
-    found["experts" if hasattr(layer.mlp, "experts") else "neuron"] = (getattr(layer.mlp, "down_proj", layer.mlp), True)
+def sites(made: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Every named site of a run, [L, B, T, ...] with the heads flattened."""
+    return run(made, ids)[1]
+
+
+def bfloat16_paths(narrow: Any, ids: np.ndarray) -> list[np.ndarray]:
+    """Logits of a bfloat16 model by eager and by fused attention (eager alone where the family has no fused path)."""
+    found = [logits(narrow, ids)]
+    try:
+        narrow.set_attn_implementation("sdpa")
+        found.append(logits(narrow, ids))
+    except ValueError:  # soft-capped scores have no fused path
+        pass
+    narrow.set_attn_implementation("eager")
     return found
 
 
-def _all_experts(experts: Any, x: torch.Tensor) -> np.ndarray:
-    """Every neuron of every expert, [1, T, X * M], for the mixture's input x [1, T, D]."""
-    gate, up = torch.einsum("btd,xcd->btxc", x, experts.gate_up_proj).chunk(2, dim=-1)
-    return (experts.act_fn(gate) * up).flatten(2).detach().numpy()
-
-
-def sites(made: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Every named site of a run, [L, B, T, ...] with the heads flattened, read by forward hooks."""
-    decoder = made.transformer if hasattr(made, "transformer") else made.model
-    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
-    seen: dict[str, list[Any]] = {}
-
-    def keep(name: str, of_input: bool) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            value = inputs[0] if of_input else output
-            value = (value[0] if isinstance(value, tuple) else value).detach().clone()
-            heads_first = value.ndim == 4 and value.shape[2] == ids.shape[1]  # Gemma 3 norms its heads after moving them there
-            seen.setdefault(name, []).append(value.transpose(1, 2) if heads_first else value)
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name, of_input)) for layer in layers for name, (module, of_input) in _parts(layer).items()]
-    with torch.no_grad():
-        output = made(torch.as_tensor(ids), output_attentions=True)
-    for handle in handles:
-        handle.remove()
-    seen["attention_pattern"] = list(output.attentions)
-    config = made.config
-    if "qkv" in seen:
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width
-        cut = [config.num_attention_heads * width, keys, keys]
-        parts = [value.split(cut, dim=-1) for value in seen.pop("qkv")]
-        seen |= {name: [part[number] for part in parts] for number, name in enumerate(("query", "key", "value"))}
-    if "experts" in seen:
-        seen["neuron"] = [_all_experts(layer.mlp.experts, x) for layer, x in zip(layers, seen.pop("experts"), strict=True)]
-    for name in ("attention_out", "mlp_out"):
-        seen[name] = [value * getattr(config, "residual_multiplier", 1.0) for value in seen[name]]
-    stacked = {name: np.stack([np.asarray(value) for value in values]) for name, values in seen.items()}
-    return {name: a if name == "attention_pattern" else a.reshape(*a.shape[:3], -1) for name, a in stacked.items()}
+def typical_distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Root mean square difference of a token's logits, the median over tokens: in a mixture, near-tied routing moves few tokens far."""
+    return float(np.median(np.sqrt(((found - wanted) ** 2).mean(-1))))

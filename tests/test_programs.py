@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxmed.effects.exact import open_window, prepare
 from jaxmed.effects.job import Request, check, plan
 from jaxmed.effects.outcomes import Readout
 from jaxmed.effects.units import UNITS
+from jaxmed.models.config import Rope
 from jaxmed.models.load import Model
 from jaxmed.plan import count_flops, propagate_flops
 from jaxmed.runner import propagate
@@ -24,7 +26,12 @@ def _program() -> Any:
     return propagate
 
 
-def test_one_compile_per_length_window_and_chunk(plain_model: Model) -> None:
+@pytest.mark.parametrize("layers", ["equal", pytest.param("different", marks=pytest.mark.slow)])
+def test_one_compile_per_length_window_and_chunk(plain_model: Model, layers: str) -> None:
+    """Also where layers differ in sliding window and RoPE base."""
+    if layers == "different":
+        different = replace(plain_model.config, windows=(4, 2**30, 9), local_rope=Rope(500.0))
+        plain_model = replace(plain_model, config=different)
     _program().clear_cache()
     jm.sweep(plain_model, tiny.PAIRS, unit=("neuron",))
     lengths = {len(prepare(plain_model, pair, ("log-odds",), ("neuron",), "last").packed.tokens) for pair in tiny.PAIRS}

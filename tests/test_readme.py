@@ -29,3 +29,11 @@ def test_every_command_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"^jaxmed (\w+)", README, re.M))
     assert named
     assert named <= set(COMMANDS)
+
+
+def test_the_family_that_the_readme_shows_is_the_one_in_the_package() -> None:
+    from jaxmed.models.families import phi
+
+    source = Path(phi.__file__).read_text(encoding="utf-8")
+    assert source in README
+    assert len(source.splitlines()) < 60

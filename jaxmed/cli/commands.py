@@ -57,6 +57,12 @@ class Sweep:
     """Weights and matmuls; residual stream and outcomes are float32 in both."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    int8: bool = False
+    """Keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the weights, as the folder that PEFT saves."""
+    template_from: str | None = None
+    """Model whose chat template is used, for base models that have none."""
     raw: bool = False
     """Feed plain text, without the chat template."""
     mesh: str | None = None
@@ -73,7 +79,8 @@ class Sweep:
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
-        model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run)
+        more = {"int8": self.int8, "template_from": self.template_from, "adapter": self.adapter}
+        model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run, **more)
         job = make_job(self, model)
         sweep_job(job, self.out, self.resume, self.dry_run)
         if not self.dry_run:
@@ -81,12 +88,17 @@ class Sweep:
             show.top_units(self.out)
 
 
-def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, weights: bool = True) -> Any:
-    """Loads a model; without `weights` only its config and tokenizer."""
+def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, weights: bool = True, **more: Any) -> Any:
+    """Loads a model and checks it; without `weights` only its config and tokenizer. `more` as `load` takes it."""
     from jaxmed.distributed import make_mesh
     from jaxmed.models.load import describe, load
+    from jaxmed.parity.selfcheck import self_check
 
-    return (load if weights else describe)(name, dtype, revision, make_mesh(mesh))
+    if not weights:
+        return describe(name, dtype, revision, make_mesh(mesh), **more)
+    model = load(name, dtype, revision, make_mesh(mesh), **more)
+    self_check(model)
+    return model
 
 
 def make_job(command: Sweep, model: Any) -> Any:

@@ -11,10 +11,20 @@ import tyro
 
 from jaxmed.cli.commands import Demo, Models, Report, Sweep
 from jaxmed.cli.config_file import expand
+from jaxmed.cli.convert import Convert
 from jaxmed.cli.measure import Bench
+from jaxmed.cli.parity import Parity
 from jaxmed.errors import UserError
 
-COMMANDS: dict[str, type] = {"demo": Demo, "models": Models, "sweep": Sweep, "report": Report, "bench": Bench}
+COMMANDS: dict[str, type] = {
+    "demo": Demo,
+    "models": Models,
+    "sweep": Sweep,
+    "report": Report,
+    "bench": Bench,
+    "parity": Parity,
+    "convert": Convert,
+}
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -38,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = None
     try:
         command = parse(arguments)
-        command.run()
+        return command.run() or 0
     except UserError as error:
         print(f"jaxmed: {error}", file=sys.stderr)
         return 2

@@ -197,6 +197,7 @@ def manifest(job: Job) -> dict[str, Any]:
     settings.pop("top")
     return {
         "request": settings,
+        **({"edits": list(model.edits)} if model.edits else {}),
         "layers": list(job.layers),
         "model": {"name": model.name, "revision": model.revision, "weights": model.weights_hash, "dtype": model.config.dtype},
         "chunk": dict(job.chunk),

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxmed import results, statistics
 from jaxmed.effects.units import UNITS
 from jaxmed.models.load import Model
-from jaxmed.models.transformer import head
+from jaxmed.models.transformer import head, matrix_rows
 
 COLUMNS = [
     "rank",
@@ -113,7 +113,7 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
 
 def promoted(model: Model, layers: np.ndarray, neurons: np.ndarray, count: int = 5) -> tuple[list[list[str]], list[list[str]]]:
     """Tokens that neurons' output vectors promote and suppress most, read through the final norm's scale and the unembedding."""
-    vectors = model.params["blocks"]["down"][layers, neurons].astype(jnp.float32) * (model.params["final_norm"] + model.config.norm_offset)
+    vectors = matrix_rows(model.config, model.params, "down", layers, neurons) * (model.params["final_norm"] + model.config.norm_offset)
     logits = jnp.einsum("UD,VD->UV", vectors, head(model.params).astype(jnp.float32), precision="highest")
     most = jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1]
     decode = model.tokenizer.decode

@@ -16,7 +16,7 @@ import numpy as np
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, normalise
-from jaxmed.models.transformer import Params, open_block
+from jaxmed.models.transformer import Params, matrix_rows, open_block
 from jaxmed.runner import Entry
 
 Record = dict[str, jax.Array]
@@ -108,7 +108,7 @@ def neuron_rows(
     if config.experts:
         delta = delta * jnp.repeat(at["routing"], config.sizes["M"], axis=-1)
     moved = jnp.where(valid, delta[:, index], 0.0)  # [T, U, width]
-    vectors = block.down[...][index].astype(jnp.float32)  # [U, width, D]
+    vectors = matrix_rows(config, params, "down", layer, index)  # [U, width, D]
     rows = jnp.einsum("TUE,UED->UTD", moved, vectors, precision="highest")
     if not config.post_norm:
         return at["residual_out"] + rows * config.residual_scale
@@ -158,7 +158,7 @@ def _head_rows(
         return record["head_out"][units.layer, :, units.index][:, slots].astype(jnp.float32)  # [U, T, H]
 
     delta = jnp.where(patched[None, :, None], head_values(source) - head_values(base), 0.0)
-    rows = contract("UTH,UHD->UTD", delta, params["blocks"]["out"][units.layer, units.index].astype(jnp.float32))
+    rows = contract("UTH,UHD->UTD", delta, matrix_rows(config, params, "out", units.layer, units.index))
     if not config.post_norm:
         return at(base, "residual_mid") + rows * config.residual_scale
     scale = params["blocks"]["attention_post_norm"][units.layer][:, None]

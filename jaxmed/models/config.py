@@ -74,6 +74,7 @@ class ModelConfig:
     experts_used: int = 0  # per token
     experts_normed: bool = False  # whether the weights of the used experts sum to one
     dtype: str = "float32"
+    int8: bool = False  # matrices of the blocks kept as int8, with one scale per output channel
 
     @property
     def group(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, digest, locate
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import read_params
+from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import open_folder
+from jaxmed.models.checkpoints.lora import with_adapter
+from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family
@@ -36,6 +40,9 @@ class Model:
         mesh: the device mesh the parameters live on, axes "data" and "model".
         name, revision: as asked for.
         files: the weight files.
+        source: the folder or file it was read from; None for a model made in memory.
+        source_config: config.json of the source, as it stands there.
+        edits: what was done to the weights since their publication, as far as it is recorded; oldest first.
     """
 
     config: ModelConfig
@@ -45,6 +52,9 @@ class Model:
     name: str
     revision: str | None = None
     files: tuple[Path, ...] = ()
+    source: Path | None = None
+    source_config: Mapping[str, Any] | None = None
+    edits: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def weights_hash(self) -> str:
@@ -55,38 +65,91 @@ class Model:
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def load(name_or_path: str, dtype: str = "float32", revision: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Loads a model: a known name, a local folder, a .gguf file, or a Hugging Face name.
+def load(
+    name_or_path: str,
+    dtype: str | None = "float32",
+    revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    int8: bool = False,
+    template_from: str | None = None,
+    adapter: str | Path | None = None,
+) -> Model:
+    """Loads a model: a known name, a local folder, a .gguf file, a Hugging Face name, or what `jaxmed convert --to orbax` wrote.
 
     Args:
         name_or_path: see `jaxmed models` for the known names.
         dtype: "float32" or "bfloat16", for weights and matmuls. The residual stream and the outcomes are float32 in both.
-        revision: branch, tag or commit on the hub.
+            None: what the checkpoint's config names, float32 where it names none or another.
+        revision: branch, tag or commit on the hub, such as a training stage.
         mesh: device mesh with axes "data" and "model"; by default all local devices on "data".
+        int8: keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise.
+        template_from: a model whose chat template is used, for base models that have none.
+        adapter: a LoRA adapter, as the folder that PEFT saves; it is merged into the weights as they are read.
 
     Raises:
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
     """
     keep_compiled_programs(cache_folder() / "compiled")
-    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh)
-    model.params = read_params(checkpoint, family, model.config, model.mesh)
+    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    restore = checkpoint.restore or partial(read_params, checkpoint, family)
+    model.params = restore(model.config, model.mesh)
     return model
 
 
-def describe(name_or_path: str, dtype: str = "float32", revision: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Raises what `load` raises."""
-    return _open(name_or_path, dtype, revision, mesh)[0]
+def describe(
+    name_or_path: str, dtype: str | None = "float32", revision: str | None = None, mesh: jax.sharding.Mesh | None = None, **more: Any
+) -> Model:
+    """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Takes and raises what `load` does."""
+    return _open(name_or_path, dtype, revision, mesh, **more)[0]
 
 
-def _open(name: str, dtype: str, revision: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Model, Checkpoint, Family]:
-    if dtype not in DTYPES:
+def _open(
+    name: str,
+    dtype: str | None,
+    revision: str | None,
+    mesh: jax.sharding.Mesh | None,
+    int8: bool = False,
+    template_from: str | None = None,
+    adapter: str | Path | None = None,
+) -> tuple[Model, Checkpoint, Family]:
+    if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh()
     path = locate(name, revision)
-    checkpoint = open_gguf(path) if path.is_file() else open_folder(path)
+    checkpoint = _open_path(path)
     family, config = read_config(checkpoint.config)
-    config = replace(config, dtype=dtype)
-    return Model(config, {}, checkpoint.tokenizer(), mesh, name, revision, checkpoint.files), checkpoint, family
+    config = replace(config, dtype=dtype or _named_dtype(checkpoint.config), int8=int8)
+    edits = read_edits(path)
+    if adapter is not None:
+        checkpoint, edit = with_adapter(checkpoint, Path(adapter), family, config)
+        edits = (*edits, edit)
+    tokenizer = checkpoint.tokenizer()
+    if template_from is not None:
+        tokenizer = _with_template(tokenizer, template_from, name)
+    model = Model(config, {}, tokenizer, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits)
+    return model, checkpoint, family
+
+
+def _named_dtype(raw: Mapping[str, Any]) -> str:
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    return named if named in DTYPES else "float32"
+
+
+def _open_path(path: Path) -> Checkpoint:
+    if path.is_file():
+        return open_gguf(path)
+    return open_store(path) if is_store(path) else open_folder(path)
+
+
+def _with_template(tokenizer: Any, template_from: str, name: str) -> Any:
+    if tokenizer is None:
+        raise UserError(f"{name!r} has no tokenizer files, so it cannot take the chat template of {template_from!r}.")
+    path = locate(template_from)
+    other = _open_path(path).tokenizer()
+    if getattr(other, "chat_template", None) is None:
+        raise UserError(f"{template_from!r} has no chat template to take.")
+    tokenizer.chat_template = other.chat_template
+    return tokenizer
 
 
 def from_params(config: ModelConfig, params: Params, mesh: jax.sharding.Mesh, name: str = "in-memory", tokenizer: Any = None) -> Model:

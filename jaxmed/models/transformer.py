@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import ACTIVATIONS, cap, contract, normalise, project, route
+from jaxmed.models.layers import ACTIVATIONS, cap, normalise, project, route
 from jaxmed.models.rope import Angles, rotate
 
 Params = dict[str, Any]
@@ -58,12 +58,20 @@ class Block(nnx.Module):
         bias = getattr(self, name + "_bias")[...] if self.config.norm_bias else None
         return normalise(self.config, x, getattr(self, name)[...], bias, dtype)
 
+    def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
+        """x [B,T,...in] times one of the block's matrices -> [B,T,...out]."""
+        matrix = getattr(self, name)[...]
+        if not self.config.int8:
+            return project(x, matrix, inputs, dtype)
+        out = project(x, matrix.astype(x.dtype), inputs) * getattr(self, name + "_scale")[...]
+        return out if dtype is None else out.astype(dtype)
+
     def attention(self, h: jax.Array, angles: Angles | None, attend: Attend, touch: Touch = untouched) -> jax.Array:
         """h [B,T,D] -> residual_mid [B,T,D]."""
         config, dtype = self.config, self.config.compute
         h = touch("residual_in", h)
         x = self.norm(h, "attention_norm", dtype) if config.pre_norm else h.astype(dtype)
-        qkv = project(x, self.qkv[...], dtype=dtype)
+        qkv = self.times(x, "qkv", dtype=dtype)
         if config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         query, key, value = qkv[..., : config.group, :], qkv[..., config.group, :], qkv[..., config.group + 1, :]
@@ -78,7 +86,7 @@ class Block(nnx.Module):
         value = touch("cached_value", value)
         mixed = attend(query.reshape(*h.shape[:2], config.kv_heads, config.group, config.head_width), key, value)
         mixed = touch("head_out", mixed.reshape(heads))
-        return self.add_attention(h, project(mixed, self.out[...], inputs=2), touch)
+        return self.add_attention(h, self.times(mixed, "out", inputs=2), touch)
 
     def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:
         """residual_in [B,T,D] and the output projection, bias not yet added [B,T,D] -> residual_mid."""
@@ -89,16 +97,17 @@ class Block(nnx.Module):
         """residual_mid [B,T,D] -> residual_out [B,T,D]."""
         config, dtype = self.config, self.config.compute
         x = self.norm(h, "mlp_norm", dtype) if config.pre_norm else h.astype(dtype)
-        branches = project(x, self.gate_up[...], dtype=dtype)
+        branches = self.times(x, "gate_up", dtype=dtype)
         if config.mlp_bias:
             branches = branches + self.gate_up_bias[...]
         neuron = ACTIVATIONS[config.activation](branches[..., 0, :])
         neuron = neuron * branches[..., 1, :] if config.gated else neuron
         neuron = touch("neuron", neuron.reshape(*h.shape[:2], config.neurons))
         if config.experts:
-            weight = touch("routing", route(config, project(x, self.router[...])))
+            exact = self.norm(h, "mlp_norm", jnp.float32)  # in bfloat16 near ties would be routed by rounding
+            weight = touch("routing", route(config, project(exact, self.router[...].astype(jnp.float32))))
             neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
-        raw = contract("BTF,FD->BTD", neuron, self.down[...])
+        raw = self.times(neuron, "down")
         raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
 
@@ -106,6 +115,19 @@ class Block(nnx.Module):
         """What is added to the residual stream for the raw output of a module: its post-norm and scale where the family has them."""
         added = self.norm(raw, norm, jnp.float32) if self.config.post_norm else raw
         return added * self.config.residual_scale if self.config.residual_scale != 1 else added
+
+
+MATRICES = {"qkv": 1, "out": 2, "gate_up": 1, "down": 1}
+"""The matrices of a block, and how many of their axes are inputs."""
+
+
+def matrix_rows(config: ModelConfig, params: Params, name: str, *index: Any) -> jax.Array:
+    """Rows [..., D] of the blocks' `out` or `down` at (layer, row...) indices, float32: what one head dimension or neuron writes."""
+    rows = params["blocks"][name][index].astype(jnp.float32)
+    if not config.int8:
+        return rows
+    scale = params["blocks"][name + "_scale"][index[0]]
+    return rows * scale.reshape(*scale.shape[:-1], *(1,) * (rows.ndim - scale.ndim), scale.shape[-1])
 
 
 def block_letters(config: ModelConfig) -> dict[str, str]:
@@ -130,12 +152,14 @@ def block_letters(config: ModelConfig) -> dict[str, str]:
         letters |= {"gate_up_bias": "CF", "down_bias": "D"}
     if config.experts:
         letters["router"] = "DX"
-    return letters
+    return letters | {name + "_scale": letters[name][inputs:] for name, inputs in MATRICES.items() if config.int8}
 
 
 def param_dtype(config: ModelConfig, name: str) -> Any:
-    """The dtype a parameter is kept in: norms always float32."""
-    return jnp.dtype(jnp.float32) if "norm" in name else config.compute
+    """The dtype a parameter is kept in: norms and scales always float32."""
+    if config.int8 and name in MATRICES:
+        return jnp.dtype(jnp.int8)
+    return jnp.dtype(jnp.float32) if "norm" in name or name.endswith("_scale") else config.compute
 
 
 def param_letters(config: ModelConfig) -> Params:
@@ -202,6 +226,10 @@ def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None
         noise = jax.random.normal(key, shape.shape, jnp.float32)
         if "norm" in name:
             return (1 - config.norm_offset + 0.1 * noise).astype(shape.dtype)
+        if name.endswith("_scale"):
+            return jnp.full(shape.shape, spread / 32 / config.width**0.5, shape.dtype)
+        if shape.dtype == jnp.int8:
+            return jnp.clip(32 * noise, -127, 127).astype(shape.dtype)
         fan_in = {"qkv": config.width, "gate_up": config.width, "down": config.neurons}.get(name, config.width)
         return (spread * noise / fan_in**0.5).astype(shape.dtype)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+
+from jaxmed.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Checkpoint:
         read: (name, slices of every axis or None for all) -> tensor, in its stored dtype (quantised tensors: float32).
         files: the files that hold the weights.
         tokenizer: builds the tokenizer; returns None where the checkpoint has none.
+        restore: (config, mesh) -> parameters, of our own stores, which hold whole parameters and no tensors; None elsewhere.
+        unreadable: tensors whose values cannot be read, and why.
     """
 
     config: Mapping[str, Any]
@@ -27,3 +32,5 @@ class Checkpoint:
     read: Callable[..., np.ndarray]
     files: tuple[Path, ...]
     tokenizer: Callable[[], Any]
+    restore: Callable[[ModelConfig, jax.sharding.Mesh], dict[str, Any]] | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)

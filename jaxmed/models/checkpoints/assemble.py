@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
-from jaxmed.models.transformer import Params, param_dtype, param_letters
+from jaxmed.models.transformer import MATRICES, Params, param_dtype, param_letters
 
 SHARDED = frozenset(letter for letter, axis in MESH_AXES.items() if axis == "model")
 Part = tuple[int, int, int]
@@ -31,15 +32,18 @@ def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mes
         UserError: tensors that are missing, left over, of a wrong shape, or hold values that are not finite.
     """
     rules = needed_rules(family, config)
-    checkpoint = _under_full_names(checkpoint, family)
-    _check_tensors(checkpoint, family, rules, config)
+    checkpoint = under_full_names(checkpoint, family)
+    check_tensors(checkpoint, family, rules, config)
     params: Params = {"blocks": {}}
     problems: list[str] = []
     for rule in rules:
         target = params
         for key in rule.path[:-1]:
             target = target[key]
-        target[rule.path[-1]] = _place(checkpoint, rule, config, mesh, problems)
+        if config.int8 and rule.path[-1] in MATRICES:
+            target |= _place_int8(checkpoint, rule, config, mesh, problems)
+        else:
+            target[rule.path[-1]] = _place(checkpoint, rule, config, mesh, problems)
     if problems:
         raise all_problems("Checkpoint", problems, "The weights are damaged.")
     return params
@@ -75,25 +79,32 @@ def source_shape(source: Source, sizes: dict[str, int]) -> tuple[int, ...]:
 
 def expected_tensors(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a rule reads."""
-    sizes = config.sizes
     for layer in range(config.layers) if is_stacked(rule) else (0,):
-        for source in rule.sources:
-            for expert in range(sizes["X"]) if "{e}" in source.name else (0,):
-                yield source.name.format(l=layer, e=expert), source_shape(source, sizes)
+        yield from layer_tensors(rule, config, layer)
 
 
-def _under_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+def layer_tensors(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a rule reads for one layer."""
+    sizes = config.sizes
+    for source in rule.sources:
+        for expert in range(sizes["X"]) if "{e}" in source.name else (0,):
+            yield source.name.format(l=layer, e=expert), source_shape(source, sizes)
+
+
+def under_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint with the prefix that some leave out of their names put back."""
     begins = family.begins
     if any(name.startswith(begins) for name in checkpoint.shapes):
         return checkpoint
     full = {name if name == "lm_head.weight" else begins + name: name for name in checkpoint.shapes}
     shapes = {new: checkpoint.shapes[old] for new, old in full.items()}
+    unreadable = {new: checkpoint.unreadable[old] for new, old in full.items() if old in checkpoint.unreadable}
     read = lambda name, cut=None: checkpoint.read(full[name], cut)  # noqa: E731
-    return Checkpoint(checkpoint.config, shapes, read, checkpoint.files, checkpoint.tokenizer)
+    return replace(checkpoint, shapes=shapes, read=read, unreadable=unreadable)
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that `rules` read; a UserError where the checkpoint's tensors are not these."""
     if config.layers * config.sizes["X"] > 4 * len(checkpoint.shapes):
         raise UserError(f"The config says {config.layers} layers; the checkpoint holds {len(checkpoint.shapes)} tensors in all.")
     expected = dict(pair for rule in rules for pair in expected_tensors(rule, config))
@@ -106,9 +117,11 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], co
         for name, found in checkpoint.shapes.items()
         if name in expected and found != expected[name]
     ]
+    problems += [f"tensor {name} {why}" for name, why in checkpoint.unreadable.items() if name in expected]
     problems += [f"unknown tensor {name}" for name in checkpoint.shapes if name not in expected and name not in ignored]
     if problems:
         raise all_problems(f"Checkpoint {checkpoint.files[0]}", problems, "Check that config and weights belong together.")
+    return expected
 
 
 def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sharding.Mesh, problems: list[str]) -> jax.Array:
@@ -131,11 +144,29 @@ def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sh
 
     if not is_stacked(rule):
         return read(0)
-    full = (config.layers, *shape)
-    stack = jax.jit(partial(jnp.zeros, full, dtype), out_shardings=partition(letters, full, mesh))()
+    stack = _empty(letters, config, dtype, mesh)
     for layer in range(config.layers):
         stack = _set_layer(stack, read(layer), layer)
     return stack
+
+
+def _place_int8(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sharding.Mesh, problems: list[str]) -> Params:
+    """A matrix as int8 and its scales, one per output channel: largest magnitude / 127. Every host reads whole layers."""
+    name, letters = rule.path[-1], letters_of(rule, config) or ""
+    names = {name: letters, name + "_scale": "L" + letters[1 + MATRICES[name] :]}
+    stacks = {each: _empty(axes, config, param_dtype(config, each), mesh) for each, axes in names.items()}
+    for layer in range(config.layers):
+        matrix = _build(checkpoint, rule, config, layer, WHOLE, problems).astype(np.float32)
+        scale = np.abs(matrix).max(tuple(range(MATRICES[name])), initial=1e-30) / 127
+        for each, array in ((name, np.rint(matrix / scale).astype(np.int8)), (name + "_scale", scale)):
+            row = jax.device_put(array, partition(names[each][1:], array.shape, mesh))
+            stacks[each] = _set_layer(stacks[each], row, layer)
+    return stacks
+
+
+def _empty(letters: str, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> jax.Array:
+    shape = tuple(config.sizes[letter] for letter in letters)
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=partition(letters, shape, mesh))()
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -173,8 +204,10 @@ def _read(checkpoint: Checkpoint, name: str, source: Source, sizes: dict[str, in
         tensor = checkpoint.read(name, None)
     else:
         tensor = _read_cut(checkpoint, name, [_ranges(axis, sizes, part) for axis in source.shape])
-    if not np.isfinite(tensor.sum(dtype=np.float64)):
-        problems.append(f"{name} holds values that are not finite")
+    with np.errstate(all="ignore"):
+        tensor = tensor.astype(np.float32) if tensor.dtype == np.float64 else tensor
+        if not np.isfinite(tensor.sum(dtype=np.float64)):
+            problems.append(f"{name} holds values that are not finite")
     return tensor
 
 

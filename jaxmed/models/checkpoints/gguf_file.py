@@ -1,80 +1,70 @@
-"""A GGUF file, decoded by the `gguf` package and presented under Hugging Face names and layouts."""
+"""A GGUF file, decoded by the `gguf` package and presented under Hugging Face names and layouts, by tables of architectures."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.checkpoints.gguf_header import Header, Stored, can_decode, read_header
+from jaxmed.models.checkpoints.gguf_metadata import Facts, read_metadata
+from jaxmed.models.checkpoints.gguf_tables import ARCHITECTURES, FACTORS, IGNORED, Architecture, Change
+from jaxmed.models.checkpoints.gguf_tokenizer import build_tokenizer
 
-TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-CONFIG = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-}
-INERT = ("rope.dimension_count", "attention.value_length")
-INTERLEAVED = ("llama",)
-"""Architectures whose query and key rows are stored in interleaved rotary order."""
+MOST_EXPERTS = 4096
+TENSOR = re.compile(
+    r"(?:(?P<block>blk)\.(?P<layer>0|[1-9][0-9]*)\.)?(?P<name>[a-z_]+)(?:\.(?P<expert>0|[1-9][0-9]*))?\.(?P<end>weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A checkpoint tensor in a GGUF file.
+
+    Attributes:
+        stored: where it lies.
+        change: how it differs there.
+        expert: its place on the first axis of a stack of experts; None where it is a tensor of its own.
+    """
+
+    stored: Stored
+    change: Change
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        found = self.stored.shape if self.expert is None else self.stored.shape[1:]
+        return found[::-1] if self.change.turned else found
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """Opens a GGUF file of any quantisation that the `gguf` package dequantises.
+    """Opens a GGUF file of any architecture of `gguf_tables` and any quantisation that the `gguf` package decodes.
 
     Raises:
-        UserError: not a GGUF file, truncated, or of an architecture or with metadata that is not understood.
+        UserError: not a GGUF file, truncated, damaged, or of an architecture or with tensors or metadata that are not understood.
     """
-    from gguf import GGUFReader, dequantize
-
-    try:
-        reader = GGUFReader(file)
-        fields = {key: field for key, field in reader.fields.items()}
-        architecture = str(fields["general.architecture"].contents())
-    except Exception as error:  # the package raises many types on damaged files
-        raise UserError(f"{file} is not a readable GGUF file ({file.stat().st_size:,} bytes; truncated or damaged?): {error}") from None
-    if architecture not in INTERLEAVED:
-        raise unknown("GGUF architecture", architecture, INTERLEAVED, "Load the Hugging Face folder of this model instead.")
-    tensors = {_huggingface_name(tensor.name, file): tensor for tensor in reader.tensors}
-    factors = tensors.pop("rope_freqs", None)
-    config = _config(fields, architecture, "lm_head.weight" not in tensors)
-    if factors is not None:
-        config["rope_scaling"] = {"rope_type": "factors", "factors": tuple(float(x) for x in factors.data)}
+    header = read_header(file)
+    name = header.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise unknown("GGUF architecture", name, ARCHITECTURES, "Load the Hugging Face folder of this model instead.")
+    if header.metadata.get("split.count", 1) not in (0, 1):
+        raise UserError(f"{file} is one of several parts. Put them together first, with `llama-gguf-split --merge`.")
+    architecture = ARCHITECTURES[name]
+    pieces, problems = _pieces(header, architecture)
+    config = _config(header, name, architecture, problems)
+    if problems:
+        raise all_problems(f"GGUF file {file} of architecture {name}", problems, "Load the Hugging Face folder of this model instead.")
 
     def read(name: str, cut: tuple[slice, ...] | None = None) -> np.ndarray:
-        tensor = tensors[name]
-        array = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        array = half_split(array, config[heads]) if heads else array
-        return array if cut is None else array[cut]
+        return _read(header, pieces[name], config, cut)
 
-    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
-    return Checkpoint(config, shapes, read, (file,), lambda: _tokenizer(fields, architecture))
+    shapes = {name: piece.shape for name, piece in pieces.items()}
+    return Checkpoint(config, shapes, read, (file,), lambda: build_tokenizer(header.metadata, name))
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -83,47 +73,77 @@ def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.swapaxes(pairs, 1, 2).reshape(rows.shape)
 
 
-def _huggingface_name(name: str, file: Path) -> str:
-    if name in TENSORS:
-        return TENSORS[name]
-    if name == "rope_freqs.weight":
-        return "rope_freqs"
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in LAYER_TENSORS:
-        return f"model.layers.{match[1]}.{LAYER_TENSORS[match[2]]}.{match[3]}"
-    raise unknown(f"tensor in {file}:", name, [*TENSORS, *(f"blk.N.{key}.weight" for key in LAYER_TENSORS)])
-
-
-def _config(fields: dict[str, Any], architecture: str, tied: bool) -> dict[str, Any]:
-    config: dict[str, Any] = {"model_type": architecture, "tie_word_embeddings": tied}
-    for key, field in fields.items():
-        if not key.startswith(architecture + "."):
+def _pieces(header: Header, architecture: Architecture) -> tuple[dict[str, Piece], list[str]]:
+    """Every tensor by its checkpoint name, and the names that are not understood."""
+    pieces: dict[str, Piece] = {}
+    problems: list[str] = []
+    for stored_name, stored in header.tensors.items():
+        match = TENSOR.fullmatch(stored_name)
+        key = ("blk." if match["block"] else "") + match["name"] + (".{e}" if match["expert"] else "") if match else ""
+        if match and key in (*FACTORS, *IGNORED):
             continue
-        key = key[len(architecture) + 1 :]
-        if key in CONFIG:
-            config[CONFIG[key]] = field.contents()
-        elif key not in INERT:
-            raise unknown("GGUF metadata key", f"{architecture}.{key}", CONFIG, "It may change the computation, so the file is refused.")
-    config.setdefault("vocab_size", len(fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in fields else None)
-    return config
+        if not match or key not in architecture.names:
+            problems.append(f"unknown tensor {stored_name}")
+        elif not can_decode(stored.kind):
+            problems.append(f"tensor {stored_name} is of type {stored.kind.name}, which the gguf package does not decode")
+        else:
+            name, change = f"{architecture.names[key]}.{match['end']}", architecture.changes.get(key, Change())
+            stacked = "{e}" in name and not match["expert"]
+            if stacked and not (len(stored.shape) == 3 and stored.shape[0] <= MOST_EXPERTS):
+                problems.append(f"tensor {stored_name} has shape {list(stored.shape)}; experts are stacked on the first of three axes")
+                continue
+            for expert in range(stored.shape[0]) if stacked else (None,):
+                number = match["expert"] if expert is None else expert
+                pieces[name.format(l=match["layer"], e=number)] = Piece(stored, change, expert)
+    return pieces, problems
 
 
-def _tokenizer(fields: dict[str, Any], architecture: str) -> Any:
-    """The tokenizer the metadata describes, by transformers' own converter (private there: pinned, and its ids are tested)."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+def _config(header: Header, name: str, architecture: Architecture, problems: list[str]) -> dict[str, Any]:
+    """The Hugging Face config that the metadata describes; what is not understood is added to `problems`."""
+    prefix = name + "."
+    rest = {key[len(prefix) :]: value for key, value in header.metadata.items() if key.startswith(prefix)}
+    facts = Facts(rest, {key: tensor.shape for key, tensor in header.tensors.items()}, _factors(header, problems))
+    try:
+        problems += read_metadata(facts, architecture.steps)
+    except KeyError as missing:
+        problems.append(f"the metadata lacks {missing}")
+    except (TypeError, ValueError, ArithmeticError) as wrong:
+        problems.append(f"the metadata holds a value that cannot be used: {wrong}")
+    return facts.config
 
-    if "tokenizer.ggml.tokens" not in fields:
-        return None
 
-    def content(key: str) -> Any:
-        return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else None
+def _factors(header: Header, problems: list[str]) -> dict[str, tuple[float, ...]]:
+    found: dict[str, tuple[float, ...]] = {}
+    for name in FACTORS:
+        tensor = header.tensors.get(name + ".weight")
+        if tensor is None:
+            continue
+        if len(tensor.shape) != 1 or tensor.shape[0] > 2**16 or not can_decode(tensor.kind):
+            problems.append(f"tensor {name}.weight has shape {list(tensor.shape)}; RoPE factors are one number per rotated pair")
+        else:
+            found[name] = tuple(_decode(header.rows(tensor), tensor).tolist())
+    return found
 
-    described = {new: content(key) for key, new in GGUF_TOKENIZER_MAPPING["tokenizer"].items() if content(key) is not None}
-    backend, _ = convert_gguf_tokenizer(architecture, described)
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {token: content(f"ggml.{key}_token_id") for token, key in names.items()}
-    special = {token: described["tokens"][index] for token, index in ids.items() if index is not None}
-    if not content("ggml.add_bos_token"):
-        special.pop("bos_token", None) if not content("chat_template") else None
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=content("chat_template"), **special)
+
+def _decode(rows: np.ndarray, tensor: Stored) -> np.ndarray:
+    from gguf import dequantize
+
+    with np.errstate(all="ignore"):  # values that are not finite are found, and named, when a checkpoint is assembled
+        return np.asarray(dequantize(rows, tensor.kind), np.float32)
+
+
+def _read(header: Header, piece: Piece, config: dict[str, Any], cut: tuple[slice, ...] | None) -> np.ndarray:
+    """A tensor, or slices of it: only the rows asked for are decoded."""
+    change, rows = piece.change, header.rows(piece.stored)
+    rows = rows if piece.expert is None else rows[piece.expert]
+    cuts = (slice(None),) * len(piece.shape) if cut is None else cut
+    first, *others = cuts[::-1] if change.turned else cuts
+    order: Any = first
+    if change.heads:
+        order = half_split(np.arange(piece.shape[0]), int(config[change.heads]))[first]
+    if len(piece.shape) == 1:  # a vector is one row, and blocks of it cannot be taken apart
+        array = _decode(rows, piece.stored)[order]
+    else:
+        array = _decode(rows[order], piece.stored)[(slice(None), *others)]
+    array = array - np.float32(change.above) if change.above else array
+    return array.T if change.turned else array

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxmed.errors import UserError, all_problems
+from jaxmed.errors import LONGEST, UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 
 INDEX = "model.safetensors.index.json"
+READ = ("F64", "F32", "F16", "BF16")
+"""Types of the tensors that are read, as safetensors files spell them."""
+MOST_JSON = 2**26
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -20,21 +23,26 @@ def open_folder(folder: Path) -> Checkpoint:
     """Opens a folder and reads the headers of its weight files.
 
     Raises:
-        UserError: no config or weights; a missing, truncated or damaged file; a tensor the index names and no file holds.
+        UserError: no config or weights; a missing, truncated or damaged file; a tensor that two files hold, or that the index names
+            and no file holds.
     """
     config = read_json(folder / "config.json")
     files, promised = _weight_files(folder)
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    unreadable: dict[str, str] = {}
     problems = []
     for file in files:
         try:
-            with safe_open(file, framework="numpy") as handle:
-                for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                    where[name] = file
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+            held = _read_header(file)
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: {error} (truncated or damaged? {file.stat().st_size if file.exists() else 0:,} bytes)")
+            continue
+        problems += [f"tensor {name} is in {where[name].name} and in {file.name}" for name in held if name in where]
+        for name, (shape, kind) in held.items():
+            where[name], shapes[name] = file, shape
+            if kind not in READ:
+                unreadable[name] = f"is stored as {kind}; {', '.join(READ)} are read"
     problems += [
         f"{INDEX} names {name}, and {file} does not hold it" for name, file in promised.items() if name not in where and not problems
     ]
@@ -45,16 +53,25 @@ def open_folder(folder: Path) -> Checkpoint:
         with safe_open(where[name], framework="numpy") as handle:
             return handle.get_tensor(name) if cut is None else handle.get_slice(name)[cut]
 
-    return Checkpoint(config, shapes, read, tuple(files), lambda: _tokenizer(folder))
+    return Checkpoint(config, shapes, read, tuple(files), lambda: read_tokenizer(folder), unreadable=unreadable)
+
+
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor; `safe_open` holds the header against the file."""
+    with safe_open(file, framework="numpy") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is no mapping
+        return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; a UserError that names the file where it is missing or malformed."""
     if not file.is_file():
         raise UserError(f"No {file.name} in {file.parent}. A model folder holds config.json and safetensors files.")
+    if file.stat().st_size > MOST_JSON:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes; no such file of a model exceeds {MOST_JSON:,}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}; a JSON object is expected.")
@@ -64,7 +81,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and the tensor -> file name map that an index promises (empty without an index)."""
     if (folder / INDEX).is_file():
-        promised = read_json(folder / INDEX).get("weight_map", {})
+        promised = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(promised, dict) or not all(_is_file_name(name) for name in promised.values()):
+            raise UserError(f"{folder / INDEX} has no weight_map from names of tensors to names of files beside it. Copy it again.")
         files = sorted({folder / name for name in promised.values()})
         missing = [f"{file.name} is missing" for file in files if not file.is_file()]
         if missing:
@@ -79,9 +98,18 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, {}
 
 
-def _tokenizer(folder: Path) -> Any:
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; None where it holds no tokenizer files."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many types on damaged files
+        reason = f"{type(error).__name__}: {error}"[:LONGEST]
+        raise UserError(f"The tokenizer files in {folder} cannot be read: {reason}. Copy or download them again.") from None

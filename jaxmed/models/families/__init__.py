@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import UserError, all_problems, hint, quoted, unknown
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.families.checks import SWITCHES, wrong_values
 from jaxmed.models.families.gemma import GEMMAS
 from jaxmed.models.families.gpt2 import GPT2S
 from jaxmed.models.families.llama import LLAMAS
@@ -23,35 +24,36 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     """The family and the config of a checkpoint.
 
     Raises:
-        UserError: unknown model type, a missing key, or a key that might change the computation and is not understood.
+        UserError: unknown model type; or, all together, keys that might change the computation and are not understood, missing
+            keys, and values that cannot be used.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise unknown("model_type", kind, FAMILIES, "This version runs these families.")
     family = FAMILIES[kind]
-    for key in sorted(set(raw) - family.known - family.needed.keys() - INERT):
-        raise unknown(
-            f"config key of a {kind} model:", key, sorted(family.known), "It may change the computation, so the model is refused."
-        )
-    for key, allowed in family.needed.items():
-        if raw.get(key) is not None and raw[key] not in allowed:
-            raise UserError(f"Config key {key!r} is {raw[key]!r}; this family runs only {allowed[0]!r}.")
+    problems = _wrong_keys(raw, family)
+    config = None
     try:
         config = family.read({**family.defaults, **raw})
+        problems += wrong_values(config)
+    except UserError as error:
+        problems.append(str(error))
     except KeyError as missing:
-        raise UserError(f"The config lacks {missing}, which a {kind} model needs.") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as wrong:
-        raise UserError(f"The config of this {kind} model holds a value that cannot be used: {wrong}.") from None
-    _check_sizes(config)
+        problems.append(f"it lacks {missing}")
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        problems.append(f"it holds a value that cannot be used: {error}")
+    if config is None or problems:
+        raise all_problems(f"The config of this {kind} model", problems, f"This family uses the keys {', '.join(sorted(family.known))}.")
     return family, config
 
 
-def _check_sizes(config: ModelConfig) -> None:
-    """Refuses sizes that no model has, before anything is allocated."""
-    for letter, size in config.sizes.items():
-        if not 0 < size < 2**31:
-            raise UserError(f"The config of this {config.family} model gives the size {letter} as {size}; sizes are positive.")
-    if config.heads % config.kv_heads:
-        raise UserError(f"The config has {config.heads} query heads, which do not divide over {config.kv_heads} key/value heads.")
-    if config.experts and not 0 < config.experts_used <= config.experts:
-        raise UserError(f"The config uses {config.experts_used} experts per token, of {config.experts}.")
+def _wrong_keys(raw: Mapping[str, Any], family: Family) -> list[str]:
+    """Keys that are not understood, or whose values are none that the family runs."""
+    known = sorted(family.known)
+    extra = sorted(set(raw) - family.known - family.needed.keys() - INERT)
+    wrong = [f"unknown key {quoted(key)}, which may change the computation.{hint(key, known)}" for key in extra]
+    for key, allowed in family.needed.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            wrong.append(f"key {key!r} is {quoted(raw[key])}; this family runs only {allowed[0]!r}")
+    switches = sorted(SWITCHES & set(raw))
+    return wrong + [f"key {key!r} is {quoted(raw[key])}; it is true or false" for key in switches if not isinstance(raw[key], bool | None)]

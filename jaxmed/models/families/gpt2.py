@@ -95,5 +95,6 @@ GPT2S: dict[str, Family] = {
         },
         ("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
         "transformer.",
+        inputs_first=True,
     ),
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.models.config import Rope
 from jaxmed.models.rope import UNLIMITED
 
@@ -18,6 +18,7 @@ COMMON = frozenset(
 )
 """Config keys that `decoder` and `read_rope` use."""
 
+MOST_LAYERS = 2**14
 WINDOWED = frozenset(("sliding_window layer_types use_sliding_window max_window_layers").split())
 """Config keys of sliding windows."""
 
@@ -145,11 +146,13 @@ def windows(raw: Mapping[str, Any], slides: Callable[[int], bool]) -> tuple[int,
     count, size = int(raw["num_hidden_layers"]), raw.get("sliding_window")
     if size is None or raw.get("use_sliding_window") is False:
         return None
+    if count > MOST_LAYERS:
+        raise UserError(f"The config says {quoted(count)} layers; {MOST_LAYERS:,} are the most that is read.")
     kinds = raw.get("layer_types") or ["sliding_attention" if slides(number) else "full_attention" for number in range(count)]
     if len(kinds) != count:
         raise UserError(f"The config's layer_types has {len(kinds)} entries for {count} layers.")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
             raise unknown("layer type", kind, ("sliding_attention", "full_attention"))
-    found = tuple(int(size) if kind == "sliding_attention" else UNLIMITED for kind in kinds)
+    found = tuple(min(int(size), UNLIMITED) if kind == "sliding_attention" else UNLIMITED for kind in kinds)
     return found if min(found) < UNLIMITED else None

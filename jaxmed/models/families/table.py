@@ -63,6 +63,7 @@ class Family:
         needed: keys that must hold one of these values, because nothing else is implemented.
         ignored: checkpoint tensors that carry nothing.
         begins: prefix that some checkpoints leave out of every name.
+        inputs_first: whether the blocks' matrices are stored input by output.
     """
 
     read: Callable[[Mapping[str, Any]], ModelConfig]
@@ -72,6 +73,7 @@ class Family:
     needed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     begins: str = "model."
+    inputs_first: bool = False
 
 
 def _fuse_qkv(sizes: Sizes, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:

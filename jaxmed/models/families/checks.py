@@ -1,0 +1,76 @@
+"""Whether the values of a config can be computed with, before anything is allocated or traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from jaxmed.errors import quoted
+from jaxmed.models.config import ModelConfig, Rope
+from jaxmed.models.families.reading import MOST_LAYERS
+from jaxmed.models.rope import frequencies
+
+SWITCHES = frozenset("tie_word_embeddings attention_bias mlp_bias use_sliding_window norm_topk_prob".split())
+"""Config keys that are true or false; any other value would count as true."""
+MOST = {"layers": MOST_LAYERS + 1, "head_width": 2**16, "experts": 2**14}
+"""Sizes that no model exceeds; of the others, 2 ** 31."""
+SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "neurons", "vocabulary", "max_length")
+LARGEST = 1e30
+"""No number of a config comes near; float32 overflows above."""
+
+
+def wrong_values(config: ModelConfig) -> list[str]:
+    """What is wrong with a config, in words.
+
+    Raises:
+        TypeError, ValueError, ArithmeticError: RoPE parameters without frequencies.
+    """
+    wrong = [*_wrong_sizes(config), *_wrong_numbers(config)]
+    for name in ("rope", "local_rope"):
+        rope = getattr(config, name)
+        if rope is not None and not wrong:
+            wrong = [f"{name}: {problem}" for problem in (*_wrong_numbers(rope), *_wrong_rope(rope, config.head_width))]
+    return wrong
+
+
+def _wrong_sizes(config: ModelConfig) -> Iterator[str]:
+    for name in SIZES:
+        size, most = getattr(config, name), MOST.get(name, 2**31)
+        if not 0 < size < most:
+            yield f"{name} is {quoted(size)}; sizes are positive and below {most:,}"
+    if config.kv_heads > 0 and config.heads % config.kv_heads:
+        yield f"{config.heads} query heads do not divide over {config.kv_heads} key/value heads"
+    if not 0 <= config.experts < MOST["experts"] or (config.experts and not 0 < config.experts_used <= config.experts):
+        yield f"{quoted(config.experts_used)} experts are used per token, of {quoted(config.experts)}"
+    if config.windows and min(config.windows) <= 0:
+        yield f"a sliding window is {min(config.windows)} tokens wide; it is one at least"
+    if config.norm_eps < 0:
+        yield f"norm_eps is {config.norm_eps}; it is not negative"
+
+
+def _wrong_numbers(record: ModelConfig | Rope) -> Iterator[str]:
+    """Fields that should hold numbers, and hold something else, or a number that is not finite."""
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if entry.type in ("str", "bool", "Rope | None") or value is None:
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) < LARGEST:
+                yield f"{entry.name} is {quoted(each)}; a finite number is expected"
+                break
+
+
+def _wrong_rope(rope: Rope, head_width: int) -> Iterator[str]:
+    rotated: Any = int(head_width * rope.share)
+    if rotated % 2 or not 0 < rotated <= head_width:
+        yield f"{rotated} dimensions of heads of {head_width} are rotated; they are rotated in pairs"
+    elif not 0 < rope.original_length < 2**31:
+        yield f"the original length is {quoted(rope.original_length)} tokens"
+    else:
+        with np.errstate(all="ignore"):
+            found = frequencies(rope, head_width)
+        if not (np.isfinite(found).all() and (found > 0).all() and all(factor > 0 for factor in rope.short_factors)):
+            yield "its frequencies are not finite and positive"
