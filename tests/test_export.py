@@ -200,6 +200,7 @@ def test_a_disk_with_too_little_room_is_said_before_anything_is_written(
 def test_what_cannot_be_written_is_said(tmp_path: Path, folder: Path) -> None:
     write = lambda model, **more: _refused(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", **more))  # noqa: E731
     assert "no source config" in write(tiny.model("llama"))
+    assert "kept as int8" in write(jm.load(str(folder), int8=True))
     model = jm.load(str(folder))
     assert "JSON values" in write(model, edit={"mask": object()})
     down = model.params["blocks"]["down"]
@@ -291,11 +292,15 @@ def test_a_store_whose_card_does_not_fit_is_refused_with_all_mismatches(tmp_path
     assert "format 9" in _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
 
 
-def test_a_damaged_store(tmp_path: Path, folder: Path) -> None:
+def test_the_damaged_files_of_a_store_are_named_together(tmp_path: Path, folder: Path) -> None:
     save_store(jm.load(str(folder)), tmp_path / "store")
-    largest = max((tmp_path / "store" / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest, *_, smallest = sorted((tmp_path / "store" / "params").rglob("d/*"), key=lambda path: -path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    assert "damaged" in _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
+    smallest.unlink()
+    said = _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
+    assert "2 problems" in said
+    assert f"{largest.name} has 100 bytes" in said
+    assert f"{smallest.name} is missing" in said
 
 
 def _convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Our own sharded checkpoint: the parameters as Orbax keeps them, which any mesh can restore, and what is needed to use them.
 
-FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config and where the weights came from; the tokenizer's files lie beside it.
+FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config, where the weights came from, and the size of every file; the
+tokenizer's files lie beside it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.errors import UserError, all_problems
+from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.export import check_writable, write_side_files
 from jaxmed.models.checkpoints.huggingface import read_json, read_tokenizer
 from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
+from jaxmed.models.checkpoints.safetensors_file import TYPES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params, param_dtype, param_shapes, param_shardings
 
@@ -59,6 +61,7 @@ def save_store(model: Model, folder: str | Path) -> Path:
     card |= {"config": {**(model.source_config or {}), "dtype": model.config.dtype}}
     with new_folder(folder, _size(model.config)) as scratch:
         _save(model.params, scratch / PARAMS)
+        card |= {"files": _file_sizes(scratch)}
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         write_side_files(model, scratch, model.edits)
     return folder
@@ -82,20 +85,32 @@ def open_store(folder: Path) -> Checkpoint:
     """Opens a checkpoint written by `save_store`.
 
     Raises:
-        UserError: a card that is damaged or of a later version, or no parameters.
+        UserError: a card that is damaged or of another version; files that are missing or truncated.
     """
     card = read_json(folder / CARD)
-    if card.get("format") != FORMAT or not isinstance(card.get("config"), dict) or card.get("dtype") not in ("float32", "bfloat16"):
+    kinds = {"config": dict, "files": dict, "dtype": str}
+    if card.get("format") != FORMAT or not all(isinstance(card.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{folder / CARD} is damaged, or of another version: format {card.get('format')!r}; this one reads {FORMAT}.")
-    files = tuple(sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file()))
-    if not files:
-        raise UserError(f"No parameters in {folder / PARAMS}. Copy the checkpoint again.")
+    if card["dtype"] not in TYPES:
+        raise unknown(f"dtype in {folder / CARD}:", card["dtype"], TYPES)
+    held = _file_sizes(folder)
+    problems = [f"{name} is missing" for name in card["files"] if name not in held]
+    problems += [f"{name} has {held[name]:,} bytes, not {size:,}" for name, size in card["files"].items() if held.get(name, size) != size]
+    if problems:
+        raise all_problems(f"Checkpoint {folder}", problems, "Copy it again.")
 
     def read(name: str, cut: Any = None) -> Any:
         raise UserError(f"{folder} holds parameters, and no tensor {name}.")
 
     restore = partial(restore_params, folder / PARAMS, card["dtype"])
+    files = tuple(folder / name for name in card["files"])
     return Checkpoint({**card["config"], "dtype": card["dtype"]}, {}, read, files, lambda: read_tokenizer(folder), restore)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Path within `folder` -> bytes, of every file of the parameters."""
+    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def restore_params(folder: Path, stored: str, config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
