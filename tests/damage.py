@@ -61,7 +61,9 @@ def join_safetensors(header: Any, data: bytes, length: int | None = None) -> byt
 
 
 ENTRY_KEYS = ("dtype", "shape", "data_offsets", "extra")
-DTYPES = st.sampled_from(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "I8", "U8", "BOOL", "C64", "f32", "Q8_0"))
+DTYPES = st.sampled_from(
+    ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "I32", "U32", "I8", "U8", "BOOL", "C64", "f32", "Q8_0")
+)
 SHAPES = st.lists(st.sampled_from((0, 1, 2, 16, 24, 264, -1, 1.5, *HUGE)), max_size=5)
 OFFSETS = st.lists(st.sampled_from((0, 1, 4, 64, 1024, 4096, -4, 10**6, *HUGE)), min_size=2, max_size=2)
 

@@ -44,8 +44,9 @@ SIZES = {
 }
 PLAIN = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 5e5, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"attention_factor": 1.2, "truncate": False}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
-LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.5], "long_factor": [1.5, 3.0, 8.0]}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.5], "long_factor": [1.5, 3.0, 8.0], "attention_factor": 1.2}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_bias": False},
     "mistral": {**PLAIN, "sliding_window": 12},

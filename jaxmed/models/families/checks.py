@@ -19,7 +19,7 @@ MOST = {"layers": MOST_LAYERS + 1, "head_width": 2**16, "experts": 2**14}
 """Sizes that no model exceeds; of the others, 2 ** 31."""
 SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "neurons", "vocabulary", "max_length")
 LARGEST = 1e30
-"""No number of a config comes near; float32 overflows above."""
+"""No number of a config comes near; float32 overflows above. JAX takes whole ones below 2 ** 31."""
 
 
 def wrong_values(config: ModelConfig) -> list[str]:
@@ -32,7 +32,8 @@ def wrong_values(config: ModelConfig) -> list[str]:
     for name in ("rope", "local_rope"):
         rope = getattr(config, name)
         if rope is not None and not wrong:
-            wrong = [f"{name}: {problem}" for problem in (*_wrong_numbers(rope), *_wrong_rope(rope, config.head_width))]
+            found = [*_wrong_numbers(rope)] or [*_wrong_rope(rope, config.head_width)]
+            wrong = [f"{name}: {problem}" for problem in found]
     return wrong
 
 
@@ -57,8 +58,10 @@ def _wrong_numbers(record: ModelConfig | Rope) -> Iterator[str]:
         value = getattr(record, entry.name)
         if entry.type in ("str", "bool", "Rope | None") or value is None:
             continue
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) < LARGEST:
+        several = isinstance(value, tuple) and str(entry.type).startswith("tuple")
+        for each in value if several else (value,):
+            most = 2**31 if isinstance(each, int) else LARGEST
+            if isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) < most:
                 yield f"{entry.name} is {quoted(each)}; a finite number is expected"
                 break
 
