@@ -47,6 +47,7 @@ def _refused(action: Callable[..., Any], *arguments: Any) -> str:
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "cannot be used"),
         ("qwen3", {"rope_parameters": {**CONFIGS["qwen3"]["rope_parameters"], "beta_fast": ""}}, "beta_fast is ''"),
         ("qwen3", {"rope_parameters": {**CONFIGS["qwen3"]["rope_parameters"], "rope_theta": True}}, "cannot be used"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": {}}}, "truncate is {}; it is true or false"),
         ("qwen3", {"rope_parameters": {**CONFIGS["qwen3"]["rope_parameters"], "attention_factor": 10**12}}, "amplitude is"),
         ("phi3", {"rope_scaling": {"rope_type": "longrope", "long_factor": "nan", "short_factor": [1, 1, 1]}}, "factors is 'nan'"),
         ("gemma2", {"query_pre_attn_scalar": -1}, "score_scale is"),  # a complex number

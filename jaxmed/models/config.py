@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 once it is imported)
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ModelConfig:
 
     @property
     def compute(self) -> Any:
-        return jnp.dtype(self.dtype)
+        return np.dtype(self.dtype)
 
     @property
     def norm_bias(self) -> bool:

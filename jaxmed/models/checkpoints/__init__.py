@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from jaxmed.models.config import ModelConfig
+
+if TYPE_CHECKING:  # the PyTorch processes read checkpoints too, and never import JAX
+    import jax
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,11 @@ def _wrong_sizes(config: ModelConfig) -> Iterator[str]:
 
 
 def _wrong_numbers(record: ModelConfig | Rope) -> Iterator[str]:
-    """Fields that should hold numbers, and hold something else, or a number that is not finite."""
+    """Fields that should hold numbers or truth values, and hold something else, or a number that is not finite."""
     for entry in fields(record):
         value = getattr(record, entry.name)
+        if entry.type == "bool" and not isinstance(value, bool):
+            yield f"{entry.name} is {quoted(value)}; it is true or false"
         if entry.type in ("str", "bool", "Rope | None") or value is None:
             continue
         several = isinstance(value, tuple) and str(entry.type).startswith("tuple")
