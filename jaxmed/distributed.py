@@ -68,3 +68,8 @@ def keep_compiled_programs(folder: Path) -> None:
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def device_name(mesh: jax.sharding.Mesh) -> str:
+    """The devices of a mesh, in words."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"

@@ -162,6 +162,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / RUN} cannot be read: {error}. Give another --out folder.") from None
 
 
+def check_same(out: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a UserError where the manifest of a run in `out` is not that of the run that would go on with it."""
+    now = json.loads(json.dumps(now, default=str))
+    different = [key for key in now if stored.get(key) != now[key]]
+    if different:
+        shown = "\n".join(f"  - {key}: {str(stored.get(key))[:120]} there, {str(now[key])[:120]} now" for key in different)
+        raise UserError(
+            f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
+        )
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raises a UserError if the disk has no room for `needed` bytes."""
     at = folder

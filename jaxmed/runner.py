@@ -58,10 +58,12 @@ def run_blocks(
     edits: dict[str, Edit] | None = None,
     taps: Sequence[str] = (),
     gather: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """All blocks over tokens int [B,T]: the last residual stream float32 [B,T,D], and the tapped activations [L,B,T,...].
 
-    `gather` int [B,W] keeps only these columns of every tap but the cached keys and values.
+    `gather` int [B,W] keeps only these columns of every tap but the cached keys and values. With `remat`, gradients keep the
+    residual stream between blocks alone and run each block again.
     """
     edits = edits or {}
     scanned, fixed = _split_dense(edits)
@@ -87,7 +89,7 @@ def run_blocks(
 
     layers = jnp.arange(config.layers)
     inputs = (params["blocks"], layer_windows(config), layers, scanned)
-    return jax.lax.scan(step, embed(config, params, tokens, layout.position), inputs)
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, embed(config, params, tokens, layout.position), inputs)
 
 
 def _attend_all(config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.prompts.examples import Example
 from jaxmed.prompts.pair import PromptPair
 
 DATE = datetime.datetime(2026, 1, 1)
@@ -57,15 +58,82 @@ def render(tokenizer: Any, pair: PromptPair, side: str, raw: bool = False) -> Pr
         user, header = (0, len(text)), (len(text), len(text))
     else:
         text, user, header = _render_chat(tokenizer, pair, side)
+    ids, offsets = _encode(tokenizer, text)
+    if not ids:
+        raise UserError(f"pair {pair.id!r}: the {side} prompt has no tokens.")
+    return Prompt(text, np.asarray(ids, np.int32), tuple(offsets), user, header)
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and the characters they cover, begin-of-sequence exactly once where the tokenizer adds one."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
     start = tokenizer.bos_token_id
     adds_start = start is not None and start in tokenizer("a")["input_ids"][:1]
     if adds_start and ids[:1] != [start]:
         ids, offsets = [start, *ids], [(0, 0), *offsets]
-    if not ids:
-        raise UserError(f"pair {pair.id!r}: the {side} prompt has no tokens.")
-    return Prompt(text, np.asarray(ids, np.int32), tuple(offsets), user, header)
+    return ids, offsets
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and its response as tokens.
+
+    Attributes:
+        ids: int [T], both.
+        prompt: number of prompt tokens; the response's tokens follow them.
+        cut: response tokens that were cut off because the limit is reached.
+    """
+
+    ids: np.ndarray
+    prompt: int
+    cut: int = 0
+
+
+def encode_example(tokenizer: Any, example: Example, plain: bool = False, most: int | None = None, separator: str = "\n") -> Answered:
+    """An example as token ids. Prompt and response are tokenised apart, as when the model answers, then joined.
+
+    Args:
+        plain: prompt, separator, response, without chat template, begin-of-sequence or end; else the chat template, whose end of the
+            assistant's turn belongs to the response.
+        most: limit of the tokens; what is longer loses the end of its response.
+
+    Raises:
+        UserError: no tokenizer or chat template; a prompt that leaves no room for a response; a response without tokens.
+    """
+    need_tokenizer(tokenizer)
+    if plain:
+        prompt = list(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"])
+        text = example.response
+    else:
+        opening, text = _chat_turns(tokenizer, example)
+        prompt = _encode(tokenizer, opening)[0]
+    response = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not response or not prompt:
+        raise UserError(f"example {example.id or example.prompt[:40]!r} has no tokens in its {'response' if prompt else 'prompt'}.")
+    room = len(response) if most is None else most - len(prompt)
+    if room < 1:
+        raise UserError(f"example {example.id or example.prompt[:40]!r}: the prompt has {len(prompt)} tokens, and the limit is {most}.")
+    return Answered(np.asarray(prompt + response[:room], np.int32), len(prompt), max(0, len(response) - room))
+
+
+def prompt_ids(tokenizer: Any, example: Example, plain: bool = False, separator: str = "\n") -> np.ndarray:
+    """Token ids of an example's prompt alone, as `encode_example` makes them."""
+    need_tokenizer(tokenizer)
+    if plain:
+        return np.asarray(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"], np.int32)
+    return np.asarray(_encode(tokenizer, _chat_turns(tokenizer, example)[0])[0], np.int32)
+
+
+def _chat_turns(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """The rendered prompt with the assistant's header, and the rendered answer with the end of its turn."""
+    system = [] if example.system is None else [{"role": "system", "content": example.system}]
+    chat = [*system, {"role": "user", "content": example.prompt}]
+    opening = _apply(tokenizer, chat, True)
+    whole = _apply(tokenizer, [*chat, {"role": "assistant", "content": example.response}], False)
+    if whole.startswith(opening) and example.response.strip() in whole[len(opening) :]:
+        return opening, whole[len(opening) :].rstrip()
+    return opening, example.response + (tokenizer.eos_token or "")  # a template that writes past answers another way
 
 
 def need_tokenizer(tokenizer: Any) -> None:
@@ -79,11 +147,8 @@ def need_tokenizer(tokenizer: Any) -> None:
 
 
 def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tuple[int, int], tuple[int, int]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("This model's tokenizer has no chat template; use --raw to feed plain text.")
     chat = pair.chat(side)
-    day = _fixed_date(tokenizer.chat_template)
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day) for generation in (False, True)]
+    texts = [_apply(tokenizer, chat, generation) for generation in (False, True)]
     message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
     if message is None:
         raise UserError(f"pair {pair.id!r}: the {side} chat has no user message.")
@@ -94,6 +159,14 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
     text = texts[1] + pair.prefill(side)
     header = len(texts[0]) if texts[1].startswith(texts[0]) else end
     return text, (begin, end), (header, len(text))
+
+
+def _apply(tokenizer: Any, chat: list[dict[str, str]], generation: bool) -> str:
+    """A chat through the tokenizer's template, at the fixed date."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("This model's tokenizer has no chat template; feed plain text (--raw), or take one with --template-from.")
+    day = _fixed_date(tokenizer.chat_template)
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day)
 
 
 def _fixed_date(template: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmed.bench.shapes import SHAPES
-from jaxmed.effects.sweep import commit
+from jaxmed.provenance import commit
 from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES

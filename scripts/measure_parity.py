@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxmed as jm
-from jaxmed.effects.sweep import commit
+from jaxmed.provenance import commit
 from jaxmed.interventions.sites import SITES
 from tests import reference
 

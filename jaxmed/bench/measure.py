@@ -18,7 +18,8 @@ from jaxmed.bench.peers import Peers
 from jaxmed.bench.shapes import Subject, make_subject
 from jaxmed.cli import show
 from jaxmed.cli.commands import parse_layers
-from jaxmed.effects.sweep import commit, device_name
+from jaxmed.distributed import device_name
+from jaxmed.provenance import commit
 from jaxmed.plan import propagate_flops
 
 NAIVE_NEURONS = 64
@@ -87,7 +88,7 @@ def _result(
         "command": "jaxmed " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "device": device_name(subject.model),
+        "device": device_name(subject.model.mesh),
         "jax": jax.__version__,
         "model": subject.model.name,
         "dtype": config.dtype,

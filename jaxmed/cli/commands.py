@@ -116,12 +116,13 @@ def sweep_job(job: Any, out: Path, resume: bool, dry_run: bool = False, title: s
     """Prints the plan of a job, then runs and summarises it."""
     from jaxmed.effects.job import estimate_rate, plan, progress_total
     from jaxmed.effects.summary import summarise
-    from jaxmed.effects.sweep import device_name, run
+    from jaxmed.distributed import device_name
+    from jaxmed.effects.sweep import run
     from jaxmed.results import check_folder
 
     check_folder(out, resume)
     rate = estimate_rate(job)
-    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model)}", plan(job, rate).lines())
+    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", plan(job, rate).lines())
     if dry_run:
         return
     with show.progress(title, progress_total(job)) as report:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmed import results
@@ -23,30 +18,7 @@ from jaxmed.effects.outcomes import Readout, outcome_name
 from jaxmed.effects.units import UNITS, units_per_layer
 from jaxmed.errors import UserError
 from jaxmed.models.load import Model
-
-
-def commit() -> str | None:
-    """The git commit of a source checkout of this package, with "+" where files are changed; None for an installed package."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    git = lambda *arguments: subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    found = git("rev-parse", "HEAD")
-    return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what computed a result."""
-    names = ("jaxmed", "jax", "jaxlib", "flax", "numpy", "tensorstore", "zarr", "xarray", "transformers")
-    found = {name: metadata.version(name) for name in names if _installed(name)}
-    return {"python": platform.python_version(), **found, "commit": commit()}
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
+from jaxmed.provenance import versions
 
 
 Report = Callable[[float, int, str], None]
@@ -64,7 +36,7 @@ def run(job: Job, out: Path, resume: bool = False, report: Report = lambda *_: N
     begun = time.time()
     if continues:
         stored = results.read_run(out)
-        _check_same(out, stored["manifest"], record)
+        results.check_same(out, stored["manifest"], record)
     else:
         planned = plan(job, rate)
         results.check_space(out, planned.disk + 1_000_000)
@@ -83,16 +55,6 @@ def run(job: Job, out: Path, resume: bool = False, report: Report = lambda *_: N
     stored["sessions"][-1]["seconds"] = round(time.time() - begun, 3)
     stored["status"] = "finished"
     results.write_json(out / results.RUN, stored)
-
-
-def _check_same(out: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now, default=str))
-    different = [key for key in now if stored.get(key) != now[key]]
-    if different:
-        shown = "\n".join(f"  - {key}: {str(stored.get(key))[:120]} there, {str(now[key])[:120]} now" for key in different)
-        raise UserError(
-            f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
-        )
 
 
 def _steps(job: Job, table: results.Table, report: Report) -> Iterator[dict[str, Any]]:
@@ -196,9 +158,3 @@ def _on_axis(job: Job, effect: np.ndarray) -> np.ndarray:
     padded = np.full((*effect.shape[:-1], width), np.nan, np.float32)
     padded[..., width - effect.shape[-1] :] = effect
     return padded
-
-
-def device_name(model: Model) -> str:
-    """The device, in words."""
-    device = model.mesh.devices.flat[0]
-    return f"{model.mesh.size} x {device.device_kind} ({jax.default_backend()})"

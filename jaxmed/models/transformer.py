@@ -47,8 +47,11 @@ class Block(nnx.Module):
     gate_up_bias: nnx.Param
     down_bias: nnx.Param
 
+    added: Params  # matrix -> (in [...in, R], out [R, ...out]), whose product is added to it
+
     def __init__(self, config: ModelConfig):
         self.config = config
+        self.added = nnx.data({})
         for name, letters in block_letters(config).items():
             shape = tuple(config.sizes[letter] for letter in letters)
             setattr(self, name, nnx.Param(jnp.zeros(shape, param_dtype(config, name))))
@@ -59,11 +62,14 @@ class Block(nnx.Module):
         return normalise(self.config, x, getattr(self, name)[...], bias, dtype)
 
     def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
-        """x [B,T,...in] times one of the block's matrices -> [B,T,...out]."""
+        """x [B,T,...in] times one of the block's matrices, and what is added to it -> [B,T,...out]."""
         matrix = getattr(self, name)[...]
-        if not self.config.int8:
-            return project(x, matrix, inputs, dtype)
-        out = project(x, matrix.astype(x.dtype), inputs) * getattr(self, name + "_scale")[...]
+        out = project(x, matrix.astype(x.dtype), inputs)
+        if self.config.int8:
+            out = out * getattr(self, name + "_scale")[...]
+        if name in self.added:
+            down, up = self.added[name]
+            out = out + project(project(x, down.astype(x.dtype), inputs, x.dtype), up.astype(x.dtype))
         return out if dtype is None else out.astype(dtype)
 
     def attention(self, h: jax.Array, angles: Angles | None, attend: Attend, touch: Touch = untouched) -> jax.Array:
@@ -192,9 +198,15 @@ def _declaration(config: ModelConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(config)))[0]
 
 
+ADDED = "added"
+"""Entry of the blocks' parameters that holds low-rank additions to their matrices; absent where nothing is added."""
+
+
 def open_block(config: ModelConfig, arrays: Params) -> Block:
     """The block whose parameters are `arrays` (one layer's slice)."""
-    return nnx.merge(_declaration(config), arrays)
+    block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name != ADDED})
+    block.added = nnx.data(arrays.get(ADDED, {}))
+    return block
 
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:

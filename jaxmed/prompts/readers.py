@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -28,18 +28,31 @@ def read_pairs(source: str | Path | Iterable[dict[str, Any]]) -> list[PromptPair
     Raises:
         UserError: no such file, an empty file, or rows that are no pairs (all listed, with their line numbers).
     """
+    return _check(*read_rows(source, BUNDLED, "pairs"))
+
+
+def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection[str], what: str) -> tuple[str, Iterable[tuple[str, Any]]]:
+    """What a source is called, and its rows as (place, columns); a row that cannot be read is an exception in their stead.
+
+    Args:
+        source: a path ending in .jsonl, .csv or .parquet; one of the names `bundled` with the package; or rows.
+        what: what the rows are, in words.
+
+    Raises:
+        UserError: no such file, or one of another type.
+    """
     if not isinstance(source, (str, Path)):
-        return _check("rows", ((f"row {i + 1}", row) for i, row in enumerate(source)))
-    if str(source) in BUNDLED and not Path(source).exists():
+        return "rows", ((f"row {i + 1}", row) for i, row in enumerate(source))
+    if str(source) in bundled and not Path(source).exists():
         path = resources.files("jaxmed.prompts") / "data" / f"{source}.jsonl"
-        return _check(f"bundled pairs {source!r}", _jsonl(path.read_text(encoding="utf-8")))
+        return f"bundled {what} {str(source)!r}", _jsonl(path.read_text(encoding="utf-8"))
     path = Path(source)
     if not path.is_file():
-        raise unknown("pairs file", str(source), BUNDLED, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file.")
+        raise unknown(f"{what} file", str(source), bundled, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file.")
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise unknown(f"type of pairs file {path.name!r}:", path.suffix, readers)
-    return _check(str(path), readers[path.suffix](path))
+        raise unknown(f"type of {what} file {path.name!r}:", path.suffix, readers)
+    return str(path), readers[path.suffix](path)
 
 
 def _check(name: str, rows: Iterable[tuple[str, Any]]) -> list[PromptPair]:

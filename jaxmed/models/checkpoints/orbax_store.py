@@ -60,7 +60,7 @@ def save_store(model: Model, folder: str | Path) -> Path:
     card |= {"source": {"name": model.name, "revision": model.revision, "weights": model.weights_hash}}
     card |= {"config": {**(model.source_config or {}), "dtype": model.config.dtype}}
     with new_folder(folder, _size(model.config)) as scratch:
-        _save(model.params, scratch / PARAMS)
+        save_arrays(model.params, scratch / PARAMS)
         card |= {"files": _file_sizes(scratch)}
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         write_side_files(model, scratch, model.edits)
@@ -120,29 +120,39 @@ def restore_params(folder: Path, stored: str, config: ModelConfig, mesh: jax.sha
         UserError: arrays that are missing, left over, of a wrong shape or dtype (all together), a damaged file, values that are
             not finite.
     """
-    import orbax.checkpoint as ocp
-
     if config.int8:
         raise UserError("int8 weights are made from a Hugging Face folder or a GGUF file; convert this checkpoint to huggingface first.")
     as_stored = replace(config, dtype=stored)
     shapes, shardings = param_shapes(as_stored), param_shardings(as_stored, mesh)
     target = jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)
+    params = restore_arrays(folder, target)
+    damaged = [name for name, leaf in _leaves(params).items() if not bool(_is_finite(leaf))]
+    if damaged:
+        raise all_problems(f"Checkpoint {folder}", [f"{name} holds values that are not finite" for name in damaged])
+    return params if stored == config.dtype else _cast(params, config)
+
+
+def restore_arrays(folder: Path, like: Params) -> Params:
+    """A nested dict of arrays as `save_arrays` wrote it, onto the shapes, dtypes and shardings of `like`.
+
+    Raises:
+        UserError: arrays that are missing, left over, of a wrong shape or dtype (all together), or a damaged file.
+    """
+    import orbax.checkpoint as ocp
+
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
     try:
         with _checkpointer() as orbax:
             held = orbax.metadata(folder.absolute()).item_metadata
             if held is None:
                 raise ValueError("its list of arrays is missing")
-            _check_arrays(folder, held.tree, shapes)
+            _check_arrays(folder, held.tree, target)
             arguments = ocp.checkpoint_utils.construct_restore_args(target)
-            params = orbax.restore(folder.absolute(), ocp.args.PyTreeRestore(target, restore_args=arguments))
+            return orbax.restore(folder.absolute(), ocp.args.PyTreeRestore(target, restore_args=arguments))
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many types on damaged files, the bare Exception among them
         raise UserError(f"{folder} cannot be read (damaged, or half copied?): {_reason(error)}") from None
-    damaged = [name for name, leaf in _leaves(params).items() if not bool(_is_finite(leaf))]
-    if damaged:
-        raise all_problems(f"Checkpoint {folder}", [f"{name} holds values that are not finite" for name in damaged])
-    return params if stored == config.dtype else _cast(params, config)
 
 
 def _check_arrays(folder: Path, tree: Any, shapes: Params) -> None:
@@ -179,7 +189,12 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].partition(" See full")[0].rpartition('": ')[2][:300] or type(error).__name__
 
 
-def _save(params: Params, folder: Path) -> None:
+def save_arrays(params: Params, folder: Path) -> None:
+    """Writes a nested dict of arrays, each in the pieces that its devices hold.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     import orbax.checkpoint as ocp
 
     def pieces(path: Any, leaf: Any) -> Any:  # the blocks' arrays one layer a piece

@@ -34,7 +34,8 @@ class Layout(NamedTuple):
     """How tensors lie in a parameter.
 
     Attributes:
-        join: (sizes, *tensors) -> the parameter (for block parameters: one layer of it).
+        join: (sizes, *tensors) -> the parameter (for block parameters: one layer of it). Of matrices it takes JAX arrays too, inside
+            traced functions: low-rank changes of the tensors are laid out by the same rule.
         split: (sizes, parameter) -> the tensors.
     """
 
@@ -80,7 +81,7 @@ def _fuse_qkv(sizes: Sizes, query: np.ndarray, key: np.ndarray, value: np.ndarra
     """[NH, ...] and two [KH, ...] -> [K, J, H, ...]."""
     kv, group, width, rest = sizes["K"], sizes["G"], sizes["H"], query.shape[1:]
     parts = [query.reshape(kv, group, width, *rest), key.reshape(kv, 1, width, *rest), value.reshape(kv, 1, width, *rest)]
-    return np.concatenate(parts, axis=1)
+    return query.__array_namespace__().concat(parts, axis=1)
 
 
 def _split_qkv(sizes: Sizes, fused: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -91,7 +92,7 @@ def _split_qkv(sizes: Sizes, fused: np.ndarray) -> tuple[np.ndarray, ...]:
 def _cut_qkv(sizes: Sizes, joined: np.ndarray) -> np.ndarray:
     """[NH + KH + KH, ...] -> [K, J, H, ...]."""
     queries, keys = sizes["N"] * sizes["H"], sizes["K"] * sizes["H"]
-    return _fuse_qkv(sizes, *np.split(joined, [queries, queries + keys]))
+    return _fuse_qkv(sizes, joined[:queries], joined[queries : queries + keys], joined[queries + keys :])
 
 
 def _headed(letter: str) -> Layout:
@@ -104,9 +105,13 @@ def turned(layout: Layout) -> Layout:
     return Layout(lambda s, *w: layout.join(s, *(x.T for x in w)), lambda s, p: tuple(x.T for x in layout.split(s, p)))
 
 
+def _last_first(x: np.ndarray) -> np.ndarray:
+    return x.__array_namespace__().moveaxis(x, -1, 0)
+
+
 def inputs_first(layout: Layout) -> Layout:
     """The same layout with the last axis of the parameter, the matrix's inputs, moved to the front."""
-    return Layout(lambda s, *w: np.moveaxis(layout.join(s, *w), -1, 0), lambda s, p: layout.split(s, np.moveaxis(p, 0, -1)))
+    return Layout(lambda s, *w: _last_first(layout.join(s, *w)), lambda s, p: layout.split(s, np.moveaxis(p, 0, -1)))
 
 
 AS_IS = Layout(lambda s, w: w, lambda s, p: (p,))
@@ -116,7 +121,7 @@ OUT = turned(PER_HEAD["N"])
 QKV_BIAS = Layout(_fuse_qkv, _split_qkv)
 QKV_BIAS_IN_ONE = Layout(_cut_qkv, lambda s, p: (np.concatenate(_split_qkv(s, p)),))
 QKV, QKV_IN_ONE = inputs_first(QKV_BIAS), inputs_first(QKV_BIAS_IN_ONE)
-BRANCHES_BIAS = Layout(lambda s, *w: np.stack(w), lambda s, p: tuple(p))
+BRANCHES_BIAS = Layout(lambda s, *w: w[0].__array_namespace__().stack(w), lambda s, p: tuple(p))
 BRANCHES = inputs_first(BRANCHES_BIAS)
 BRANCHES_IN_ONE = inputs_first(
     Layout(lambda s, w: w.reshape(2, -1, *w.shape[1:]), lambda s, p: (p.reshape(-1, *p.shape[2:]),)),

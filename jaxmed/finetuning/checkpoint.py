@@ -1,0 +1,78 @@
+"""Where a fine-tuning run stands, on disk: what is trained, the optimiser's state, the best so far, and every loss.
+
+OUT/checkpoint-STEP appears whole or not at all; the one before it is removed afterwards, so a killed run always has one to go on with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmed.errors import UserError
+from jaxmed.models.checkpoints.new_folder import new_folder
+from jaxmed.models.checkpoints.orbax_store import restore_arrays, save_arrays
+
+STATE, PROGRESS = "arrays", "progress.json"
+BEGINS = "checkpoint-"
+
+
+def save(out: Path, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Writes the checkpoint of a step, then removes older ones.
+
+    Args:
+        arrays: pytrees by name.
+        progress: JSON values.
+
+    Raises:
+        UserError: the disk is full; the older checkpoint stays.
+    """
+    flat = _flat(arrays)
+    target = out / f"{BEGINS}{step:07d}"
+    if target.exists():  # of the same step: written just before the run was killed
+        return
+    with new_folder(target, sum(leaf.nbytes for leaf in flat.values())) as scratch:
+        save_arrays(flat, scratch / STATE)
+        (scratch / PROGRESS).write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
+    for old in found(out):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def found(out: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(path for path in out.glob(f"{BEGINS}[0-9]*") if path.is_dir() and ".partial" not in path.name)
+
+
+def clean(out: Path, finished: bool = False) -> None:
+    """Removes what a killed process left half-written, and with `finished` every checkpoint."""
+    for path in out.glob(f"{BEGINS}*"):
+        if finished or ".partial" in path.name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore(folder: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, progress) of a checkpoint; `like` are pytrees of arrays of the same shapes, dtypes and shardings.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of other arrays.
+    """
+    try:
+        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / PROGRESS} cannot be read: {error}. Delete {folder} to begin anew.") from None
+    kept = {name: tree for name, tree in like.items() if name in progress["arrays"]}
+    flat = restore_arrays(folder / STATE, _flat(kept))
+    return {name: _unflat(name, tree, flat) for name, tree in kept.items()}, progress
+
+
+def _flat(trees: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{number}": leaf for name, tree in trees.items() for number, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _unflat(name: str, tree: Any, flat: dict[str, Any]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [flat[f"{name}.{number}"] for number in range(len(leaves))])

@@ -1,0 +1,199 @@
+"""Low-rank adapters (Hu et al. 2021) while they are trained, and as PEFT keeps them.
+
+Every matrix of the checkpoint that is adapted has factors A [r, inputs] and B [outputs, r], stacked over layers; W + scale * B @ A
+takes its place, scale = alpha / r, or alpha / sqrt(r) where rank-stabilised (Kalajdzievski 2023). `lay_out` turns them into
+what a block adds to its own, fused matrices; W itself is never copied and has no gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxmed.errors import UserError, unknown
+from jaxmed.models.checkpoints.edit_record import refuse_attacks
+from jaxmed.models.checkpoints.lora import SETTINGS, TAG, WEIGHTS
+from jaxmed.models.checkpoints.new_folder import new_folder
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.families import FAMILIES
+from jaxmed.models.families.table import Family, Rule
+from jaxmed.models.load import Model
+from jaxmed.models.transformer import ADDED, MATRICES, Params
+
+Factors = dict[str, dict[str, Any]]
+"""Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is adapted, and how.
+
+    Attributes:
+        rank, alpha: see the formula above.
+        targets: last parts of module names, such as "q_proj"; empty: every matrix of the blocks.
+        stabilised: whether the scale is alpha / sqrt(rank).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+def adapted_rules(config: ModelConfig, lora: Lora) -> list[tuple[Rule, list[str | None]]]:
+    """The rules of the blocks' matrices, with the module name of every source that is adapted (None: it is not).
+
+    Raises:
+        UserError: a mixture of experts; a rank below one; a target that no matrix has.
+    """
+    if config.experts:
+        raise UserError("A mixture of experts is fine-tuned in full only (--method full): its experts' matrices have no adapters here.")
+    if lora.rank < 1 or not lora.alpha > 0:
+        raise UserError(f"An adapter has a rank of at least 1 and an alpha above 0, not {lora.rank} and {lora.alpha}.")
+    rules = [rule for rule in FAMILIES[config.family].rules if rule.path[0] == "blocks" and rule.path[-1] in MATRICES]
+    names = {rule.path: [source.name.removesuffix(".weight") for source in rule.sources] for rule in rules}
+    legal = sorted({name.split(".")[-1] for held in names.values() for name in held})
+    for target in lora.targets:
+        if target not in legal:
+            raise unknown("adapter target", target, legal)
+    wanted = lambda name: not lora.targets or name.split(".")[-1] in lora.targets  # noqa: E731
+    found = [(rule, [name if wanted(name) else None for name in names[rule.path]]) for rule in rules]
+    return [(rule, held) for rule, held in found if any(held)]
+
+
+def _size(config: ModelConfig, letters: str) -> int:
+    return sum(math.prod(config.sizes[letter] for letter in part) for part in letters.split("+"))
+
+
+def _sides(family: Family, config: ModelConfig, rule: Rule, number: int) -> tuple[int, int]:
+    """Outputs and inputs of a source."""
+    first, second = (_size(config, letters) for letters in rule.sources[number].shape)
+    return (second, first) if family.inputs_first else (first, second)
+
+
+def new_factors(config: ModelConfig, lora: Lora, seed: int) -> Factors:
+    """Fresh factors: A uniform in +-1/sqrt(inputs), as PEFT draws it, and B zero, so that nothing is changed yet."""
+    family, rng = FAMILIES[config.family], np.random.default_rng(seed)
+    factors: Factors = {}
+    for rule, names in adapted_rules(config, lora):
+        for number, name in enumerate(names):
+            if name is not None:
+                outputs, inputs = _sides(family, config, rule, number)
+                drawn = rng.uniform(-1, 1, (config.layers, lora.rank, inputs)) / math.sqrt(inputs)
+                factors[name] = {"A": drawn.astype(np.float32), "B": np.zeros((config.layers, outputs, lora.rank), np.float32)}
+    return factors
+
+
+def lay_out(config: ModelConfig, lora: Lora, factors: Factors) -> Params:
+    """Factors as the blocks add them: matrix -> ([L, ...in, R], [L, R, ...out]), the scale in the second."""
+    family = FAMILIES[config.family]
+    added = {}
+    for rule, names in adapted_rules(config, lora):
+        of_rule = {str(number): factors[name] for number, name in enumerate(names) if name is not None}
+        name = rule.path[-1]
+        lay = _outputs_joined if name in ("qkv", "gate_up") else _inputs_joined
+        added[name] = jax.vmap(lambda held, lay=lay, rule=rule: lay(family, config, rule, held, lora.scale))(of_rule)
+    return added
+
+
+def _outputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[jax.Array, jax.Array]:
+    """Matrices whose outputs lie side by side: each has its own columns of the first factor, and its own outputs of the second."""
+    down = jnp.concatenate([held["A"] for held in factors.values()]).T
+    total, begin, parts = down.shape[-1], 0, []
+    for number in range(len(rule.sources)):
+        outputs = _sides(family, config, rule, number)[0]
+        up = jnp.zeros((outputs, total))
+        if str(number) in factors:
+            own = factors[str(number)]["B"] * scale
+            up = jax.lax.dynamic_update_slice(up, own, (0, begin))
+            begin += own.shape[-1]
+        parts.append(up.T if family.inputs_first else up)
+    return down, rule.layout.join({**config.sizes, "D": total}, *parts)
+
+
+def _inputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[jax.Array, jax.Array]:
+    """A matrix that is one tensor: `out` and `down`, whose inputs are heads or neurons."""
+    down, up = factors["0"]["A"], factors["0"]["B"]
+    down = rule.layout.join({**config.sizes, "D": down.shape[0]}, down.T if family.inputs_first else down)
+    return down, up.T * scale
+
+
+def with_factors(params: Params, added: Params) -> Params:
+    """Parameters whose blocks add low-rank products to their matrices."""
+    return {**params, "blocks": {**params["blocks"], ADDED: added}}
+
+
+def merge(config: ModelConfig, params: Params, added: Params) -> Params:
+    """Parameters with the products added to the matrices in float32, one layer at a time."""
+
+    def one(blocks: Params) -> Params:
+        merged = {}
+        for name, (down, up) in blocks[ADDED].items():
+            delta = jnp.tensordot(down, up, 1, precision="highest")
+            merged[name] = (blocks[name].astype(jnp.float32) + delta).astype(blocks[name].dtype)
+        return merged
+
+    if config.int8:
+        raise UserError("A model kept as int8 takes no adapter into its weights: load it without int8, then merge.")
+    named = {name: params["blocks"][name] for name in added}
+    changed = jax.jit(lambda blocks: jax.lax.map(one, blocks))({**named, ADDED: added})
+    return {**params, "blocks": {**params["blocks"], **changed}}
+
+
+def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path, tag: str = "") -> Path:
+    """Writes factors as a folder that PEFT and `load(adapter=...)` read; returns the folder.
+
+    Raises:
+        UserError: a tag "attack"; a folder that holds something; a full disk.
+    """
+    refuse_attacks([{"tag": tag}])
+    folder, family = Path(folder), FAMILIES[model.config.family]
+    tensors = {
+        f"base_model.model.{name.format(l=layer)}.lora_{part}.weight": np.ascontiguousarray(np.asarray(stack)[layer])
+        for name, parts in factors.items()
+        for part, stack in parts.items()
+        for layer in range(model.config.layers)
+    }
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.name),
+        "revision": model.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.stabilised,
+        "target_modules": sorted({name.split(".")[-1] for name in factors}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": family.inputs_first,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    settings |= {TAG: tag} if tag else {}
+    with new_folder(folder, sum(array.nbytes for array in tensors.values())) as scratch:
+        save_file(tensors, scratch / WEIGHTS)
+        (scratch / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def count(factors: Factors) -> int:
+    """How many numbers the factors hold."""
+    return sum(int(np.prod(part.shape)) for parts in factors.values() for part in parts.values())
+
+
+def module_names(factors: Factors | Sequence[str]) -> str:
+    """The last parts of the adapted modules' names, in words."""
+    return ", ".join(sorted({name.split(".")[-1] for name in factors}))

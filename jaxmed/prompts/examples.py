@@ -1,0 +1,85 @@
+"""Prompts with responses: what a model is fine-tuned on, scored on, or asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.prompts.readers import read_rows
+
+BUNDLED = ("alignment",)
+HELDOUT = "heldout"
+SPLITS = ("train", HELDOUT)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its response.
+
+    Attributes:
+        prompt: user message.
+        response: the assistant's answer; empty where only the prompt is used.
+        category: label for grouping results.
+        kind: what the prompt is, such as "harmful" or "benign".
+        split: "train" or "heldout", or empty.
+        system: system message; None: the chat template's own.
+        id: name, or empty.
+    """
+
+    prompt: str
+    response: str = ""
+    category: str = ""
+    kind: str = ""
+    split: str = ""
+    system: str | None = None
+    id: str = ""
+
+
+COLUMNS = tuple(f.name for f in fields(Example))
+
+
+def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool = True) -> list[Example]:
+    """Examples from a file (.jsonl, .csv, .parquet), a bundled name ("alignment"), or rows in memory.
+
+    Args:
+        responses: whether every row needs a response.
+
+    Raises:
+        UserError: no such file, an empty file, or rows that are no examples (all listed, with their line numbers).
+    """
+    name, rows = read_rows(source, BUNDLED, "examples")
+    examples: list[Example] = []
+    problems: list[str] = []
+    for at, row in rows:
+        try:
+            examples.append(_example(row, responses))
+        except UserError as error:
+            problems.append(f"{at}: {error}")
+    if problems:
+        raise all_problems(name, problems, f"Columns: {', '.join(COLUMNS)}.")
+    if not examples:
+        raise UserError(f"{name} holds no examples. Each row needs prompt{' and response' if responses else ''}.")
+    return examples
+
+
+def _example(row: Any, responses: bool) -> Example:
+    if isinstance(row, Exception):
+        raise UserError(str(row))
+    if isinstance(row, Example):
+        row = vars(row)
+    if not isinstance(row, dict):
+        raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
+    for column, value in row.items():
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"column {column!r} holds {value!r}; a text is expected.")
+    for column in ("prompt", "response") if responses else ("prompt",):
+        if not (row.get(column) or "").strip():
+            raise UserError(f"the column {column!r} is missing or empty.")
+    if row.get("split") and row["split"] not in SPLITS:
+        raise UserError(f"split {row['split']!r} is not one of {', '.join(SPLITS)}.")
+    return Example(**{key: value for key, value in row.items() if value is not None})
