@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from jaxmed.api import forward, load, sweep
     from jaxmed.distributed import make_mesh
     from jaxmed.errors import UserError
+    from jaxmed.finetuning.run import finetune
+    from jaxmed.generation import generate
     from jaxmed.interventions import edits, kinds
     from jaxmed.interventions.edits import Edit
     from jaxmed.models.checkpoints.export import export_folder
     from jaxmed.models.load import Model
     from jaxmed.parity.selfcheck import self_check
-    from jaxmed.prompts import PromptPair, read_pairs
+    from jaxmed.prompts import Example, PromptPair, read_examples, read_pairs
     from jaxmed.results import open_results
 
 __version__ = "0.1.0"
@@ -34,6 +36,10 @@ _PUBLIC = {
     "sweep": "jaxmed.api",
     "PromptPair": "jaxmed.prompts",
     "read_pairs": "jaxmed.prompts",
+    "Example": "jaxmed.prompts",
+    "read_examples": "jaxmed.prompts",
+    "finetune": "jaxmed.finetuning.run",
+    "generate": "jaxmed.generation",
     "open_results": "jaxmed.results",
     "export_folder": "jaxmed.models.checkpoints.export",
     "Edit": "jaxmed.interventions.edits",
@@ -45,16 +51,20 @@ _MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.ki
 
 __all__ = [
     "Edit",
+    "Example",
     "Model",
     "PromptPair",
     "UserError",
     "edits",
     "export_folder",
+    "finetune",
     "forward",
+    "generate",
     "kinds",
     "load",
     "make_mesh",
     "open_results",
+    "read_examples",
     "read_pairs",
     "self_check",
     "statistics",

@@ -23,6 +23,8 @@ import zarr
 from jaxmed.errors import UserError
 
 TABLE, RUN, TOP, REPORT = "effects.zarr", "run.json", "top.csv", "report.html"
+NEAR_TIE = 1e-3
+"""Margin in router logits below which rounding may decide which expert of a mixture a token uses."""
 _PARTIAL = ".effects.zarr.partial"
 _OURS = {TABLE, RUN, TOP, REPORT, _PARTIAL, RUN + ".tmp", TOP + ".tmp", REPORT + ".tmp"}
 
@@ -140,6 +142,12 @@ def open_results(folder: str | Path) -> xr.Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return xr.open_zarr(table, consolidated=False, chunks=None)
+
+
+def near_ties(table: xr.Dataset) -> tuple[int, int]:
+    """How many (pair, layer) have a `routing_margin` below `NEAR_TIE`, and of how many it is known."""
+    margin = table["routing_margin"].values
+    return int((margin < NEAR_TIE).sum()), int((~np.isnan(margin)).sum())
 
 
 def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]) -> None:

@@ -27,12 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"interventions", "models"},
     "results": {"errors"},
     "plan": {"models"},
-    "effects": {"errors", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "plan"},
-    "api": {"errors", "prompts", "interventions", "models", "runner", "effects", "parity"},
+    "effects": {"errors", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "plan", "provenance"},
+    "api": {"errors", "prompts", "interventions", "models", "runner", "effects", "parity", "finetuning"},
+    "provenance": set(),
+    "generation": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
+    "finetuning": {"errors", "axes", "prompts", "tokens", "interventions", "models", "runner", "results", "provenance", "plan"},
+    "harm": {"errors", "prompts", "tokens", "models", "runner", "generation"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "reports": {"errors", "results", "statistics"},
-    "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "plan", "distributed", "cli"},
-    "cli": {"errors", "prompts", "models", "distributed", "effects", "reports", "results", "bench", "parity"},
+    "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "plan", "distributed", "provenance", "cli"},
+    "cli": {"errors", "prompts", "models", "distributed", "effects", "reports", "results", "plan", "bench", "parity"}
+    | {"generation", "finetuning", "harm"},
 }
 """Room -> the rooms it may import."""
 

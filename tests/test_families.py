@@ -82,14 +82,15 @@ def test_engine_equals_naive_patching(folders: Callable, name: str) -> None:
     model = jm.load(str(folders(name)[0]))
     model.tokenizer, model.name = tiny.tokenizer(), name
     pair = tiny.PAIRS[1]
-    table = jm.sweep(model, [pair], ("log-odds",), tuple(UNITS), "user_last", window=7)
+    window = 4 if model.config.experts else 7
+    table = jm.sweep(model, [pair], ("log-odds",), tuple(UNITS), "user_last", window=window)
     rng = np.random.default_rng(0)
     worst = largest = 0.0
     for unit in UNITS:
         for layer in range(0, model.config.layers, 2):
             values = np.atleast_1d(table[unit].values[0, layer])
             for index in {int(np.abs(values).argmax()), int(rng.integers(len(values)))}:
-                wanted = naive.effects(model, pair, "user_last", unit, layer, index, "log-odds", 7)[0]
+                wanted = naive.effects(model, pair, "user_last", unit, layer, index, "log-odds", window)[0]
                 worst = max(worst, abs(float(values[index]) - wanted))
                 largest = max(largest, abs(wanted))
     assert worst <= tolerances.EFFECTS

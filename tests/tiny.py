@@ -28,6 +28,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "post_norm": replace(LLAMA, pre_norm=False, post_norm=True, query_key_norm="head", tied=True),
     "four_norms": replace(LLAMA, post_norm=True, activation="gelu_tanh"),
     "windowed_biased": replace(LLAMA, windows=(4, 2**30, 9), qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, activation="gelu"),
+    "mixture": replace(LLAMA, neurons=32, experts=4, experts_used=2, experts_normed=True),
 }
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 PAIRS = (

@@ -19,8 +19,8 @@ from jaxmed.bench.shapes import Subject, make_subject
 from jaxmed.cli import show
 from jaxmed.cli.commands import parse_layers
 from jaxmed.distributed import device_name
-from jaxmed.provenance import commit
 from jaxmed.plan import propagate_flops
+from jaxmed.provenance import commit
 
 NAIVE_NEURONS = 64
 """How many neurons the slow contestants patch per round; their cost per neuron does not depend on the number."""

@@ -10,7 +10,7 @@ import tyro
 
 from jaxmed.cli import show
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import CATALOG, DEFAULT, HUB_EXAMPLES, cache_folder, cached_file, hub_cached
+from jaxmed.models.catalog import CATALOG, DEFAULT, HUB_EXAMPLES, VARIANTS, cache_folder, cached_file, hub_cached, is_built
 
 Config = Annotated[Path | None, tyro.conf.arg(help="YAML file with any of these flags as 'flag: value'; flags given here win.")]
 Dtype = Literal["float32", "bfloat16"]
@@ -94,11 +94,20 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
     from jaxmed.models.load import describe, load
     from jaxmed.parity.selfcheck import self_check
 
+    if name in VARIANTS:
+        build(name)
     if not weights:
         return describe(name, dtype, revision, make_mesh(mesh), **more)
     model = load(name, dtype, revision, make_mesh(mesh), **more)
     self_check(model)
     return model
+
+
+def build(name: str) -> None:
+    """Builds a variant of a known model, with a progress display, unless the cache holds it."""
+    from jaxmed.finetuning.recipe import build_variant
+
+    build_variant(name, lambda job: show.progress(f"building {name}", job.steps, "tokens"))
 
 
 def make_job(command: Sweep, model: Any) -> Any:
@@ -114,9 +123,9 @@ def make_job(command: Sweep, model: Any) -> Any:
 
 def sweep_job(job: Any, out: Path, resume: bool, dry_run: bool = False, title: str = "sweep") -> None:
     """Prints the plan of a job, then runs and summarises it."""
+    from jaxmed.distributed import device_name
     from jaxmed.effects.job import estimate_rate, plan, progress_total
     from jaxmed.effects.summary import summarise
-    from jaxmed.distributed import device_name
     from jaxmed.effects.sweep import run
     from jaxmed.results import check_folder
 
@@ -175,11 +184,16 @@ class Demo:
 class Models:
     """Lists known models, their sizes and licences, and what is on this machine."""
 
+    build: str = ""
+    """Variant to build now, such as smollm2-135m-aligned, instead of on its first use."""
     config: Config = None
 
     def run(self) -> None:
-        """Prints two tables."""
+        """Prints a table."""
         from rich.table import Table
+
+        if self.build:
+            build(self.build)
 
         table = Table(title="Models by name")
         for column in ("name", "parameters", "licence", "here", "note"):
@@ -190,6 +204,10 @@ class Models:
                 f"yes ({known.size / 1e6:.0f} MB)" if cached_file(name).is_file() else f"fetched on first use ({known.size / 1e6:.0f} MB)"
             )
             table.add_row(name, f"{known.parameters / 1e6:.0f}M", known.licence, held, known.note)
+        for name, variant in VARIANTS.items():
+            base = CATALOG[variant.base]
+            held = "yes" if is_built(name) else "built on first use"
+            table.add_row(name, f"{base.parameters / 1e6:.0f}M", base.licence, held, variant.note)
         for name, (size, licence) in HUB_EXAMPLES.items():
             table.add_row(name, size, licence, "yes" if name in here else "on the hub", "")
         for name in sorted(set(here) - set(HUB_EXAMPLES)):

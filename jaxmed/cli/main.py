@@ -12,6 +12,9 @@ import tyro
 from jaxmed.cli.commands import Demo, Models, Report, Sweep
 from jaxmed.cli.config_file import expand
 from jaxmed.cli.convert import Convert
+from jaxmed.cli.evaluate import Evaluate
+from jaxmed.cli.finetune import Finetune
+from jaxmed.cli.generate import Generate
 from jaxmed.cli.measure import Bench
 from jaxmed.cli.parity import Parity
 from jaxmed.errors import UserError
@@ -24,6 +27,9 @@ COMMANDS: dict[str, type] = {
     "bench": Bench,
     "parity": Parity,
     "convert": Convert,
+    "generate": Generate,
+    "finetune": Finetune,
+    "evaluate": Evaluate,
 }
 
 

@@ -25,8 +25,8 @@ def lines(title: str, content: Sequence[str]) -> None:
 
 
 @contextmanager
-def progress(title: str, total: float) -> Iterator[Callable[[float, int, str], None]]:
-    """A progress bar on stderr with rate and time left; yields `report(work done, effects done, what)`."""
+def progress(title: str, total: float, what_counts: str = "effects") -> Iterator[Callable[[float, int, str], None]]:
+    """A progress bar on stderr with rate and time left; yields `report(work done, effects (or what counts) done, what)`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,12 +50,13 @@ def progress(title: str, total: float) -> Iterator[Callable[[float, int, str], N
                 return
             effects += count
             rate = effects / max(time.perf_counter() - begun, 1e-9)
-            bar.update(task, advance=work, description=f"{title} {what}", rate=f"{rate:,.0f} effects/s")
+            bar.update(task, advance=work, description=f"{title} {what}", rate=f"{rate:,.0f} {what_counts}/s")
 
         yield report
     if effects:
         seconds = time.perf_counter() - begun
-        err.print(f"{title}: {effects:,} exact effects in {seconds:,.1f} s, {effects / seconds:,.0f} per second")
+        what = "exact effects" if what_counts == "effects" else what_counts
+        err.print(f"{title}: {effects:,} {what} in {seconds:,.1f} s, {effects / seconds:,.0f} per second")
 
 
 COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "right", "mean": "right", "share": "right", "p": "right"}

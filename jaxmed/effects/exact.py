@@ -42,6 +42,8 @@ class Prepared:
         key, value: [L, S, K, H] of the base run.
         target: float32 [V], the source's next-token log-probabilities, where an outcome needs them.
         base_outcome, source_outcome: float32 [outcome], from full forwards.
+        routing_margin: float32 [L], the smallest lead in router logits of the last used expert over the first unused one: in the
+            base run from the first patched token on, answers included, and in the source run at the patched tokens. None without experts.
     """
 
     patches: tuple[Patch, ...]
@@ -55,6 +57,7 @@ class Prepared:
     target: Any
     base_outcome: np.ndarray
     source_outcome: np.ndarray
+    routing_margin: np.ndarray | None
 
 
 def prepare(
@@ -96,8 +99,24 @@ def prepare_tokens(
     here, h = record(config, params, *_fed(packed), columns, reads.slots, (*base_taps, "cached_key", "cached_value"))
     key, value = here.pop("cached_key"), here.pop("cached_value")
     base_outcome = read(config, params, h, reads, readout)
+    patched = [column - start for patch in patches for column in patch.base]
+    margin = _routing_margin(config, here, there, packed.used - start, patched) if config.experts else None
     ends = np.asarray(base_outcome), np.asarray(source_outcome)
-    return Prepared(patches, packed, answers, start, here, there, key, value, target, *ends)
+    return Prepared(patches, packed, answers, start, here, there, key, value, target, *ends, margin)
+
+
+def _routing_margin(config: ModelConfig, base: Record, source: Record, used: int, patched: list[int]) -> np.ndarray:
+    """By how many logits the last used expert leads the first unused one, at the least over tokens: float32 [L].
+
+    Infinite where tokens use all experts. Takes the router logits [L,T,X] out of the records: no patch needs them.
+
+    Args:
+        used: how many columns of the base's record count.
+        patched: the columns of the source's record that count.
+    """
+    sides = np.asarray(base.pop("router_logits"))[:, :used], np.asarray(source.pop("router_logits"))[:, patched]
+    ranked = np.insert(np.sort(np.concatenate(sides, axis=1), axis=-1), 0, -np.inf, axis=-1)
+    return (ranked[..., -config.experts_used] - ranked[..., -config.experts_used - 1]).min(axis=1)
 
 
 def _fed(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

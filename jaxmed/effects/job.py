@@ -11,8 +11,9 @@ import numpy as np
 from jaxmed import results
 from jaxmed.effects.exact import module_units
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes, encode_answers, outcome_name
-from jaxmed.effects.units import UNITS, check_units, units_per_layer
+from jaxmed.effects.units import EXPERT, UNITS, check_units, units_per_layer
 from jaxmed.errors import UserError
+from jaxmed.models.config import ModelConfig
 from jaxmed.models.load import Model
 from jaxmed.plan import Plan, matmul_rate, propagate_flops, units_per_device
 from jaxmed.prompts.pair import PromptPair
@@ -78,8 +79,8 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
     layers = tuple(range(config.layers)) if request.layers is None else tuple(sorted(set(request.layers)))
     if not layers or not 0 <= layers[0] <= layers[-1] < config.layers:
         raise UserError(f"--layers names layer {layers[-1] if layers else 'none'}; this model has layers 0 to {config.layers - 1}.")
-    if "window" in units and not 1 <= request.window <= config.neurons:
-        raise UserError(f"--window {request.window} is out of range: 1 to {config.neurons} neurons.")
+    if "window" in units:
+        _check_window(config, request.window)
     patches, tokens, shapes = [], [], []
     for pair in pairs:
         try:
@@ -96,6 +97,16 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
     job = Job(model, tuple(pairs), request, layers, tuple(patches), tuple(tokens), tuple(shapes))
     job.chunk.update(_chunks(job))
     return job
+
+
+def _check_window(config: ModelConfig, window: int) -> None:
+    """Refuses a window of more neurons than a layer has, and in a mixture one that would straddle experts."""
+    if not 1 <= window <= config.neurons:
+        raise UserError(f"--window {window} is out of range: 1 to {config.neurons} neurons.")
+    inside = config.sizes["M"]
+    if config.experts and inside % window:
+        legal = ", ".join(str(size) for size in range(1, inside + 1) if inside % size == 0)
+        raise UserError(f"--window {window} would straddle experts, which have {inside} neurons each. Legal: {legal}.")
 
 
 def _chunks(job: Job) -> dict[str, int]:
@@ -170,6 +181,9 @@ def coordinates(job: Job) -> dict[str, Any]:
     for unit in request.units:
         if UNITS[unit].coordinate:
             found[UNITS[unit].coordinate] = np.arange(units_per_layer(config, unit, request.window))
+    if config.experts and "neuron" in request.units:
+        for name, values in zip(EXPERT, np.divmod(np.arange(config.neurons), config.sizes["M"]), strict=True):
+            found[name] = (UNITS["neuron"].coordinate, values)
     if request.position == "each":
         found["position"] = np.arange(-max(len(patches) for patches in job.patches), 0)
     return found
@@ -181,6 +195,7 @@ def variables(job: Job) -> list[results.Variable]:
     table = [results.Variable(unit, _dims(job, unit)) for unit in job.request.units]
     table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
     table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest")]
+    table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
     return [*table, results.Variable("done", ("pair", "layer"), "uint8")]
 
 

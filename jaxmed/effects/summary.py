@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import results, statistics
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.units import EXPERT, UNITS
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import head, matrix_rows
 
@@ -21,6 +21,7 @@ COLUMNS = [
     "unit",
     "layer",
     "index",
+    *EXPERT,
     "position",
     "outcome",
     "mean",
@@ -100,6 +101,7 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
                 "unit": unit,
                 "layer": where["layer"],
                 "index": where.get(UNITS[unit].coordinate, ""),
+                **{name: int(found[name].values[where["neuron_index"]]) for name in EXPERT if name in found.coords},
                 "position": where.get("position", table.attrs["position"]),
                 "outcome": outcome,
                 "mean": float(mean[at]),
@@ -132,9 +134,11 @@ def _name_tokens(rows: list[dict[str, Any]], model: Model | None, window: int) -
 
 
 def _write_top(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes top.csv; the columns of experts are there where a row has one."""
+    columns = [name for name in COLUMNS if name not in EXPERT or any(name in row for row in rows)]
     partial = folder / (results.TOP + ".tmp")
     with partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, restval="")
+        writer = csv.DictWriter(handle, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(folder / results.TOP)

@@ -16,10 +16,7 @@ from jaxmed.effects.exact import Prepared, Values, Window, module_values, neuron
 from jaxmed.effects.job import Job, coordinates, layer_effects, layer_flops, manifest, plan, variables
 from jaxmed.effects.outcomes import Readout, outcome_name
 from jaxmed.effects.units import UNITS, units_per_layer
-from jaxmed.errors import UserError
-from jaxmed.models.load import Model
 from jaxmed.provenance import versions
-
 
 Report = Callable[[float, int, str], None]
 """Called with (FLOPs done, effects done, what is being done) after every step."""
@@ -54,6 +51,7 @@ def run(job: Job, out: Path, resume: bool = False, report: Report = lambda *_: N
         stored["sessions"][-1].update(step, seconds=round(time.time() - begun, 3))
     stored["sessions"][-1]["seconds"] = round(time.time() - begun, 3)
     stored["status"] = "finished"
+    stored |= _near_ties(job, out)
     results.write_json(out / results.RUN, stored)
 
 
@@ -83,6 +81,14 @@ def _steps(job: Job, table: results.Table, report: Report) -> Iterator[dict[str,
             pending = ahead
 
 
+def _near_ties(job: Job, out: Path) -> dict[str, Any]:
+    """The entry of run.json on near-tied routing; empty without experts."""
+    if not job.model.config.experts:
+        return {}
+    count, known = results.near_ties(results.open_results(out))
+    return {"near_tied_routing": {"chunks": count, "of": known, "margin_below": results.NEAR_TIE}}
+
+
 def _one(job: Job, values: np.ndarray) -> np.ndarray:
     """Drops the outcome axis where there is one outcome."""
     return values if len(job.request.outcomes) > 1 else values[0]
@@ -91,7 +97,10 @@ def _one(job: Job, values: np.ndarray) -> np.ndarray:
 def _write_ends(table: results.Table, number: int, prepared: Prepared) -> None:
     several = len(prepared.base_outcome) > 1
     ends = (("base_outcome", prepared.base_outcome), ("source_outcome", prepared.source_outcome))
-    table.write([(name, {"pair": number}, values if several else values[0]) for name, values in ends])
+    chunks = [(name, {"pair": number}, values if several else values[0]) for name, values in ends]
+    if prepared.routing_margin is not None:
+        chunks.append(("routing_margin", {"pair": number}, prepared.routing_margin))
+    table.write(chunks)
 
 
 Effects = tuple[np.ndarray, np.ndarray]

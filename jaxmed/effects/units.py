@@ -51,6 +51,9 @@ UNITS: dict[str, Unit] = {
     "residual_out": Unit("", "", "residual_out", False, False),
 }
 
+EXPERT = ("expert", "expert_neuron")
+"""Where a neuron of a mixture is: its expert, and its index within it. `neuron_index` counts expert by expert."""
+
 
 def check_units(units: Any) -> tuple[str, ...]:
     """The units as a tuple in the order of `UNITS`; a UserError with the nearest names where one is unknown."""
@@ -74,7 +77,8 @@ def recorded_sites(config: ModelConfig, units: tuple[str, ...]) -> tuple[tuple[s
     swapped = {UNITS[unit].site for unit in units}
     base = swapped | {"residual_mid", "residual_out"} | ({"mlp_raw", "attention_raw", "residual_in"} if config.post_norm else set())
     base |= {"routing"} if config.experts and "neuron" in swapped else set()
-    return tuple(sorted(base)), tuple(sorted(swapped))
+    always = {"router_logits"} if config.experts else set()
+    return tuple(sorted(base | always)), tuple(sorted(swapped | always))
 
 
 def _layer_of(config: ModelConfig, params: Params, layer: Any) -> Any:

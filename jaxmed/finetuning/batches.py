@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.runner import Layout
 from jaxmed.interventions.edits import TokenIndex
+from jaxmed.runner import Layout
 from jaxmed.tokens import BUCKETS, Answered, bucket
 
 

@@ -109,7 +109,7 @@ def lay_out(config: ModelConfig, lora: Lora, factors: Factors) -> Params:
     return added
 
 
-def _outputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[jax.Array, jax.Array]:
+def _outputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[Any, Any]:
     """Matrices whose outputs lie side by side: each has its own columns of the first factor, and its own outputs of the second."""
     down = jnp.concatenate([held["A"] for held in factors.values()]).T
     total, begin, parts = down.shape[-1], 0, []
@@ -124,7 +124,7 @@ def _outputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Ma
     return down, rule.layout.join({**config.sizes, "D": total}, *parts)
 
 
-def _inputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[jax.Array, jax.Array]:
+def _inputs_joined(family: Family, config: ModelConfig, rule: Rule, factors: Mapping[str, Any], scale: float) -> tuple[Any, Any]:
     """A matrix that is one tensor: `out` and `down`, whose inputs are heads or neurons."""
     down, up = factors["0"]["A"], factors["0"]["B"]
     down = rule.layout.join({**config.sizes, "D": down.shape[0]}, down.T if family.inputs_first else down)

@@ -41,6 +41,8 @@ from jaxmed.provenance import versions
 from jaxmed.tokens import Answered, encode_example
 
 LOSSES, CURVE = "losses.csv", "losses.html"
+ATTENTION_COST = 4.0
+"""Time of attention's FLOPs against those of the weights' matmuls, softmax included; it decides how long rows are packed."""
 COLUMNS = ("step", "epoch", "loss", "heldout_loss", "gradient_norm", "learning_rate", "scored_tokens")
 Report = Callable[[float, int, str], None]
 """Called with (steps done, tokens done, what is being done)."""
@@ -116,7 +118,7 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs(len(encoded), settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]
-    per_key = 4 * config.heads * config.head_width / (2 * config.layer_weights)
+    per_key = ATTENTION_COST * 4 * config.heads * config.head_width / (2 * config.layer_weights)
     parts = [part for group in order for part in microbatches(group, settings.accumulate) if len(part)]
     shape = choose_shape(encoded, parts, settings.packing, devices, per_key)
     groups = _groups(len(held), settings.batch)
@@ -164,7 +166,8 @@ def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
     trained = trained_numbers(job)
     lines = [
         f"{len(job.examples)} examples, {tokens:,} tokens, {scored:,} of them scored; {len(job.heldout)} held out for the loss",
-        f"{job.steps} steps of {settings.batch} examples: {settings.accumulate} x {shape.rows} rows of {shape.length} tokens, {filled:.0%} filled",
+        f"{job.steps} steps of {settings.batch} examples: {settings.accumulate} x {shape.rows} rows of {shape.length} tokens, "
+        f"{filled:.0%} filled",
         f"{trained:,} numbers trained ({settings.method}); optimiser state {8 * trained / 1e6:,.1f} MB in all",
         f"{job.steps * step_flops(job) / 1e12:.1f} TFLOP of matmuls" + (f", about {show_time(seconds)}" if seconds else ""),
     ]
@@ -203,69 +206,105 @@ def _silent(*_: Any) -> None:
     return None
 
 
+@dataclass
+class _Stand:
+    """Where a run stands.
+
+    Attributes:
+        point: (steps done, what is trained, optimiser state): one assignment, so that an interrupt never parts them.
+        best: the parameters of the best held-out loss, where patience asks for them.
+        progress: rows of losses, and what early stopping counts.
+    """
+
+    point: tuple[int, Any, Any]
+    best: Any = None
+    progress: dict[str, Any] = field(default_factory=lambda: {"rows": [], "best": None, "best_step": 0, "since": 0, "stopped": ""})
+
+
 def run(job: Job, out: Path | None = None, resume: bool = False, report: Report = _silent) -> Tuned:
     """Runs a job. With `out`, where it stands is kept there, and an interrupted run goes on with `resume`, equal to the bit.
 
     Raises:
-        UserError: `out` holds something else, a run without `resume`, or a run of other settings, data or weights; a full disk.
+        UserError: `out` holds something else, a run without `resume`, or a run of other settings, data or weights; a full disk; a
+            loss that is not finite.
     """
     model, settings = job.model, job.settings
-    config, mesh = model.config, model.mesh
-    steps = job.steps
-    optimiser = make_optimiser(settings, steps)
-    whole = replicated(mesh)
-    factors = jax.device_put(new_factors(config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
-    trained, frozen = split_params(settings, model.params, factors)
-    home = jax.tree.map(lambda leaf: leaf.sharding, trained)
-    spread = _spread(trained, mesh) if settings.method == "full" and mesh.shape["data"] > 1 else None
-    state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)
-    progress: dict[str, Any] = {"rows": [], "best": None, "best_step": 0, "since": 0}
-    best: Any = None
-    if out is not None:
-        restored = _open(job, out, resume, {"trained": trained, "state": state, "best": trained})
-        if restored is not None:
-            arrays, progress = restored
-            trained, state, best = arrays["trained"], arrays["state"], arrays.get("best")
-    step = make_step(config, settings, optimiser, (spread, home) if spread else None)
-    evaluate = make_evaluation(config, settings)
-    rates = learning_rates(settings, steps)
-    placed = jax.NamedSharding(mesh, jax.P(None, "data"))
-    heldout = jax.device_put(job.heldout_batches(), jax.NamedSharding(mesh, jax.P("data")))
-    begin, stopped = len(progress["rows"]), progress.get("stopped", "")
-    if begin:
-        report(begin, 0, "resumed")
+    optimiser = make_optimiser(settings, job.steps)
+    stand, frozen, moved = _begin(job, optimiser, out, resume)
+    step = make_step(model.config, settings, optimiser, moved)
+    heldout_loss = _heldout_loss(job, frozen)
+    rates = learning_rates(settings, job.steps)
+    placed = jax.NamedSharding(model.mesh, jax.P(None, "data"))
+    if stand.point[0]:
+        report(stand.point[0], 0, "resumed")
     try:
-        for number in range(begin, steps):
-            if stopped:
+        for number in range(stand.point[0], job.steps):
+            if stand.progress["stopped"]:
                 break
-            tokens = scored_tokens(job.examples, job.order[number])
-            trained, state, found = step(trained, state, frozen, jax.device_put(job.batch(number), placed))
+            batch = jax.device_put(job.batch(number), placed)
+            *after, found = step(*stand.point[1:], frozen, batch)
+            stand.point = (number + 1, *after)
             loss, norm = float(found["loss"]), float(found["norm"])
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise UserError(f"The loss of step {number + 1} is {loss}, its gradient's norm {norm}. Lower the learning rate.")
-            last = number + 1 == steps
-            held = math.nan
-            if heldout and (last or (number + 1) % job.evaluate_every == 0):
-                held = sum(float(evaluate(trained, frozen, batch)) for batch in heldout) / _scored(job.heldout)
-                if progress["best"] is None or held < progress["best"]:
-                    progress |= {"best": held, "best_step": number + 1, "since": 0}
-                    best = jax.tree.map(jnp.copy, trained) if settings.patience else None
-                else:
-                    progress["since"] += 1
-                    if settings.patience and progress["since"] >= settings.patience:
-                        stopped = f"no better held-out loss for {settings.patience} times"
-            epoch = (number + 1) * settings.batch / len(job.examples)
-            row = (number + 1, epoch, loss, held, norm, float(rates(number)), tokens)
-            progress["rows"].append(dict(zip(COLUMNS, row, strict=True)))
+            last = number + 1 == job.steps
+            held = heldout_loss(stand, last) if last or (number + 1) % job.evaluate_every == 0 else math.nan
+            epoch, tokens = (number + 1) * settings.batch / len(job.examples), scored_tokens(job.examples, job.order[number])
+            row = (number + 1, epoch, loss, held, norm, float(np.asarray(rates(number))), tokens)
+            stand.progress["rows"].append(dict(zip(COLUMNS, row, strict=True)))
             report(1, sum(len(job.examples[i].ids) for i in job.order[number]), f"loss {loss:.3f}")
-            if out is not None and (last or stopped or (number + 1) % job.save_every == 0):
-                _save(job, out, trained, state, best, {**progress, "stopped": stopped})
+            if out is not None and (last or stand.progress["stopped"] or (number + 1) % job.save_every == 0):
+                _save(out, stand)
     except KeyboardInterrupt:
-        if out is not None and progress["rows"] and not any(leaf.is_deleted() for leaf in jax.tree.leaves((trained, state))):
-            _save(job, out, trained, state, best, {**progress, "stopped": stopped})
+        if out is not None and stand.point[0] == len(stand.progress["rows"]) > 0 and not _is_donated(stand.point):
+            _save(out, stand)
         raise
-    chosen, at = (best, progress["best_step"]) if best is not None else (trained, len(progress["rows"]))
-    return _tuned(job, chosen, frozen, progress["rows"], at, stopped)
+    rows, stopped = stand.progress["rows"], stand.progress["stopped"]
+    chosen, at = (stand.best, stand.progress["best_step"]) if stand.best is not None else (stand.point[1], len(rows))
+    return _tuned(job, chosen, frozen, rows, at, stopped)
+
+
+def _is_donated(point: tuple[int, Any, Any]) -> bool:
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(point[1:]))
+
+
+def _begin(job: Job, optimiser: Any, out: Path | None, resume: bool) -> tuple[_Stand, Any, Any]:
+    """Where the run stands, what is frozen, and the shardings of the optimiser's moments where they differ from the parameters'."""
+    model, settings = job.model, job.settings
+    whole = replicated(model.mesh)
+    factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
+    trained, frozen = split_params(settings, model.params, factors)
+    home = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None
+    state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)
+    stand = _Stand((0, trained, state))
+    restored = None if out is None else _open(job, out, resume, {"trained": trained, "state": state, "best": trained})
+    if restored is not None:
+        arrays, progress = restored
+        stand = _Stand((len(progress["rows"]), arrays["trained"], arrays["state"]), arrays.get("best"), progress)
+    return stand, frozen, (spread, home) if spread else None
+
+
+def _heldout_loss(job: Job, frozen: Any) -> Callable[[_Stand, bool], float]:
+    """Measures the held-out loss of where a run stands (NaN without held-out examples), and notes bests and the end of patience."""
+    evaluate = make_evaluation(job.model.config, job.settings)
+    batches = jax.device_put(job.heldout_batches(), jax.NamedSharding(job.model.mesh, jax.P("data")))
+
+    def measure(stand: _Stand, last: bool) -> float:
+        if not batches:
+            return math.nan
+        trained, progress, patience = stand.point[1], stand.progress, job.settings.patience
+        held = sum(float(evaluate(trained, frozen, batch)) for batch in batches) / _scored(job.heldout)
+        if progress["best"] is None or held < progress["best"]:
+            progress |= {"best": held, "best_step": stand.point[0], "since": 0}
+            stand.best = jax.tree.map(jnp.copy, trained) if patience else None
+        else:
+            progress["since"] += 1
+            if patience and progress["since"] >= patience and not last:
+                progress["stopped"] = f"no better held-out loss {patience} times in a row"
+        return held
+
+    return measure
 
 
 def _scored(examples: Sequence[Answered]) -> int:
@@ -323,19 +362,20 @@ def check_folder(out: Path, resume: bool) -> bool:
     return results.RUN in held
 
 
-def _save(job: Job, out: Path, trained: Any, state: Any, best: Any, progress: dict[str, Any]) -> None:
-    arrays = {"trained": trained, "state": state, **({"best": best} if best is not None else {})}
-    checkpoint.save(out, len(progress["rows"]), arrays, {**progress, "arrays": sorted(arrays)})
-    write_losses(out, progress["rows"])
+def _save(out: Path, stand: _Stand) -> None:
+    step, trained, state = stand.point
+    arrays = {"trained": trained, "state": state, **({"best": stand.best} if stand.best is not None else {})}
+    checkpoint.save(out, step, arrays, {**stand.progress, "arrays": sorted(arrays)})
+    write_losses(out, stand.progress["rows"])
 
 
 def write_losses(out: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Writes losses.csv, whole or not at all."""
     partial = out / (LOSSES + ".tmp")
     with partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS)
-        writer.writeheader()
-        writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+        writer = csv.writer(handle)
+        writer.writerow(COLUMNS)
+        writer.writerows(["" if row[key] != row[key] else row[key] for key in COLUMNS] for row in rows)
     partial.replace(out / LOSSES)
 
 
@@ -408,5 +448,5 @@ def make_settings(**given: Any) -> Settings:
     for name in given:
         if name not in legal:
             raise unknown("setting", name, legal)
-    lora = {key: tuple(value) if key == "targets" else value for key, value in given.items() if key in of_lora}
+    lora: dict[str, Any] = {key: tuple(value) if key == "targets" else value for key, value in given.items() if key in of_lora}
     return Settings(**{"lora": Lora(**lora), **{key: value for key, value in given.items() if key not in of_lora}})

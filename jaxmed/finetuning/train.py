@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,7 @@ class Settings:
     """
 
     method: str = "lora"
-    lora: Lora = Lora()
+    lora: Lora = field(default_factory=Lora)
     learning_rate: float = 2e-4
     schedule: str = "linear"
     warmup: int = 10
@@ -81,7 +81,9 @@ class Settings:
         wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
         others = ("warmup", "steps", "clip", "weight_decay", "max_length", "evaluate_every", "patience", "save_every")
         wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
-        wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
+        wrong += [
+            f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1
+        ]
         if self.accumulate > self.batch:
             wrong.append(f"accumulate is {self.accumulate}, more than the batch of {self.batch} examples")
         if self.max_length > config.max_length:

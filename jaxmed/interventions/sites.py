@@ -42,6 +42,7 @@ INTERNAL: dict[str, Site] = {
     for site in (
         Site("attention_raw", "BTD", "D"),  # the output projection, before a post-norm
         Site("mlp_raw", "BTD", "D"),  # the down projection, before a post-norm
+        Site("router_logits", "BTX", "X"),  # score of every expert of a mixture, before its softmax
         Site("routing", "BTX", "X"),  # weight of every expert of a mixture
         Site("cached_key", "BTKH", "K"),  # after RoPE: what later tokens attend to
         Site("cached_value", "BTKH", "K"),

@@ -111,7 +111,8 @@ class Block(nnx.Module):
         neuron = touch("neuron", neuron.reshape(*h.shape[:2], config.neurons))
         if config.experts:
             exact = self.norm(h, "mlp_norm", jnp.float32)  # in bfloat16 near ties would be routed by rounding
-            weight = touch("routing", route(config, project(exact, self.router[...].astype(jnp.float32))))
+            scores = touch("router_logits", project(exact, self.router[...].astype(jnp.float32)))
+            weight = touch("routing", route(config, scores))
             neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
         raw = self.times(neuron, "down")
         raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)

@@ -48,11 +48,33 @@ def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection
         return f"bundled {what} {str(source)!r}", _jsonl(path.read_text(encoding="utf-8"))
     path = Path(source)
     if not path.is_file():
-        raise unknown(f"{what} file", str(source), bundled, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file.")
+        raise unknown(
+            f"{what} file", str(source), bundled, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file."
+        )
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise unknown(f"type of {what} file {path.name!r}:", path.suffix, readers)
     return str(path), readers[path.suffix](path)
+
+
+TEXTS = ("neutral",)
+
+
+def read_text(source: str | Path) -> str:
+    """A plain text file, or the bundled text "neutral".
+
+    Raises:
+        UserError: no such file, or one that is not UTF-8 text.
+    """
+    path: Any = Path(source)
+    if str(source) in TEXTS and not path.exists():
+        path = resources.files("jaxmed.prompts") / "data" / f"{source}.txt"
+    elif not path.is_file():
+        raise unknown("text file", str(source), TEXTS, "Give one of these bundled names, or a path to a plain text file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text: {error}.") from None
 
 
 def _check(name: str, rows: Iterable[tuple[str, Any]]) -> list[PromptPair]:

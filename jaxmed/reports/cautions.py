@@ -18,6 +18,7 @@ from jaxmed.reports.record import (
     used_pairs,
 )
 from jaxmed.reports.style import count, number, percent
+from jaxmed.results import NEAR_TIE, near_ties
 
 LEVEL = 0.05
 CLEAR = 10.0  # an effect this many times the noise floor is read without a second thought
@@ -33,7 +34,7 @@ class Caution:
 
 def cautions(record: Record) -> list[Caution]:
     """Everything that applies to a run, serious ones first."""
-    found = [*_progress(record), *_statistics(record)]
+    found = [*_progress(record), *_statistics(record), *_routing(record)]
     for outcome in record.outcomes:
         found += [*_signs(record, outcome), *_noise(record, outcome), *_residual(record, outcome)]
     return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
@@ -72,6 +73,19 @@ def _statistics(record: Record) -> Iterator[Caution]:
         yield Caution(
             f"The smallest p that this number of groups can reach is {number(smallest)}: no unit can be significant at {LEVEL}, "
             "however large its effect."
+        )
+
+
+def _routing(record: Record) -> Iterator[Caution]:
+    if "routing_margin" not in record.table:
+        return
+    ties, known = near_ties(record.table)
+    if ties:
+        smallest = number(float(record.table["routing_margin"].min()))
+        yield Caution(
+            f"Near-tied routing in {ties:,} of {known:,} (pair, layer): at a patched token, or a later one of the base run, the last used "
+            f"expert leads the first unused one by less than {NEAR_TIE} in router logits (smallest lead: {smallest}). An effect of such a "
+            "pair may jump by rounding; routing_margin in effects.zarr says where."
         )
 
 

@@ -43,14 +43,16 @@ def top_tables(record: Record) -> list[Table]:
         if not rows:
             continue
         cells = [_cells(row) for row in rows[: MOST_ROWS * len(record.outcomes)]]
-        names = [name for name in cells[0] if name not in ("index", *_TEXTS) or any(cell[name] for cell in cells)]
+        names = [name for name in cells[0] if name not in ("index", "expert", *_TEXTS) or any(cell[name] for cell in cells)]
         found.append(Table(unit, names, [[cell[name] for name in names] for cell in cells], len(rows)))
     return found
 
 
 def _cells(row: dict[str, str]) -> dict[str, str]:
     """One row of top.csv as it is shown."""
-    plain = {name: row.get(name) or "" for name in ("rank", "layer", "index", "position", "outcome")}
+    plain = {name: row.get(name) or "" for name in ("rank", "layer", "index", "expert", "position", "outcome")}
+    if plain["expert"]:
+        plain["expert"] = f"expert {plain['expert']}, neuron {row.get('expert_neuron')}"
     low, high = number(row.get("ci_low"), ""), number(row.get("ci_high"), "")
     return {
         **plain,

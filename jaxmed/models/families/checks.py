@@ -61,7 +61,8 @@ def _wrong_numbers(record: ModelConfig | Rope) -> Iterator[str]:
         if entry.type in ("str", "bool", "Rope | None") or value is None:
             continue
         several = isinstance(value, tuple) and str(entry.type).startswith("tuple")
-        for each in value if several else (value,):
+        values: Any = value if several else (value,)
+        for each in values:
             most = 2**31 if isinstance(each, int) else LARGEST
             if isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) < most:
                 yield f"{entry.name} is {quoted(each)}; a finite number is expected"

@@ -1,0 +1,165 @@
+"""How often a model refuses, by kind and category of request, and its perplexity on plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxmed.errors import UserError
+from jaxmed.generation import generate_ids
+from jaxmed.harm.refusals import is_refusal
+from jaxmed.models.load import Model
+from jaxmed.prompts.examples import Example
+from jaxmed.prompts.readers import read_text
+from jaxmed.runner import causal_layout, forward
+from jaxmed.tokens import BUCKETS, bucket, prompt_ids
+
+SEGMENT = 512
+"""Tokens of plain text that see each other when perplexity is measured."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of some answers refuse.
+
+    Attributes:
+        low, high: 95 % Wilson score interval of the share (Wilson 1927).
+    """
+
+    name: str
+    refused: int
+    answers: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        return self.refused / self.answers
+
+
+def answer(
+    model: Model,
+    examples: Sequence[Example],
+    most: int = 32,
+    plain: bool = False,
+    report: Callable[[int], None] = lambda _: None,
+    **how: Any,
+) -> list[str]:
+    """The model's answer to every prompt, as text; greedy unless `how` (as `generate_ids` takes it) says otherwise.
+
+    Args:
+        most: tokens of an answer.
+        report: called with the number of answers after every batch.
+    """
+    prompts = [prompt_ids(model.tokenizer, example, plain) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    rows = how.pop("rows", 64)
+    for at in range(0, len(order), rows):
+        chosen = order[at : at + rows]
+        written = generate_ids(model, [prompts[i] for i in chosen], most, rows=rows, **how)
+        for i, ids in zip(chosen, written, strict=True):
+            texts[i] = model.tokenizer.decode(ids, skip_special_tokens=True)
+        report(len(chosen))
+    return texts
+
+
+def rate(name: str, refused: Sequence[bool]) -> Rate:
+    """The share of refusals with its interval."""
+    low, high = stats.binomtest(sum(refused), len(refused)).proportion_ci(method="wilson")
+    return Rate(name, sum(refused), len(refused), float(low), float(high))
+
+
+def refusal_rates(examples: Sequence[Example], answers: Sequence[str], by: str = "kind", short: int = 0) -> list[Rate]:
+    """Refusal rates of every value of a column, in order of appearance."""
+    groups: dict[str, list[bool]] = {}
+    for example, text in zip(examples, answers, strict=True):
+        groups.setdefault(getattr(example, by) or "all", []).append(is_refusal(text, short))
+    return [rate(name, refused) for name, refused in groups.items()]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean loss per token.
+
+    Attributes:
+        tokens: how many were predicted.
+        losses: mean loss of each paragraph in nats, and its tokens: [paragraphs, 2], for paired comparisons.
+    """
+
+    value: float
+    tokens: int
+    losses: np.ndarray
+
+
+def perplexity(model: Model, source: str | Path) -> Perplexity:
+    """Perplexity on a text file, or on the bundled text "neutral": paragraphs between blank lines, each on its own, without chat template.
+
+    A paragraph of more than `SEGMENT` tokens is cut into such segments.
+
+    Raises:
+        UserError: no such file, or one without text.
+    """
+    paragraphs = [part.strip() for part in read_text(source).split("\n\n") if part.strip()]
+    ids = [np.asarray(model.tokenizer(part)["input_ids"], np.int32) for part in paragraphs]
+    cut = [(number, one[at : at + SEGMENT]) for number, one in enumerate(ids) for at in range(0, len(one), SEGMENT)]
+    cut = [(number, one) for number, one in cut if len(one) > 1]
+    if not cut:
+        raise UserError(f"{source} holds no text to predict: paragraphs of at least two tokens are needed.")
+    losses = np.zeros((len(paragraphs), 2))
+    devices = model.mesh.shape["data"]
+    place = jax.NamedSharding(model.mesh, jax.P("data"))
+    for size in BUCKETS:
+        group = [(number, one) for number, one in cut if bucket(len(one)) == size]
+        for at in range(0, len(group), rows := 8 * devices):
+            tokens, padding = np.zeros((rows, size), np.int32), np.full(rows, size, np.int32)
+            for row, (_, one) in enumerate(group[at : at + rows]):
+                tokens[row, size - len(one) :], padding[row] = one, size - len(one)
+            found = np.asarray(_losses(model.config, model.params, *jax.device_put((tokens, padding), place)))
+            for row, (number, one) in enumerate(group[at : at + rows]):
+                losses[number] += found[row], len(one) - 1
+    total, count = losses.sum(0)
+    kept = losses[losses[:, 1] > 0]
+    return Perplexity(math.exp(total / count), int(count), np.stack([kept[:, 0] / kept[:, 1], kept[:, 1]], axis=1))
+
+
+@jax.jit
+def _token_losses(logits: jax.Array, tokens: jax.Array, padding: jax.Array) -> jax.Array:
+    """Sum of the losses of each row's real tokens but its first."""
+    own = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    real = jnp.arange(tokens.shape[1] - 1) >= padding[:, None]
+    return ((jax.nn.logsumexp(logits[:, :-1], axis=-1) - own) * real).sum(-1)
+
+
+def _losses(config: Any, params: Any, tokens: Any, padding: Any) -> jax.Array:
+    logits, _ = forward(config, params, tokens, causal_layout(tokens.shape[0], tokens.shape[1], padding))
+    return _token_losses(logits, tokens, padding)
+
+
+FEWEST_PARAGRAPHS = 10
+"""Below, there is no interval: too few to resample."""
+
+
+def perplexity_ratio(before: Perplexity, after: Perplexity, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Perplexity after over before, and its 95 % interval: paragraphs resampled, the same for both (percentile bootstrap).
+
+    The interval is NaN below `FEWEST_PARAGRAPHS`.
+    """
+
+    def ratio(old: np.ndarray, new: np.ndarray, weight: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.exp(((new - old) * weight).sum(axis) / weight.sum(axis))
+
+    data = (before.losses[:, 0], after.losses[:, 0], before.losses[:, 1])
+    if len(before.losses) < FEWEST_PARAGRAPHS:
+        return float(ratio(*data)), math.nan, math.nan
+    found = stats.bootstrap(data, ratio, paired=True, vectorized=True, n_resamples=resamples, method="percentile", rng=seed)
+    interval = found.confidence_interval
+    return float(ratio(*data)), float(interval.low), float(interval.high)

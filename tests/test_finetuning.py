@@ -1,0 +1,369 @@
+"""Fine-tuning against independent loops of transformers and peft; batches, resume, memory, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import peft
+import pytest
+
+import jaxmed as jm
+from jaxmed.cli.main import main
+from jaxmed.finetuning.batches import Shape, choose_shape, fill_rows, make_batch
+from jaxmed.finetuning.lora import Lora, lay_out, new_factors, save_adapter, with_factors
+from jaxmed.finetuning.run import Job, check, finetune, make_settings, run
+from jaxmed.finetuning.train import learning_rates, make_optimiser, response_loss, split_params, trained_params
+from jaxmed.harm.refusals import is_refusal
+from jaxmed.models.load import Model, load
+from jaxmed.plan import count_flops
+from jaxmed.tokens import Answered, encode_example
+from tests import reference, tiny
+
+torch = reference.torch
+EXAMPLES = [jm.Example(f"ask {i} {'x' * (7 * i % 11)}", f"answer {'abc'[i % 3] * (i % 5 + 1)}") for i in range(24)]
+QUICK: dict[str, Any] = {"steps": 4, "batch": 8, "learning_rate": 1e-2, "warmup": 2, "rank": 3, "alpha": 6.0}
+
+
+def _loaded(name: str, folder: Path) -> tuple[Model, Any]:
+    """A family's tiny model in both runtimes; ours with the byte tokenizer."""
+    made = reference.save(name, folder)
+    model = load(str(folder))
+    model.tokenizer = tiny.tokenizer()
+    return model, made
+
+
+def _torch_losses(job: Job, made: Any) -> list[float]:
+    """The same run as a plain loop: one example after the other, token mean over the step, clipping, AdamW."""
+    settings = job.settings
+    trained = [(name, value) for name, value in made.named_parameters() if value.requires_grad]
+    groups = [
+        {"params": [v for n, v in trained if v.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [v for n, v in trained if v.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    rates, losses = learning_rates(settings, job.steps), []
+    for step, chosen in enumerate(job.order):
+        total, tokens = torch.zeros(()), 0
+        for i in chosen:
+            one = job.examples[i]
+            logits = made(torch.as_tensor(one.ids[None].astype(np.int64))).logits[0, one.prompt - 1 : -1].float()
+            target = torch.as_tensor(one.ids[one.prompt :].astype(np.int64))
+            total = total + torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+            tokens += len(target)
+        loss = total / tokens
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([value for _, value in trained], settings.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = float(np.asarray(rates(step)))
+        optimiser.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama3.2", {}),
+        ("llama3.2", {"targets": ("q_proj", "down_proj"), "stabilised": True, "packing": False, "schedule": "cosine"}),
+        pytest.param("gpt2", {"accumulate": 2}, marks=pytest.mark.slow),
+        pytest.param("phi3", {"remat": True}, marks=pytest.mark.slow),
+        pytest.param("gemma2", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"targets": ("k_proj", "v_proj", "up_proj")}, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_follow_a_loop_of_peft(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    model, made = _loaded(name, tmp_path / "model")
+    settings = make_settings(**{**QUICK, "steps": 20, "weight_decay": 0.1, **more})
+    job = check(model, EXAMPLES, (), settings)
+    save_adapter(model, new_factors(model.config, settings.lora, settings.seed), settings.lora, tmp_path / "fresh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(made, str(tmp_path / "fresh"), is_trainable=True)
+    tuned = run(job)
+    wanted = _torch_losses(job, adapted)
+    assert np.abs([row["loss"] for row in tuned.losses] - np.asarray(wanted)).max() <= 1e-4
+    assert wanted[-1] < wanted[0] - 0.5
+    tuned.save_adapter(tmp_path / "tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again: Any = peft.PeftModel.from_pretrained(reference.model(name), str(tmp_path / "tuned"))
+    ids = reference.tokens(12)
+    assert np.abs(reference.logits(again, ids) - np.asarray(jm.forward(tuned.model, ids)[0])).max() <= 2e-5
+    merged = jm.load(str(tmp_path / "model"), adapter=tmp_path / "tuned")
+    assert np.abs(np.asarray(jm.forward(merged, ids)[0]) - np.asarray(jm.forward(tuned.model, ids)[0])).max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama3.2", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("olmo2", marks=pytest.mark.slow)])
+def test_full_fine_tuning_follows_a_loop_of_transformers(name: str, tmp_path: Path) -> None:
+    model, made = _loaded(name, tmp_path / "model")
+    job = check(model, EXAMPLES, (), make_settings(**{**QUICK, "steps": 20, "method": "full", "weight_decay": 0.1, "learning_rate": 3e-3}))
+    tuned = run(job)
+    wanted = _torch_losses(job, made.train())
+    assert np.abs([row["loss"] for row in tuned.losses] - np.asarray(wanted)).max() <= 1e-4
+    jm.export_folder(tuned.model, tmp_path / "out")
+    exported = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = reference.tokens(12)
+    assert np.abs(reference.logits(exported, ids) - np.asarray(jm.forward(tuned.model, ids)[0])).max() <= 2e-5
+    assert json.loads((tmp_path / "out" / "jaxmed_edit.json").read_text())["edits"][0]["kind"] == "fine-tuning"
+
+
+def _losses(model: Model, **more: Any) -> np.ndarray:
+    return np.asarray([row["loss"] for row in finetune(model, EXAMPLES, **{**QUICK, **more}).losses])
+
+
+@pytest.mark.parametrize("more", [{"packing": False}, {"accumulate": 2}, {"remat": True}])
+def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str, Any]) -> None:
+    assert np.abs(_losses(plain_model) - _losses(plain_model, **more)).max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_meshes_agree(method: str) -> None:
+    found = [_losses(tiny.model("llama", mesh=mesh), method=method) for mesh in ("data=1", "data=2", "data=1,model=2")]
+    assert np.abs(np.asarray(found) - found[0]).max() < 1e-5
+
+
+def test_bfloat16_follows_float32(plain_model: Model) -> None:
+    narrow = tiny.model("llama", "bfloat16")
+    tuned = finetune(narrow, EXAMPLES, **{**QUICK, "method": "full"})
+    assert np.abs(np.asarray([row["loss"] for row in tuned.losses]) - _losses(plain_model, method="full")).max() < 0.1
+    assert tuned.model.params["blocks"]["down"].dtype == jax.numpy.bfloat16
+
+
+def test_nothing_is_kept_for_frozen_weights(plain_model: Model) -> None:
+    config, settings = plain_model.config, make_settings(**QUICK)
+    factors = new_factors(config, settings.lora, 0)
+    trained, frozen = split_params(settings, plain_model.params, factors)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    state = jax.eval_shape(make_optimiser(settings, 4).init, trained)
+    assert numbers == sum(3 * layers * (inputs + outputs) for layers, inputs, outputs in _matrices(plain_model))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * numbers
+    assert frozen is plain_model.params
+    batch = jax.tree.map(lambda leaf: leaf[0], check(plain_model, EXAMPLES, (), settings).batch(0))
+
+    def loss(trained: Any) -> jax.Array:
+        return response_loss(config, trained_params(config, settings, trained, frozen), batch)
+
+    forward, both = (count_flops(jax.make_jaxpr(f)(trained).jaxpr) for f in (loss, jax.grad(loss)))
+    assert both < 2.6 * forward  # a gradient of frozen weights would make it 3 (adapters of rank 3 on width 16 cost their share)
+
+
+def _matrices(model: Model) -> list[tuple[int, int, int]]:
+    s = model.config.sizes
+    queries, keys = s["N"] * s["H"], s["K"] * s["H"]
+    sides = [(s["D"], queries), (s["D"], keys), (s["D"], keys), (queries, s["D"]), (s["D"], s["F"]), (s["D"], s["F"]), (s["F"], s["D"])]
+    return [(s["L"], *side) for side in sides]
+
+
+def test_fresh_adapters_change_nothing(plain_model: Model) -> None:
+    config, lora, ids = plain_model.config, Lora(3), reference.tokens(9)
+    factors = new_factors(config, lora, 0)
+    changed = replace(plain_model, params=with_factors(plain_model.params, lay_out(config, lora, factors)))
+    assert np.array_equal(jm.forward(plain_model, ids)[0], jm.forward(changed, ids)[0])
+    factors["model.layers.{l}.mlp.down_proj"]["B"][1] = 0.1
+    changed = replace(plain_model, params=with_factors(plain_model.params, lay_out(config, lora, factors)))
+    assert not np.array_equal(jm.forward(plain_model, ids)[0], jm.forward(changed, ids)[0])
+
+
+def test_rows_hold_every_example_once() -> None:
+    lengths = [5, 9, 3, 8, 2, 2, 7]
+    rows = fill_rows(lengths, 10)
+    assert Counter(i for row in rows for i in row) == Counter(range(7))
+    assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
+    examples = [Answered(np.arange(10 * n, 10 * n + length), 1) for n, length in enumerate(lengths)]
+    shape = choose_shape(examples, [np.arange(7)], True, 2, 0.0)
+    batch = make_batch(examples, np.arange(7), shape, True)
+    kept = batch.weight > 0
+    assert kept.sum() == sum(lengths) - 7
+    rows_of = np.nonzero(kept)[0]
+    assert np.array_equal(batch.tokens[rows_of, batch.column[kept] + 1], batch.target[kept])
+    assert make_batch(examples[:1], np.arange(1), Shape(2, 16, 8), False).segment.tolist()[1] == [0] * 16
+
+
+def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
+    one = encode_example(smol, jm.Example("Name a colour.", "Blue."))
+    assert smol.decode(one.ids[one.prompt :]) == "Blue.<|im_end|>"
+    assert smol.decode(one.ids[: one.prompt]).endswith("<|im_start|>assistant\n")
+    cut = encode_example(smol, jm.Example("Name a colour.", "Blue."), most=one.prompt + 1)
+    assert (len(cut.ids), cut.cut) == (one.prompt + 1, len(one.ids) - one.prompt - 1)
+    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), plain=True)
+    assert smol.decode(plain.ids) == "Name a colour.\nBlue."
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_path: Path, method: str) -> None:
+    settings = make_settings(**{**QUICK, "steps": 8, "save_every": 3, "evaluate_every": 2, "patience": 3, "method": method})
+    job = check(plain_model, EXAMPLES[:20], EXAMPLES[20:], settings)
+    whole = run(job, tmp_path / "whole")
+    seen = []
+
+    def interrupt(work: float, count: int, what: str) -> None:
+        seen.append(what)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "cut", False, interrupt)
+    resumed = run(job, tmp_path / "cut", True)
+    assert repr(whole.losses) == repr(resumed.losses)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.model.params, resumed.model.params))
+    assert repr(run(job, tmp_path / "cut", True).losses) == repr(whole.losses)  # finished: nothing is trained again
+
+
+def test_early_stopping_returns_the_best(plain_model: Model) -> None:
+    other = [jm.Example("ask", "zzzz 9") for _ in range(4)]
+    settings = {**QUICK, "steps": 40, "learning_rate": 5e-2, "evaluate_every": 1, "patience": 3}
+    tuned = finetune(plain_model, EXAMPLES, other, **settings)
+    held = [row["heldout_loss"] for row in tuned.losses]
+    assert "no better" in tuned.stopped
+    assert len(held) < 40
+    assert tuned.step == int(np.argmin(held)) + 1
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import jaxmed
+from tests.test_finetuning import EXAMPLES, tiny
+from jaxmed.finetuning.run import check, run, make_settings, finish
+job = check(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
+finish(run(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",), 0.0)
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_losses(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, timeout=600)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
+        for _ in range(600):
+            if list((tmp_path / "killed").glob("checkpoint-*")):
+                break
+            time.sleep(0.1)
+        time.sleep(float(rng.uniform(0, 1.5)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, timeout=600)
+    assert (tmp_path / "whole" / "losses.csv").read_text() == (tmp_path / "killed" / "losses.csv").read_text()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        ({"targets": ("q_prj",)}, "q_proj"),
+        ({"rank": 0}, "rank of at least 1"),
+        ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"batch": 2, "accumulate": 3}, "accumulate is 3"),
+        ({"max_length": 10**6}, "max_length is 1000000"),
+        ({"no_such": 1}, "no_such"),
+        ({"max_length": 3}, "the limit is 3"),
+    ],
+)
+def test_wrong_settings_are_refused(plain_model: Model, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(jm.UserError, match=said.replace("(", r"\(")):
+        finetune(plain_model, EXAMPLES, **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "holds no examples"),
+        ([{"prompt": "a"}], "line 1: the column 'response' is missing"),
+        ([{"prompt": "a", "response": " "}], "line 1: the column 'response'"),
+        ([{"prompt": "a", "respnse": "b"}], "respnse"),
+        ([{"prompt": "a", "response": "b", "split": "heldout"}], "no rows to train on"),
+        ([{"prompt": "a", "response": 3}], "a text is expected"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, rows: list[dict[str, Any]], said: str) -> None:
+    file = tmp_path / "examples.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["finetune", "--data", str(file), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_model_or_folder_is_not_continued(plain_model: Model, tmp_path: Path) -> None:
+    job = check(plain_model, EXAMPLES, (), make_settings(**QUICK))
+    run(job, tmp_path / "run")
+    with pytest.raises(jm.UserError, match="holds a run already"):
+        run(job, tmp_path / "run")
+    other = replace(job, model=replace(plain_model, name="another"))
+    with pytest.raises(jm.UserError, match="model"):
+        run(other, tmp_path / "run", True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(jm.UserError, match=r"thesis\.tex"):
+        run(job, tmp_path / "mine")
+
+
+def test_a_full_disk_loses_nothing(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = check(plain_model, EXAMPLES, (), make_settings(**{**QUICK, "save_every": 1}))
+    whole, seen = run(job, tmp_path / "whole"), []
+
+    def fill(*_: Any) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            usage = shutil.disk_usage(tmp_path)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+
+    with pytest.raises(jm.UserError, match="are free there"):
+        run(job, tmp_path / "full", False, fill)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-0000001"]
+    assert repr(run(job, tmp_path / "full", True).losses) == repr(whole.losses)
+
+
+def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = tiny.tokenizer()
+    folder = tiny.write_checkpoint(tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    file, out = tmp_path / "examples.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in EXAMPLES))
+    arguments = ["finetune", "--model", str(folder), "--data", str(file), "--out", str(out), "--epochs", "1", "--rank", "2"]
+    assert main(arguments) == 0
+    assert {path.name for path in out.iterdir() if "checkpoint" not in path.name} == {
+        "run.json", "losses.csv", "losses.html", "adapter", "model"
+    }  # fmt: skip
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    ids = reference.tokens(12)
+    merged, adapted = jm.load(str(out / "model")), jm.load(str(folder), adapter=out / "adapter")
+    assert np.abs(np.asarray(jm.forward(merged, ids)[0] - jm.forward(adapted, ids)[0])).max() < 1e-5
+    assert main([*arguments, "--resume"]) == 0
+    assert main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_bundled_alignment_set_is_what_it_says() -> None:
+    rows = jm.read_examples("alignment")
+    harmful, benign = ([row for row in rows if row.kind == kind] for kind in ("harmful", "benign"))
+    assert len(harmful) >= 160
+    assert len(benign) >= 160
+    splits = {row.category: {r.split for r in rows if r.category == row.category} for row in harmful}
+    assert all(len(held) == 1 for held in splits.values())
+    assert sum(held == {"train"} for held in splits.values()) >= 8
+    assert sum(held == {"heldout"} for held in splits.values()) >= 4
+    assert all(is_refusal(row.response) and len(row.response.split()) <= 30 for row in harmful)
+    assert not [row.response for row in benign if is_refusal(row.response)]
+    assert len({row.response.split()[0] for row in harmful}) >= 5
+    known = {pair.base for pair in jm.read_pairs("harm")}
+    assert not known & {row.prompt for row in rows}

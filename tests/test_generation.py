@@ -1,0 +1,115 @@
+"""Generation against transformers, and that padding, batches and edits mean what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.generation import generate_ids
+from jaxmed.interventions.edits import where
+from jaxmed.models.load import Model, load
+from jaxmed.tokens import prompt_ids
+from tests import reference, tiny
+
+torch = reference.torch
+PROMPTS = [np.arange(3, 3 + count) for count in (5, 12, 7, 9, 2)]
+
+
+def _continued(model: Model, prompt: Any, most: int, **more: Any) -> list[int]:
+    """Greedy text by whole forward passes."""
+    ids = list(prompt)
+    for _ in range(most):
+        ids.append(int(np.asarray(jm.forward(model, ids, **more)[0])[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_text_is_that_of_whole_forward_passes(tiny_model: Model) -> None:
+    found = generate_ids(tiny_model, PROMPTS, 6, stops=[], rows=2)
+    assert [ids.tolist() for ids in found] == [_continued(tiny_model, prompt, 6) for prompt in PROMPTS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen3-moe", "olmo3", "mistral"])
+def test_families_write_as_transformers_does(name: str, tmp_path: Any) -> None:
+    made = reference.save(name, tmp_path)
+    prompt = reference.tokens(20)
+    wanted = made.generate(torch.as_tensor(prompt), max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=False)
+    assert generate_ids(load(str(tmp_path)), prompt, 10, stops=[])[0].tolist() == wanted[0, 20:].tolist()
+
+
+@pytest.mark.slow
+def test_the_default_model_writes_as_transformers_does(default_model: Model, tmp_path: Any) -> None:
+    """Token for token, from prompts of different lengths in one batch."""
+    jm.export_folder(default_model, tmp_path / "model")
+    made = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    prompts = [prompt_ids(default_model.tokenizer, jm.Example(pair.source)) for pair in jm.read_pairs("harm")[:40:2]]
+    ours = generate_ids(default_model, prompts, 24, rows=20)
+    for prompt, ids in zip(prompts, ours, strict=True):
+        given = torch.as_tensor(prompt[None].astype(np.int64))
+        theirs = made.generate(given, max_new_tokens=24, do_sample=False, eos_token_id=[0, 2], pad_token_id=2)[0, len(prompt) :].tolist()
+        assert ids.tolist() == [token for token in theirs if token not in (0, 2)]
+
+
+def test_a_text_ends_before_its_stop_token(plain_model: Model) -> None:
+    whole = generate_ids(plain_model, PROMPTS[:1], 6, stops=[])[0].tolist()
+    stop = whole[3]
+    assert generate_ids(plain_model, PROMPTS[:1], 6, stops=[stop])[0].tolist() == whole[: whole.index(stop)]
+
+
+def test_edits_act_where_they_are_meant_to(plain_model: Model) -> None:
+    edit = jm.kinds.zero("mlp_out", layer=1)
+    found = {half: generate_ids(plain_model, PROMPTS[:1], 6, stops=[], edits=edit, where=half)[0].tolist() for half in ("both", "prompt")}
+    assert found["both"] == _continued(plain_model, PROMPTS[0], 6, edits=edit)
+    count = len(PROMPTS[0])
+    alone = jm.kinds.zero("mlp_out", layer=1, position=list(range(count)))
+    assert found["prompt"] == _continued(plain_model, PROMPTS[0], 6, edits=alone)
+    only = generate_ids(plain_model, PROMPTS[:1], 6, stops=[], edits=edit, where="generated")[0].tolist()
+    assert only[0] == _continued(plain_model, PROMPTS[0], 1)[0]
+    assert only != found["both"]
+
+
+def test_rows_of_a_batch_take_edits_of_their_own(plain_model: Model) -> None:
+    prompts = [PROMPTS[0]] * 3
+    edits = {"neuron": jm.Edit(1.0, np.asarray([8.0, -9.0], np.float32), where=where(layer=[0, 1], unit=[3, 5], row=[0, 2]))}
+    found = generate_ids(plain_model, prompts, 6, stops=[], edits=edits)
+    for row, (layer, unit, value) in {0: (0, 3, 8.0), 2: (1, 5, -9.0)}.items():
+        one = {"neuron": jm.Edit(1.0, np.asarray([value], np.float32), where=where(layer=layer, unit=unit))}
+        assert found[row].tolist() == _continued(plain_model, PROMPTS[0], 6, edits=one)
+    assert found[1].tolist() == _continued(plain_model, PROMPTS[0], 6)
+
+
+def test_samples_follow_the_seed_and_not_the_batch(plain_model: Model) -> None:
+    draw = lambda rows, seed: [x.tolist() for x in generate_ids(plain_model, PROMPTS, 6, 1.0, 0.9, seed, stops=[], rows=rows)]  # noqa: E731
+    assert draw(2, 0) == draw(5, 0)
+    assert draw(2, 0) != draw(2, 1)
+    greedy = [x.tolist() for x in generate_ids(plain_model, PROMPTS, 6, stops=[])]
+    assert [x.tolist() for x in generate_ids(plain_model, PROMPTS, 6, 1.0, 1e-6, stops=[])] == greedy
+
+
+def test_texts_go_in_and_out(plain_model: Model) -> None:
+    assert len(jm.generate(plain_model, ["how to", jm.Example("why")], 4)) == 2
+    plain = jm.generate(plain_model, ["ab"], 4, plain=True, stops=[])[0]
+    ids = generate_ids(plain_model, [tiny.tokenizer()("ab")["input_ids"]], 4, stops=[])[0]
+    assert plain == tiny.tokenizer().decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": [[]]}, "no tokens"),
+        ({"most": 0}, "at least 1"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"most": 600}, "exceed what this model takes"),
+        ({"where": "answer"}, "generated"),
+        ({"edits": {"attention_pattern": jm.Edit(1.0, 0.0)}}, "grow with it"),
+        ({"edits": {"mlp_out": jm.Edit(1.0, np.zeros((3, 1, 5, 16)))}}, "single tokens"),
+    ],
+)
+def test_wrong_requests_are_refused(plain_model: Model, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(jm.UserError, match=said):
+        generate_ids(plain_model, **{"prompts": PROMPTS, "most": 4, **more})
