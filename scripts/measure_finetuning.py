@@ -123,14 +123,14 @@ def main() -> None:
     optimiser = make_optimiser(job.settings, job.steps)
     stand, frozen, moved = _begin(job, optimiser, None, False)
     step = make_step(model.config, job.settings, optimiser, moved)
-    state = stand.point[1:]
+    _, trained, state = stand.point
     batch = jax.device_put(job.batch(0), jax.NamedSharding(model.mesh, jax.P(None, "data")))
     bare = bare_matmuls(job)
     with tempfile.TemporaryDirectory() as folder:
         jm.export_folder(model, Path(folder) / "model")
         adapter = ""
         if arguments.method == "lora":
-            adapter = str(save_adapter(model, stand.point[1], job.settings.lora, Path(folder) / "adapter"))
+            adapter = str(save_adapter(model, trained, job.settings.lora, Path(folder) / "adapter"))
         command = [sys.executable, __file__, "--torch-side"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -142,7 +142,7 @@ def main() -> None:
         rounds: list[dict[str, float]] = []
         for number in range(arguments.rounds + 1):  # the first compiles
             begin = time.perf_counter()
-            *state, found = step(*state, frozen, batch)
+            trained, state, found = step(trained, state, frozen, batch)
             loss = float(found["loss"])
             ours = time.perf_counter() - begin
             begin = time.perf_counter()

@@ -37,14 +37,14 @@ def test_families_write_as_transformers_does(name: str, tmp_path: Any) -> None:
     made = reference.save(name, tmp_path)
     prompt = reference.tokens(20)
     wanted = made.generate(torch.as_tensor(prompt), max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=False)
-    assert generate_ids(load(str(tmp_path)), prompt, 10, stops=[])[0].tolist() == wanted[0, 20:].tolist()
+    assert generate_ids(load(str(tmp_path)), list(prompt), 10, stops=[])[0].tolist() == wanted[0, 20:].tolist()
 
 
 @pytest.mark.slow
 def test_the_default_model_writes_as_transformers_does(default_model: Model, tmp_path: Any) -> None:
     """Token for token, from prompts of different lengths in one batch."""
     jm.export_folder(default_model, tmp_path / "model")
-    made = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    made: Any = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     prompts = [prompt_ids(default_model.tokenizer, jm.Example(pair.source)) for pair in jm.read_pairs("harm")[:40:2]]
     ours = generate_ids(default_model, prompts, 24, rows=20)
     for prompt, ids in zip(prompts, ours, strict=True):
