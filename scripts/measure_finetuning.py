@@ -49,7 +49,7 @@ def torch_side() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_([value for value in model.parameters() if value.requires_grad], 1.0)
         optimiser.step()
-        print(json.dumps({"seconds": time.perf_counter() - begin, "loss": float(loss)}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - begin, "loss": float(loss.detach())}), flush=True)
 
 
 def padded(job: Any, group: np.ndarray) -> dict[str, Any]:
