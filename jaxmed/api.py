@@ -19,10 +19,10 @@ from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run
 from jaxmed.errors import UserError
-from jaxmed.finetuning.recipe import build_variant
+from jaxmed.finetuning.variants import build_variant
 from jaxmed.interventions.edits import Edit, check_edits
 from jaxmed.interventions.sites import INTERNAL, site_name
-from jaxmed.models.catalog import VARIANTS
+from jaxmed.models.catalog import needs_building
 from jaxmed.models.load import Model
 from jaxmed.models.load import load as load_unchecked
 from jaxmed.parity.selfcheck import self_check
@@ -55,7 +55,7 @@ def load(
     Raises:
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
     """
-    if name_or_path in VARIANTS and not Path(name_or_path).exists():
+    if needs_building(name_or_path):
         build_variant(name_or_path)
     model = load_unchecked(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
     if check:

@@ -6,7 +6,7 @@ name a row of the batch act on that row alone, so that a hundred interventions r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from jaxmed.models.rope import layer_windows, model_angles
 from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
 from jaxmed.prompts.examples import Example
 from jaxmed.runner import causal_layout, run_blocks
-from jaxmed.tokens import bucket, prompt_ids
+from jaxmed.tokens import bucket, prompt_ids, text_ids
 
 WHERE = ("both", "prompt", "generated")
 ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "</s>")
@@ -175,6 +175,7 @@ def generate_ids(
     where: str = "both",
     stops: Sequence[int] | None = None,
     rows: int = ROWS,
+    report: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
     """Continues prompts of any lengths.
 
@@ -188,6 +189,7 @@ def generate_ids(
         where: the tokens that edits act on: "both", "prompt", "generated".
         stops: tokens that end a text; default: those of the tokenizer and config.
         rows: prompts at once; with edits all prompts run at once.
+        report: called with the number of prompts after every batch.
 
     Returns:
         The written token ids of every prompt, without the token that ended it.
@@ -228,21 +230,22 @@ def generate_ids(
         out = _write(model, place(tokens), place(padding), len(chosen), ends, sampling, halves, most, temperature > 0)
         for row, i in enumerate(chosen):
             written[i] = out[row]
+        report(len(chosen))
     return written
 
 
-def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, plain: bool = False, **how: Any) -> list[str]:
-    """Continues prompts as texts: each is a user message, rendered with the chat template; with `plain`, text to go on with.
+def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, raw: bool = False, **how: Any) -> list[str]:
+    """Continues prompts as texts: each is a user message, rendered with the chat template; with `raw`, text to go on with.
 
     Args:
         most: tokens written at most.
-        how: temperature, top_p, seed, edits, where, stops, rows; see `generate_ids`.
+        how: temperature, top_p, seed, edits, where, stops, rows, report; see `generate_ids`.
 
     Raises:
         UserError: no tokenizer or chat template; what `generate_ids` raises.
     """
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [prompt_ids(model.tokenizer, example, plain, separator="") for example in examples]
+    ids = [text_ids(model.tokenizer, one.prompt) if raw else prompt_ids(model.tokenizer, one) for one in examples]
     return [model.tokenizer.decode(written, skip_special_tokens=True) for written in generate_ids(model, ids, most, **how)]
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,32 @@ class Variable:
 
 
 def check_folder(folder: Path, resume: bool) -> bool:
-    """Whether a run can begin or go on in `folder`; returns True if it holds a run to go on with.
+    """Whether a sweep can begin or go on in `folder`; returns True if it holds one to go on with.
 
     Raises:
         UserError: foreign files, or a run and no --resume.
     """
+    return {RUN, TABLE} <= check_contents(folder, resume, _OURS)
+
+
+def check_contents(folder: Path, resume: bool, ours: Collection[str], begins: tuple[str, ...] = ()) -> set[str]:
+    """The names that a folder of results holds, before a run begins or goes on in it.
+
+    Args:
+        ours, begins: legal names, and what others may begin with.
+
+    Raises:
+        UserError: a file instead of a folder, foreign files, or a run and no --resume.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file. Give a folder.")
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = sorted(held - _OURS)
+    foreign = sorted(name for name in held if name not in ours and not name.startswith(begins))
     if foreign:
         raise UserError(f"--out {folder} holds something else ({', '.join(foreign[:5])}). Give a new or empty folder; nothing was written.")
     if RUN in held and not resume:
         raise UserError(f"--out {folder} holds a run already. Add --resume to continue it, or give another folder; nothing was written.")
-    return RUN in held and TABLE in held
+    return held
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ effect of the unit is one row of `propagate`; thousands of units are the batch a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,15 @@ class Layout:
         position: int [B, T], RoPE position of every token.
         visible: bool [B, T, S], whether query token t may see key token s (causal and padding masks included).
         index: which real token each column is, for `Where.position`.
+        trunk, branch: where `branch` is not 0, a row is `trunk` tokens of ordinary text, and then branches of `branch` tokens each; a
+            branch sees the trunk and itself alone, and `visible` is of branches: [B, branches, branch, trunk + branch].
     """
 
     position: Any
     visible: Any
     index: TokenIndex
+    trunk: int = field(default=0, metadata={"static": True})
+    branch: int = field(default=0, metadata={"static": True})
 
 
 def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
@@ -82,8 +86,11 @@ def run_blocks(
                 recorded[name] = a if gather is None or name.startswith("cached_") else _take_tokens(name, a, gather)
             return a
 
-        visible = layout.visible & sees(layout.position, layout.position, window)
-        attend = partial(_attend_all, config, visible=visible, touch=touch)
+        if layout.branch:
+            attend = partial(_attend_branches, config, layout=layout, window=window, touch=touch)
+        else:
+            visible = layout.visible & sees(layout.position, layout.position, window)
+            attend = partial(_attend_all, config, visible=visible, touch=touch)
         h = block.attention(h, angles(window), attend, touch)
         return block.mlp(h, touch), recorded
 
@@ -100,6 +107,32 @@ def _attend_all(config: ModelConfig, query: jax.Array, key: jax.Array, value: ja
     pattern = touch("attention_pattern", pattern.reshape(batch, kv_heads * group, length, -1))
     pattern = pattern.reshape(scores.shape).astype(value.dtype)
     return contract("BKGTS,BSKH->BTKGH", pattern, value, dtype=value.dtype)
+
+
+def _attend_branches(
+    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, window: jax.Array, touch: Any
+) -> jax.Array:
+    """Attention in rows of a trunk and its branches: query [B,T,K,G,H], key and value [B,T,K,H] -> [B,T,K,G,H]."""
+    trunk, rows, count = layout.trunk, query.shape[0], layout.visible.shape[1]
+
+    def of_trunk(x: jax.Array) -> jax.Array:
+        return x[:, :trunk]
+
+    def of_branches(x: jax.Array) -> jax.Array:
+        return x[:, trunk:].reshape(rows * count, layout.branch, *x.shape[2:])
+
+    def seen(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.repeat(of_trunk(x), count, axis=0), of_branches(x)], axis=1)
+
+    position = layout.position
+    near = sees(of_branches(position), seen(position), window)
+    visible = layout.visible.reshape(near.shape) & near
+    out = _attend_all(config, of_branches(query), seen(key), seen(value), visible, touch).reshape(rows, -1, *query.shape[2:])
+    if not trunk:
+        return out
+    visible = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
+    first = _attend_all(config, of_trunk(query), of_trunk(key), of_trunk(value), visible, touch)
+    return jnp.concatenate([first, out], axis=1)
 
 
 def _split_dense(edits: dict[str, Edit]) -> tuple[dict[str, Any], dict[str, Any]]:

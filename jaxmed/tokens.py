@@ -90,11 +90,11 @@ class Answered:
     cut: int = 0
 
 
-def encode_example(tokenizer: Any, example: Example, plain: bool = False, most: int | None = None, separator: str = "\n") -> Answered:
+def encode_example(tokenizer: Any, example: Example, raw: bool = False, most: int | None = None, separator: str = "\n") -> Answered:
     """An example as token ids. Prompt and response are tokenised apart, as when the model answers, then joined.
 
     Args:
-        plain: prompt, separator, response, without chat template, begin-of-sequence or end; else the chat template, whose end of the
+        raw: prompt, separator, response, without chat template, begin-of-sequence or end; else the chat template, whose end of the
             assistant's turn belongs to the response.
         most: limit of the tokens; what is longer loses the end of its response.
 
@@ -102,12 +102,7 @@ def encode_example(tokenizer: Any, example: Example, plain: bool = False, most: 
         UserError: no tokenizer or chat template; a prompt that leaves no room for a response; a response without tokens.
     """
     need_tokenizer(tokenizer)
-    if plain:
-        prompt = list(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"])
-        text = example.response
-    else:
-        opening, text = _chat_turns(tokenizer, example)
-        prompt = _encode(tokenizer, opening)[0]
+    prompt, text = _encode_prompt(tokenizer, example, raw, separator)
     response = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not response or not prompt:
         raise UserError(f"example {example.id or example.prompt[:40]!r} has no tokens in its {'response' if prompt else 'prompt'}.")
@@ -117,12 +112,24 @@ def encode_example(tokenizer: Any, example: Example, plain: bool = False, most: 
     return Answered(np.asarray(prompt + response[:room], np.int32), len(prompt), max(0, len(response) - room))
 
 
-def prompt_ids(tokenizer: Any, example: Example, plain: bool = False, separator: str = "\n") -> np.ndarray:
+def prompt_ids(tokenizer: Any, example: Example, raw: bool = False, separator: str = "\n") -> np.ndarray:
     """Token ids of an example's prompt alone, as `encode_example` makes them."""
     need_tokenizer(tokenizer)
-    if plain:
-        return np.asarray(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"], np.int32)
-    return np.asarray(_encode(tokenizer, _chat_turns(tokenizer, example)[0])[0], np.int32)
+    return np.asarray(_encode_prompt(tokenizer, example, raw, separator)[0], np.int32)
+
+
+def text_ids(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids of plain text, begin-of-sequence exactly once where the tokenizer adds one."""
+    need_tokenizer(tokenizer)
+    return np.asarray(_encode(tokenizer, text)[0], np.int32)
+
+
+def _encode_prompt(tokenizer: Any, example: Example, raw: bool, separator: str) -> tuple[list[int], str]:
+    """The prompt's token ids, and the text of the response."""
+    if raw:
+        return list(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"]), example.response
+    opening, response = _chat_turns(tokenizer, example)
+    return _encode(tokenizer, opening)[0], response
 
 
 def _chat_turns(tokenizer: Any, example: Example) -> tuple[str, str]:

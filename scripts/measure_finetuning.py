@@ -110,20 +110,19 @@ def main() -> None:
 
     import jaxmed as jm
     from jaxmed.distributed import device_name
+    from jaxmed.finetuning.job import check, step_flops
     from jaxmed.finetuning.lora import save_adapter
-    from jaxmed.finetuning.recipe import make_job, recipe_from
-    from jaxmed.finetuning.run import _begin, step_flops
-    from jaxmed.finetuning.train import make_optimiser, make_step
+    from jaxmed.finetuning.settings import read_recipe
+    from jaxmed.finetuning.train import make_optimiser, make_step, start
     from jaxmed.provenance import commit
 
     config = Path(__file__).parents[1] / "configs" / "align_smollm2.yaml"
     model = jm.load("smollm2-135m-instruct")
-    recipe = recipe_from(yaml.safe_load(config.read_text()) | {"method": arguments.method})
-    job = make_job(recipe, model)
+    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": arguments.method})
+    job = check(model, *recipe.examples(), recipe.settings)
     optimiser = make_optimiser(job.settings, job.steps)
-    stand, frozen, moved = _begin(job, optimiser, None, False)
+    trained, state, frozen, moved = start(model, job.settings, optimiser)
     step = make_step(model.config, job.settings, optimiser, moved)
-    _, trained, state = stand.point
     batch = jax.device_put(job.batch(0), jax.NamedSharding(model.mesh, jax.P(None, "data")))
     bare = bare_matmuls(job)
     with tempfile.TemporaryDirectory() as folder:

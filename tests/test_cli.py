@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jaxmed.cli.commands import parse_layers
 from jaxmed.cli.main import COMMANDS, main
@@ -173,8 +174,10 @@ def test_help_does_not_wait_for_jax() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_plans(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
-    assert "exact effects" in capsys.readouterr().out
+    command = yaml.safe_load(config.read_text()).get("command", "sweep")
+    assert main([command, "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert {"sweep": "exact effects", "finetune": "numbers trained"}[command] in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

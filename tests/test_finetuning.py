@@ -22,9 +22,11 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.finetuning.batches import Shape, choose_shape, fill_rows, make_batch
-from jaxmed.finetuning.lora import Lora, lay_out, new_factors, save_adapter, with_factors
-from jaxmed.finetuning.run import Job, check, finetune, make_settings, run
+from jaxmed.finetuning.batches import choose_shape, common_beginning, fill_rows, make_batch
+from jaxmed.finetuning.job import Job, check
+from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
+from jaxmed.finetuning.run import finetune, run
+from jaxmed.finetuning.settings import Lora, Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_optimiser, response_loss, split_params, trained_params
 from jaxmed.harm.refusals import is_refusal
 from jaxmed.models.catalog import VARIANTS, Variant
@@ -135,6 +137,52 @@ def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str,
     assert np.abs(_losses(plain_model) - _losses(plain_model, **more)).max() < 1e-5
 
 
+def test_packing_saves_tokens_and_microbatches_split_a_step(plain_model: Model) -> None:
+    packed, padded, halves = (
+        check(plain_model, EXAMPLES, (), make_settings(**QUICK, **more)) for more in ({}, {"packing": False}, {"accumulate": 2})
+    )
+    begins = {tuple(one.ids[: packed.shape.trunk]) for one in packed.examples}
+    assert packed.shape.trunk > 3
+    assert len(begins) == 1
+    assert packed.shape.length < 0.75 * padded.shape.length
+    assert padded.shape.trunk == 0
+    assert halves.batch(0).tokens.shape[0] == 2
+    assert halves.shape.length < packed.shape.length
+    for step in range(packed.steps):  # every response token of the step is scored once, however the work is cut
+        scored = [Counter(job.batch(step).target[job.batch(step).weight > 0].tolist()) for job in (packed, padded, halves)]
+        assert scored[0] == scored[1] == scored[2]
+
+
+def test_remat_runs_the_blocks_again(plain_model: Model) -> None:
+    settings = make_settings(**QUICK)
+    trained, frozen = split_params(settings, plain_model.params, new_factors(plain_model.config, settings.lora, 0))
+    batch = jax.tree.map(lambda leaf: leaf[0], check(plain_model, EXAMPLES, (), settings).batch(0))
+
+    def flops(remat: bool) -> float:
+        loss = lambda trained: response_loss(  # noqa: E731
+            plain_model.config, trained_params(plain_model.config, settings, trained, frozen), batch, remat
+        )
+        return count_flops(jax.make_jaxpr(jax.grad(loss))(trained).jaxpr)
+
+    assert flops(True) > 1.2 * flops(False)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [("constant", [0, 0.5, 1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]), ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447])],
+)
+def test_learning_rates_rise_and_fall(schedule: Any, wanted: list[float]) -> None:
+    rates = learning_rates(Settings(schedule=schedule, warmup=2, learning_rate=0.1), 6)
+    assert np.allclose([float(np.asarray(rates(step))) for step in range(6)], 0.1 * np.asarray(wanted), atol=1e-7)
+
+
+def test_the_heldout_loss_is_that_of_its_examples(plain_model: Model) -> None:
+    row = finetune(plain_model, EXAMPLES[:8], EXAMPLES[:8], **{**QUICK, "steps": 1, "warmup": 1}).losses[0]
+    assert row["learning_rate"] == 0  # so the parameters of before and after the step are the same
+    assert abs(row["loss"] - row["heldout_loss"]) < 1e-6
+    assert row["epoch"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_meshes_agree(method: str) -> None:
@@ -190,14 +238,26 @@ def test_rows_hold_every_example_once() -> None:
     rows = fill_rows(lengths, 10)
     assert Counter(i for row in rows for i in row) == Counter(range(7))
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
-    examples = [Answered(np.arange(10 * n, 10 * n + length), 1) for n, length in enumerate(lengths)]
-    shape = choose_shape(examples, [np.arange(7)], True, 2, 0.0)
+    examples = [Answered(np.asarray([90, 91, *range(10 * n, 10 * n + length)]), 3) for n, length in enumerate(lengths)]
+    assert common_beginning(examples) == 2
+    shape = choose_shape(examples, [np.arange(7)], True, 2, 0.0, 2)
     batch = make_batch(examples, np.arange(7), shape, True)
     kept = batch.weight > 0
     assert kept.sum() == sum(lengths) - 7
     rows_of = np.nonzero(kept)[0]
     assert np.array_equal(batch.tokens[rows_of, batch.column[kept] + 1], batch.target[kept])
-    assert make_batch(examples[:1], np.arange(1), Shape(2, 16, 8), False).segment.tolist()[1] == [0] * 16
+    assert np.array_equal(batch.position[rows_of, batch.column[kept]], [p for n in _order(batch) for p in range(2, n + 1)])
+    own = batch.segment[:, shape.trunk :] > 0
+    assert own.sum() == sum(lengths)
+
+
+def _order(batch: Any) -> list[int]:
+    """Lengths of the examples in the order of the batch's rows."""
+    found = []
+    for row in range(len(batch.tokens)):
+        for branch in batch.segment[row, batch.trunk :].reshape(-1, batch.branch):
+            found += [int((branch == number).sum()) for number in range(1, branch.max() + 1)]
+    return found
 
 
 def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
@@ -206,7 +266,7 @@ def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
     assert smol.decode(one.ids[: one.prompt]).endswith("<|im_start|>assistant\n")
     cut = encode_example(smol, jm.Example("Name a colour.", "Blue."), most=one.prompt + 1)
     assert (len(cut.ids), cut.cut) == (one.prompt + 1, len(one.ids) - one.prompt - 1)
-    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), plain=True)
+    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), raw=True)
     assert smol.decode(plain.ids) == "Name a colour.\nBlue."
 
 
@@ -224,7 +284,10 @@ def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "cut", False, interrupt)
-    resumed = run(job, tmp_path / "cut", True)
+    again: list[tuple[float, str]] = []
+    resumed = run(job, tmp_path / "cut", True, lambda work, count, what: again.append((work, what)))
+    assert again[0] == (5, "resumed")  # what was reported done is not done again
+    assert len(again) == 1 + len(whole.losses) - 5
     assert repr(whole.losses) == repr(resumed.losses)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.model.params, resumed.model.params))
     assert repr(run(job, tmp_path / "cut", True).losses) == repr(whole.losses)  # finished: nothing is trained again
@@ -245,7 +308,9 @@ import sys
 from pathlib import Path
 import jaxmed
 from tests.test_finetuning import EXAMPLES, tiny
-from jaxmed.finetuning.run import check, run, make_settings, finish
+from jaxmed.finetuning.job import check
+from jaxmed.finetuning.run import finish, run
+from jaxmed.finetuning.settings import make_settings
 job = check(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
 finish(run(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",), 0.0)
 """
@@ -389,13 +454,15 @@ def test_a_variant_is_built_on_first_use_and_kept(tmp_path: Path, monkeypatch: p
     file = tmp_path / "examples.jsonl"
     file.write_text("".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in EXAMPLES))
     config = json.dumps({"command": "finetune", "model": str(folder), "data": str(file), "steps": 3, "learning-rate": 1e-2, "warmup": 0})
-    monkeypatch.setitem(VARIANTS, "tiny-variant", _Tiny("tiny", config, "", "it takes seconds", ""))
+    monkeypatch.setitem(VARIANTS, "tiny-variant", _Tiny(str(folder), config, "", "it takes seconds", ""))
     monkeypatch.setenv("JAXMED_CACHE", str(tmp_path / "cache"))
     with pytest.raises(jm.UserError, match="not built yet"):
         load("tiny-variant")
+    assert main(["finetune", "--model", "tiny-variant", "--data", str(file), "--dry-run"]) == 0  # a plan builds nothing
+    assert not list((tmp_path / "cache").rglob("config.json"))
     variant, base = jm.load("tiny-variant"), jm.load(str(folder))
     assert "it takes seconds" in capsys.readouterr().err
     assert not np.array_equal(variant.params["blocks"]["down"], base.params["blocks"]["down"])
     assert variant.edits[0]["kind"] == "fine-tuning"
-    monkeypatch.setattr("jaxmed.finetuning.recipe.run", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr("jaxmed.finetuning.variants.run", lambda *_: pytest.fail("it was built again"))
     assert jm.load("tiny-variant").weights_hash == variant.weights_hash

@@ -10,7 +10,17 @@ import tyro
 
 from jaxmed.cli import show
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import CATALOG, DEFAULT, HUB_EXAMPLES, VARIANTS, cache_folder, cached_file, hub_cached, is_built
+from jaxmed.models.catalog import (
+    CATALOG,
+    DEFAULT,
+    HUB_EXAMPLES,
+    VARIANTS,
+    cache_folder,
+    cached_file,
+    hub_cached,
+    is_built,
+    needs_building,
+)
 
 Config = Annotated[Path | None, tyro.conf.arg(help="YAML file with any of these flags as 'flag: value'; flags given here win.")]
 Dtype = Literal["float32", "bfloat16"]
@@ -94,10 +104,13 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
     from jaxmed.models.load import describe, load
     from jaxmed.parity.selfcheck import self_check
 
-    if name in VARIANTS:
-        build(name)
     if not weights:
+        if needs_building(name):
+            show.lines(name, [f"not built yet: {VARIANTS[name].cost}"])
+            name = VARIANTS[name].base
         return describe(name, dtype, revision, make_mesh(mesh), **more)
+    if needs_building(name):
+        build(name)
     model = load(name, dtype, revision, make_mesh(mesh), **more)
     self_check(model)
     return model
@@ -105,7 +118,7 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
 
 def build(name: str) -> None:
     """Builds a variant of a known model, with a progress display, unless the cache holds it."""
-    from jaxmed.finetuning.recipe import build_variant
+    from jaxmed.finetuning.variants import build_variant
 
     build_variant(name, lambda job: show.progress(f"building {name}", job.steps, "tokens"))
 

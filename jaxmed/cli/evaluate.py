@@ -66,7 +66,7 @@ class Evaluate:
             return
         model = load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter)
         with show.progress("answers", len(rows), "answers") as report:
-            texts = answer(model, rows, self.tokens, self.raw, lambda count: report(count, count, ""))
+            texts = answer(model, rows, self.tokens, self.raw, report=lambda count: report(count, count, ""))
         found: dict[str, Any] = {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}
         found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in refusal_rates(rows, texts, self.by)]
         if self.text:

@@ -1,10 +1,16 @@
-"""Examples into batches: the order of the data, rows of one or several examples, and which tokens are scored."""
+"""Examples into batches: the order of the data, where each example lies, and which tokens are scored.
+
+A device gets one row: the tokens that all examples begin with (the chat template's opening), once, and behind them branches that see
+them and themselves alone. A branch holds one example, or several that do not see each other. Causal attention makes this exact: what all
+examples begin with does not depend on what follows, and its gradient is the sum of theirs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -12,7 +18,7 @@ import numpy as np
 
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.runner import Layout
-from jaxmed.tokens import BUCKETS, Answered, bucket
+from jaxmed.tokens import Answered, bucket
 
 
 @jax.tree_util.register_dataclass
@@ -21,9 +27,9 @@ class Batch:
     """What one optimiser step sees; a leading axis of microbatches may stand before all of these.
 
     Attributes:
-        tokens: int [B, T], rows of one example each or of several.
+        tokens: int [B, T], rows of a trunk and branches; `trunk` tokens and then branches of `branch` tokens.
         position: int [B, T], from zero within each example.
-        segment: int [B, T], number of the example within its row, from one; 0 is padding. Examples do not see each other.
+        segment: int [B, T], number of the example within its branch, from one; 0 is padding. Examples do not see each other.
         column: int [B, R], columns whose next token is scored.
         target: int [B, R], that token.
         weight: float32 [B, R], 1, or 0 where a row has fewer scored tokens.
@@ -35,23 +41,40 @@ class Batch:
     column: Any
     target: Any
     weight: Any
+    trunk: int = field(default=0, metadata={"static": True})
+    branch: int = field(default=0, metadata={"static": True})
 
 
 def batch_layout(batch: Batch) -> Layout:
-    """How the tokens of a batch see each other: earlier ones of their own example."""
-    column = np.arange(batch.tokens.shape[-1])
-    same = batch.segment[:, :, None] == batch.segment[:, None, :]
-    visible = same & (column[:, None] >= column)
-    return Layout(batch.position, visible, TokenIndex(batch.position, batch.tokens.shape[-1]))
+    """How the tokens of a batch see each other: the trunk, and earlier ones of their own example."""
+    rows, length = batch.tokens.shape
+    segment = batch.segment[:, batch.trunk :].reshape(rows, -1, batch.branch)
+    own = (segment[..., :, None] == segment[..., None, :]) & np.tri(batch.branch, dtype=bool)
+    above = (segment > 0)[..., None] & np.ones(batch.trunk, bool)
+    visible = jax.numpy.concatenate([above, own], axis=-1)
+    return Layout(batch.position, visible, TokenIndex(batch.position, length), batch.trunk, batch.branch)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that all batches of a run share, so that one program serves them: rows, tokens per row, scored tokens per row."""
+    """Sizes that all batches of a run share, so that one program serves them.
+
+    Attributes:
+        rows: one per device on "data".
+        trunk: tokens that all examples begin with.
+        branches, branch: how many there are in a row, and the tokens of each.
+        scored: scored tokens per row.
+    """
 
     rows: int
-    length: int
+    trunk: int
+    branches: int
+    branch: int
     scored: int
+
+    @property
+    def length(self) -> int:
+        return self.trunk + self.branches * self.branch
 
 
 def epochs(count: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
@@ -78,53 +101,70 @@ def fill_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
     return [sorted(held) for held in rows]
 
 
-def choose_shape(examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, devices: int, per_key: float) -> Shape:
+def common_beginning(examples: Sequence[Answered]) -> int:
+    """How many tokens all prompts begin with; at least the last token of every prompt is left to itself."""
+    first, shared = examples[0].ids, min(example.prompt for example in examples) - 1
+    for example in examples[1:]:
+        differs = np.nonzero(first[:shared] != example.ids[:shared])[0]
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
+def choose_shape(
+    examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, devices: int, per_key: float, trunk: int = 0
+) -> Shape:
     """The shape that costs least over all groups of examples (one group is one forward pass).
 
     Args:
-        devices: rows are a multiple of it.
+        packing: whether a branch may hold several examples.
+        devices: one row each.
         per_key: cost of attention to one more token, relative to a token's matmuls of weights.
+        trunk: tokens that all examples begin with.
     """
-    lengths = [len(example.ids) for example in examples]
-    longest = bucket(max(lengths))
-    found: dict[int, tuple[float, int, int]] = {}
-    for row in [size for size in BUCKETS if longest <= size <= 4 * longest] if packing else [longest]:
-        packed = [_rows(examples, group, row, packing) for group in groups]
-        rows = -(-max(len(held) for held in packed) // devices) * devices
-        scored = max(sum(len(examples[i].ids) - examples[i].prompt for i in held) for group in packed for held in group)
-        found[row] = rows * row * (1 + per_key * row), rows, scored
-    length = min(found, key=lambda row: found[row][0])
-    return Shape(found[length][1], length, -(-found[length][2] // 8) * 8)
+    longest = max(len(example.ids) for example in examples) - trunk
+    sizes = sorted({-(-longest // 8) * 8, *(bucket(longest * more // 2) for more in (2, 3, 4, 6, 8))}) if packing else [bucket(longest)]
+    shapes = [_fit(examples, groups, packing, Shape(devices, trunk, 0, size, 0)) for size in sizes]
+    return min(shapes, key=lambda shape: shape.length * (1 + per_key * (shape.trunk + shape.branch)))
 
 
-def _rows(examples: Sequence[Answered], group: np.ndarray, row: int, packing: bool) -> list[list[int]]:
-    """Example numbers of every row."""
-    if not packing:
-        return [[int(number)] for number in group]
-    return [[int(group[i]) for i in held] for held in fill_rows([len(examples[n].ids) for n in group], row)]
+def _fit(examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, shape: Shape) -> Shape:
+    """The shape with as many branches and scored tokens as its fullest row needs."""
+    rows = [row for group in groups for row in _rows(examples, group, shape, packing)]
+    scored = max(scored_tokens(examples, chain(*row)) for row in rows)
+    return replace(shape, branches=max(len(row) for row in rows), scored=-(-scored // 8) * 8)
+
+
+def _rows(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> list[list[list[int]]]:
+    """Example numbers of every branch of every row."""
+    lengths = [len(examples[i].ids) - shape.trunk for i in group]
+    filled = fill_rows(lengths, shape.branch) if packing else [[i] for i in range(len(group))]
+    branches = [[int(group[i]) for i in held] for held in filled]
+    return [branches[row :: shape.rows] for row in range(shape.rows)]
 
 
 def make_batch(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> Batch:
     """The examples of `group` as rows."""
-    size, scored = (shape.rows, shape.length), (shape.rows, shape.scored)
+    size, scored, trunk = (shape.rows, shape.length), (shape.rows, shape.scored), shape.trunk
     tokens, position, segment = (np.zeros(size, np.int32) for _ in range(3))
     column, target, weight = np.zeros(scored, np.int32), np.zeros(scored, np.int32), np.zeros(scored, np.float32)
-    for row, held in enumerate(_rows(examples, group, shape.length, packing)):
-        begin = filled = 0
-        for number, index in enumerate(held, 1):
-            example = examples[index]
-            here = slice(begin, begin + len(example.ids))
-            tokens[row, here], position[row, here], segment[row, here] = example.ids, np.arange(len(example.ids)), number
-            response = np.arange(example.prompt, len(example.ids))
-            there = slice(filled, filled + len(response))
-            column[row, there], target[row, there], weight[row, there] = begin + response - 1, example.ids[response], 1
-            begin, filled = here.stop, there.stop
-    return Batch(tokens, position, segment, column, target, weight)
+    tokens[:, :trunk], position[:, :trunk] = examples[0].ids[:trunk], np.arange(trunk)
+    for row, branches in enumerate(_rows(examples, group, shape, packing)):
+        filled = 0
+        for at, held in enumerate(branches):
+            begin = trunk + at * shape.branch
+            for number, index in enumerate(held, 1):
+                example = examples[index]
+                own, response = example.ids[trunk:], np.arange(example.prompt, len(example.ids))
+                here, there = slice(begin, begin + len(own)), slice(filled, filled + len(response))
+                tokens[row, here], position[row, here], segment[row, here] = own, trunk + np.arange(len(own)), number
+                column[row, there], target[row, there], weight[row, there] = begin - trunk + response - 1, example.ids[response], 1
+                begin, filled = here.stop, there.stop
+    return Batch(tokens, position, segment, column, target, weight, trunk, shape.branch)
 
 
 def microbatches(group: np.ndarray, count: int) -> list[np.ndarray]:
     """A step's examples in `count` parts of as equal sizes as can be."""
-    return [part for part in np.array_split(group, count)]
+    return list(np.array_split(group, count))
 
 
 def stack(batches: Sequence[Batch]) -> Batch:
@@ -132,7 +172,7 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.stack(parts), *batches)
 
 
-def scored_tokens(examples: Sequence[Answered], group: np.ndarray) -> int:
+def scored_tokens(examples: Sequence[Answered], group: Iterable[int]) -> int:
     """Response tokens of a group."""
     return sum(len(examples[i].ids) - examples[i].prompt for i in group)
 

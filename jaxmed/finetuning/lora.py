@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.finetuning.settings import Lora
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.lora import SETTINGS, TAG, WEIGHTS
 from jaxmed.models.checkpoints.new_folder import new_folder
@@ -31,26 +31,6 @@ from jaxmed.models.transformer import ADDED, MATRICES, Params
 
 Factors = dict[str, dict[str, Any]]
 """Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """What is adapted, and how.
-
-    Attributes:
-        rank, alpha: see the formula above.
-        targets: last parts of module names, such as "q_proj"; empty: every matrix of the blocks.
-        stabilised: whether the scale is alpha / sqrt(rank).
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ()
-    stabilised: bool = False
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
 
 def adapted_rules(config: ModelConfig, lora: Lora) -> list[tuple[Rule, list[str | None]]]:
@@ -84,17 +64,27 @@ def _sides(family: Family, config: ModelConfig, rule: Rule, number: int) -> tupl
     return (second, first) if family.inputs_first else (first, second)
 
 
-def new_factors(config: ModelConfig, lora: Lora, seed: int) -> Factors:
-    """Fresh factors: A uniform in +-1/sqrt(inputs), as PEFT draws it, and B zero, so that nothing is changed yet."""
-    family, rng = FAMILIES[config.family], np.random.default_rng(seed)
-    factors: Factors = {}
+def factor_shapes(config: ModelConfig, lora: Lora) -> Factors:
+    """`jax.ShapeDtypeStruct` of every factor."""
+    family, factors = FAMILIES[config.family], {}
     for rule, names in adapted_rules(config, lora):
         for number, name in enumerate(names):
             if name is not None:
                 outputs, inputs = _sides(family, config, rule, number)
-                drawn = rng.uniform(-1, 1, (config.layers, lora.rank, inputs)) / math.sqrt(inputs)
-                factors[name] = {"A": drawn.astype(np.float32), "B": np.zeros((config.layers, outputs, lora.rank), np.float32)}
+                shapes = {"A": (config.layers, lora.rank, inputs), "B": (config.layers, outputs, lora.rank)}
+                factors[name] = {side: jax.ShapeDtypeStruct(shape, np.float32) for side, shape in shapes.items()}
     return factors
+
+
+def new_factors(config: ModelConfig, lora: Lora, seed: int) -> Factors:
+    """Fresh factors: A uniform in +-1/sqrt(inputs), as PEFT draws it, and B zero, so that nothing is changed yet."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shapes: dict[str, Any]) -> dict[str, Any]:
+        drawn = rng.uniform(-1, 1, shapes["A"].shape) / math.sqrt(shapes["A"].shape[-1])
+        return {"A": drawn.astype(np.float32), "B": np.zeros(shapes["B"].shape, np.float32)}
+
+    return {name: draw(shapes) for name, shapes in factor_shapes(config, lora).items()}
 
 
 def lay_out(config: ModelConfig, lora: Lora, factors: Factors) -> Params:
@@ -187,13 +177,3 @@ def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path,
         save_file(tensors, scratch / WEIGHTS)
         (scratch / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def count(factors: Factors) -> int:
-    """How many numbers the factors hold."""
-    return sum(int(np.prod(part.shape)) for parts in factors.values() for part in parts.values())
-
-
-def module_names(factors: Factors | Sequence[str]) -> str:
-    """The last parts of the adapted modules' names, in words."""
-    return ", ".join(sorted({name.split(".")[-1] for name in factors}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,89 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.axes import replicated
 from jaxmed.finetuning.batches import Batch, batch_layout
-from jaxmed.finetuning.lora import Lora, adapted_rules, lay_out, with_factors
+from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
+from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
+from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head, param_dtype
 from jaxmed.runner import run_blocks
-
-METHODS = ("lora", "full")
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is fine-tuned.
-
-    Attributes:
-        method: "lora" (adapters on the blocks' matrices) or "full" (every parameter).
-        lora: of the adapters.
-        learning_rate: at its highest.
-        schedule: after the warm-up: "constant", or down to zero at the last step as "linear" or "cosine".
-        warmup: steps in which the learning rate rises from zero.
-        epochs: passes over the data; `steps`, where given, counts instead.
-        batch: examples per optimiser step; `accumulate` microbatches make up one.
-        clip: largest global norm of a gradient; 0: no clipping.
-        weight_decay: of AdamW, on matrices alone.
-        beta1, beta2, epsilon: of AdamW.
-        packing: several examples may share a row of tokens, without seeing each other.
-        plain: prompt, newline, response, instead of the chat template.
-        max_length: limit of an example's tokens; 0: the model's.
-        remat: keep the residual stream alone between blocks, and run every block again for its gradient.
-        evaluate_every: steps between held-out losses; 0: a tenth of the steps.
-        patience: stop after so many held-out losses without a new best, and return the best; 0: never.
-        save_every: steps between checkpoints; 0: a fifth of the steps.
-        seed: of the data's order and of fresh adapters.
-    """
-
-    method: str = "lora"
-    lora: Lora = field(default_factory=Lora)
-    learning_rate: float = 2e-4
-    schedule: str = "linear"
-    warmup: int = 10
-    epochs: float = 1.0
-    steps: int = 0
-    batch: int = 8
-    accumulate: int = 1
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    packing: bool = True
-    plain: bool = False
-    max_length: int = 0
-    remat: bool = False
-    evaluate_every: int = 0
-    patience: int = 0
-    save_every: int = 0
-    seed: int = 0
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises a UserError for values that cannot be used."""
-        if self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
-        positive = ("learning_rate", "epochs", "batch", "accumulate", "epsilon")
-        wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
-        others = ("warmup", "steps", "clip", "weight_decay", "max_length", "evaluate_every", "patience", "save_every")
-        wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
-        wrong += [
-            f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1
-        ]
-        if self.accumulate > self.batch:
-            wrong.append(f"accumulate is {self.accumulate}, more than the batch of {self.batch} examples")
-        if self.max_length > config.max_length:
-            wrong.append(f"max_length is {self.max_length}; this model takes {config.max_length} tokens")
-        if wrong:
-            raise UserError("Settings of fine-tuning: " + "; ".join(wrong) + ".")
-        if self.method == "lora":
-            adapted_rules(config, self.lora)
-        elif config.int8:
-            raise UserError("A model kept as int8 is fine-tuned by --method lora only.")
 
 
 def learning_rates(settings: Settings, steps: int) -> optax.Schedule:
@@ -139,6 +65,40 @@ def split_params(settings: Settings, params: Params, factors: Any) -> tuple[Any,
     if settings.method == "lora":
         return factors, params
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params), {}
+
+
+def start(model: Model, settings: Settings, optimiser: optax.GradientTransformation) -> tuple[Any, Any, Params, Any]:
+    """(trained, optimiser state, frozen, moved) before the first step, on their devices.
+
+    `moved`: shardings of the optimiser's moments and of what is trained, where the two differ; else None. In full fine-tuning every
+    device on "data" keeps its own part of the moments.
+    """
+    whole = replicated(model.mesh)
+    factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
+    trained, frozen = split_params(settings, model.params, factors)
+    home = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None
+    state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)
+    return trained, state, frozen, (spread, home) if spread else None
+
+
+def _spread(trained: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings in which every device on "data" holds its own part: the largest axis that is not sharded yet and divides."""
+
+    def one(leaf: jax.Array) -> jax.sharding.NamedSharding:
+        spec = [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]  # type: ignore[attr-defined]
+        axes = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["data"] == 0]
+        if axes:
+            spec[max(axes, key=lambda i: leaf.shape[i])] = "data"
+        return jax.NamedSharding(mesh, jax.P(*spec))
+
+    return jax.tree.map(one, trained)
+
+
+def _state_shardings(optimiser: Any, trained: Any, shardings: Any, whole: Any) -> Any:
+    """Shardings of the optimiser's state: moments as what they belong to, counters on every device."""
+    by_shape = {leaf.shape: sharding for leaf, sharding in zip(jax.tree.leaves(trained), jax.tree.leaves(shardings), strict=True)}
+    return jax.tree.map(lambda leaf: by_shape.get(leaf.shape, whole), jax.eval_shape(optimiser.init, trained))
 
 
 Step = Callable[[Any, Any, Params, Batch], tuple[Any, Any, dict[str, jax.Array]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from jaxmed.models.load import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.readers import read_text
 from jaxmed.runner import causal_layout, forward
-from jaxmed.tokens import BUCKETS, bucket, prompt_ids
+from jaxmed.tokens import BUCKETS, bucket, prompt_ids, text_ids
 
 SEGMENT = 512
 """Tokens of plain text that see each other when perplexity is measured."""
@@ -45,31 +45,15 @@ class Rate:
         return self.refused / self.answers
 
 
-def answer(
-    model: Model,
-    examples: Sequence[Example],
-    most: int = 32,
-    plain: bool = False,
-    report: Callable[[int], None] = lambda _: None,
-    **how: Any,
-) -> list[str]:
+def answer(model: Model, examples: Sequence[Example], most: int = 32, raw: bool = False, **how: Any) -> list[str]:
     """The model's answer to every prompt, as text; greedy unless `how` (as `generate_ids` takes it) says otherwise.
 
     Args:
         most: tokens of an answer.
-        report: called with the number of answers after every batch.
+        raw: prompt and newline, without the chat template.
     """
-    prompts = [prompt_ids(model.tokenizer, example, plain) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    rows = how.pop("rows", 64)
-    for at in range(0, len(order), rows):
-        chosen = order[at : at + rows]
-        written = generate_ids(model, [prompts[i] for i in chosen], most, rows=rows, **how)
-        for i, ids in zip(chosen, written, strict=True):
-            texts[i] = model.tokenizer.decode(ids, skip_special_tokens=True)
-        report(len(chosen))
-    return texts
+    prompts = [prompt_ids(model.tokenizer, example, raw) for example in examples]
+    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, prompts, most, **how)]
 
 
 def rate(name: str, refused: Sequence[bool]) -> Rate:
@@ -109,7 +93,7 @@ def perplexity(model: Model, source: str | Path) -> Perplexity:
         UserError: no such file, or one without text.
     """
     paragraphs = [part.strip() for part in read_text(source).split("\n\n") if part.strip()]
-    ids = [np.asarray(model.tokenizer(part)["input_ids"], np.int32) for part in paragraphs]
+    ids = [text_ids(model.tokenizer, part) for part in paragraphs]
     cut = [(number, one[at : at + SEGMENT]) for number, one in enumerate(ids) for at in range(0, len(one), SEGMENT)]
     cut = [(number, one) for number, one in cut if len(one) > 1]
     if not cut:

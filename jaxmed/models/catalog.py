@@ -118,6 +118,11 @@ def is_built(name: str) -> bool:
     return (built_folder(name) / "config.json").is_file()
 
 
+def needs_building(name: str) -> bool:
+    """Whether a name stands for a variant that the cache does not hold yet."""
+    return name in VARIANTS and not Path(name).exists() and not is_built(name)
+
+
 def locate(name: str, revision: str | None = None) -> Path:
     """The folder or file that holds a model: a local path, a known name, or a Hugging Face name.
 

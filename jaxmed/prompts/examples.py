@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jaxmed.errors import UserError, all_problems, unknown
-from jaxmed.prompts.readers import read_rows
+from jaxmed.errors import UserError, unknown
+from jaxmed.prompts.readers import read_all, read_rows
 
 BUNDLED = ("alignment",)
 HELDOUT = "heldout"
@@ -51,23 +51,11 @@ def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool
         UserError: no such file, an empty file, or rows that are no examples (all listed, with their line numbers).
     """
     name, rows = read_rows(source, BUNDLED, "examples")
-    examples: list[Example] = []
-    problems: list[str] = []
-    for at, row in rows:
-        try:
-            examples.append(_example(row, responses))
-        except UserError as error:
-            problems.append(f"{at}: {error}")
-    if problems:
-        raise all_problems(name, problems, f"Columns: {', '.join(COLUMNS)}.")
-    if not examples:
-        raise UserError(f"{name} holds no examples. Each row needs prompt{' and response' if responses else ''}.")
-    return examples
+    needed = f"holds no examples. Each row needs prompt{' and response' if responses else ''}."
+    return read_all(name, rows, lambda at, row: _example(row, responses), COLUMNS, needed)
 
 
 def _example(row: Any, responses: bool) -> Example:
-    if isinstance(row, Exception):
-        raise UserError(str(row))
     if isinstance(row, Example):
         row = vars(row)
     if not isinstance(row, dict):

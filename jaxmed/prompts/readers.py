@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.prompts.pair import PromptPair
 
+T = TypeVar("T")
 BUNDLED = ("harm", "control", "facts")
 COLUMNS = tuple(f.name for f in fields(PromptPair) if f.name != "extra")
 _LISTS = ("target", "foil")
@@ -78,28 +79,46 @@ def read_text(source: str | Path) -> str:
 
 
 def _check(name: str, rows: Iterable[tuple[str, Any]]) -> list[PromptPair]:
-    pairs: list[PromptPair] = []
     seen: dict[str, str] = {}
+
+    def one(at: str, row: Any) -> PromptPair:
+        pair = _pair(row)
+        if pair.id in seen:
+            raise UserError(f"id {pair.id!r} was used before, at {seen[pair.id]}.")
+        seen[pair.id] = at
+        return pair
+
+    return read_all(name, rows, one, COLUMNS, "holds no pairs. Each row needs id, base, source, target and foil.")
+
+
+def read_all(name: str, rows: Iterable[tuple[str, Any]], read: Callable[[str, Any], T], columns: Sequence[str], empty: str) -> list[T]:
+    """Every row as `read(place, columns)` makes it.
+
+    Args:
+        name: what the source is called.
+        columns: the legal ones, for the message.
+        empty: what is said of a source without rows.
+
+    Raises:
+        UserError: rows that `read` refuses or that could not be read, all listed with their places; no rows.
+    """
+    found: list[T] = []
     problems: list[str] = []
     for at, row in rows:
         try:
-            pair = _pair(row)
-            if pair.id in seen:
-                raise UserError(f"id {pair.id!r} was used before, at {seen[pair.id]}.")
-            seen[pair.id] = at
-            pairs.append(pair)
+            if isinstance(row, Exception):
+                raise UserError(str(row))
+            found.append(read(at, row))
         except UserError as error:
             problems.append(f"{at}: {error}")
     if problems:
-        raise all_problems(name, problems, f"Columns: {', '.join(COLUMNS)}.")
-    if not pairs:
-        raise UserError(f"{name} holds no pairs. Each row needs id, base, source, target and foil.")
-    return pairs
+        raise all_problems(name, problems, f"Columns: {', '.join(columns)}.")
+    if not found:
+        raise UserError(f"{name} {empty}")
+    return found
 
 
 def _pair(row: Any) -> PromptPair:
-    if isinstance(row, Exception):
-        raise UserError(str(row))
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
     for column in row:

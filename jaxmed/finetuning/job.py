@@ -1,0 +1,172 @@
+"""A checked fine-tuning run: what is trained on what in which order and shapes, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmed.errors import UserError
+from jaxmed.finetuning.batches import (
+    Batch,
+    Shape,
+    choose_shape,
+    common_beginning,
+    count_steps,
+    epochs,
+    make_batch,
+    microbatches,
+    scored_tokens,
+    stack,
+)
+from jaxmed.finetuning.lora import adapted_rules, factor_shapes
+from jaxmed.finetuning.settings import Settings
+from jaxmed.models.load import Model
+from jaxmed.models.transformer import param_shapes
+from jaxmed.plan import show_time
+from jaxmed.prompts.examples import Example
+from jaxmed.tokens import Answered, encode_example
+
+ATTENTION_COST = 4.0
+"""Time of attention's FLOPs against those of the weights' matmuls, softmax included; it decides how long rows are packed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked fine-tuning run: everything that is known before the first step.
+
+    Attributes:
+        examples, heldout: encoded; `heldout` is never trained on.
+        order: example numbers of every optimiser step.
+        shape, heldout_shape: of the batches.
+        data: SHA-256 of the token ids.
+    """
+
+    model: Model
+    settings: Settings
+    examples: tuple[Answered, ...]
+    heldout: tuple[Answered, ...]
+    order: tuple[np.ndarray, ...]
+    shape: Shape
+    heldout_shape: Shape | None
+    data: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.order)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.examples) // self.settings.batch)
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.settings.evaluate_every or max(1, self.steps // 10)
+
+    @property
+    def save_every(self) -> int:
+        return self.settings.save_every or max(1, self.steps // 5)
+
+    @property
+    def cut(self) -> int:
+        """Examples whose response lost tokens to the limit."""
+        return sum(example.cut > 0 for example in (*self.examples, *self.heldout))
+
+    def batch(self, step: int) -> Batch:
+        """The batches [A, ...] of a step, on the host."""
+        parts = microbatches(self.order[step], self.settings.accumulate)
+        return stack([make_batch(self.examples, part, self.shape, self.settings.packing) for part in parts])
+
+    def heldout_batches(self) -> list[Batch]:
+        """The held-out examples, in their order."""
+        if self.heldout_shape is None:
+            return []
+        groups = _groups(len(self.heldout), self.settings.batch)
+        return [make_batch(self.heldout, group, self.heldout_shape, self.settings.packing) for group in groups]
+
+
+def _groups(total: int, size: int) -> list[np.ndarray]:
+    return [np.arange(at, min(at + size, total)) for at in range(0, total, size)]
+
+
+def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] = (), settings: Settings | None = None) -> Job:
+    """Everything that can be refused before a run, in one place; needs the tokenizer and the config, not the weights.
+
+    Raises:
+        UserError: settings that cannot be used; no examples; examples that do not tokenise.
+    """
+    settings = settings or Settings()
+    config = model.config
+    settings.check(config.max_length)
+    if settings.method == "lora":
+        adapted_rules(config, settings.lora)
+    elif config.int8:
+        raise UserError("A model kept as int8 is fine-tuned by --method lora only.")
+    if not examples:
+        raise UserError("There are no examples to train on.")
+    most = settings.max_length or config.max_length
+    encoded, held = (tuple(encode_example(model.tokenizer, one, settings.raw, most) for one in part) for part in (examples, heldout))
+    steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
+    order = epochs(len(encoded), settings.batch, steps, settings.seed)
+    devices = model.mesh.shape["data"]
+    per_key = ATTENTION_COST * 4 * config.heads * config.head_width / (2 * config.layer_weights)
+    trunk = common_beginning([*encoded, *held]) if settings.packing else 0
+    parts = [part for group in order for part in microbatches(group, settings.accumulate) if len(part)]
+    shape = choose_shape(encoded, parts, settings.packing, devices, per_key, trunk)
+    groups = _groups(len(held), settings.batch)
+    heldout_shape = choose_shape(held, groups, settings.packing, devices, per_key, trunk) if held else None
+    digest = hashlib.sha256()
+    for one in (*encoded, *held):
+        digest.update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))
+    return Job(model, settings, encoded, held, tuple(order), shape, heldout_shape, digest.hexdigest())
+
+
+def manifest(job: Job) -> dict[str, Any]:
+    """What makes two runs the same run: a run goes on only where all of it agrees."""
+    settings = dataclasses.asdict(job.settings)
+    model = {"name": job.model.name, "revision": job.model.revision, "weights": job.model.weights_hash, "dtype": job.model.config.dtype}
+    return {"model": model, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape)}
+
+
+def trained_numbers(job: Job) -> int:
+    """How many numbers are trained."""
+    config = job.model.config
+    trained = factor_shapes(config, job.settings.lora) if job.settings.method == "lora" else param_shapes(config)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+
+
+def step_flops(job: Job) -> float:
+    """Matmul FLOPs of one optimiser step: forward, gradient of the activations, and (full) gradient of the weights; padding included."""
+    config, shape = job.model.config, job.shape
+    tokens = shape.rows * shape.length
+    weights = tokens * config.layers * 2.0 * config.layer_weights + shape.rows * shape.scored * 2.0 * config.vocabulary * config.width
+    seen = shape.trunk * shape.trunk + (shape.length - shape.trunk) * (shape.trunk + shape.branch)
+    attention = shape.rows * seen * config.layers * 4.0 * config.heads * config.head_width
+    full = job.settings.method == "full"
+    return job.settings.accumulate * (weights * ((3 if full else 2) + job.settings.remat) + attention * 3)
+
+
+def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
+    """The cost of a run, in words."""
+    settings, shape = job.settings, job.shape
+    tokens = sum(len(example.ids) for example in job.examples)
+    scored = scored_tokens(job.examples, range(len(job.examples)))
+    used = sum(len(job.examples[i].ids) - shape.trunk for group in job.order for i in group)
+    filled = used / (job.steps * settings.accumulate * shape.rows * shape.branches * shape.branch)
+    trained = trained_numbers(job)
+    lines = [
+        f"{len(job.examples)} examples, {tokens:,} tokens, {scored:,} of them scored; {len(job.heldout)} held out for the loss",
+        f"{job.steps} steps of {settings.batch} examples: {settings.accumulate} x {shape.rows} rows of {shape.branches} x {shape.branch} "
+        f"tokens, {filled:.0%} filled, behind {shape.trunk} that all examples begin with",
+        f"{trained:,} numbers trained ({settings.method}); optimiser state {8 * trained / 1e6:,.1f} MB in all",
+        f"{job.steps * step_flops(job) / 1e12:.1f} TFLOP of matmuls" + (f", about {show_time(seconds)}" if seconds else ""),
+    ]
+    if job.cut:
+        lines.append(f"{job.cut} responses are longer than the limit of tokens and lose their end")
+    return lines

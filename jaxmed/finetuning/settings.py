@@ -1,0 +1,172 @@
+"""What is fine-tuned on what, and how: the one place for every setting, its default and its meaning. No JAX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmed.errors import UserError, unknown
+from jaxmed.prompts.examples import HELDOUT, Example, read_examples
+
+METHODS = ("lora", "full")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is adapted, and how: W + scale * B @ A.
+
+    Attributes:
+        rank, alpha: scale = alpha / rank.
+        targets: last parts of module names, such as "q_proj"; empty: every matrix of the blocks.
+        stabilised: whether the scale is alpha / sqrt(rank).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is fine-tuned."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Adapters on the blocks' matrices, or every parameter."""
+    rank: int = 16
+    """Of the adapters."""
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    targets: tuple[str, ...] = ()
+    """Adapted matrices by the last part of their names, such as q_proj v_proj; empty: all of the blocks."""
+    learning_rate: float = 2e-4
+    """At its highest."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Of the learning rate after the warm-up: constant, or down to zero at the last step."""
+    warmup: int = 10
+    """Steps in which the learning rate rises from zero."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int = 0
+    """Optimiser steps, instead of --epochs; 0: by --epochs."""
+    batch: int = 8
+    """Examples per optimiser step."""
+    accumulate: int = 1
+    """Microbatches per optimiser step."""
+    clip: float = 1.0
+    """Largest norm of a gradient; 0: no clipping."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices."""
+    beta1: float = 0.9
+    """Of AdamW: decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Of AdamW: decay of the mean of their squares."""
+    epsilon: float = 1e-8
+    """Of AdamW: added to the root of the latter."""
+    packing: bool = True
+    """Several examples may share a row of tokens, without seeing each other."""
+    raw: bool = False
+    """Prompt, newline, response, without the chat template."""
+    max_length: int = 0
+    """Limit of an example's tokens; what is longer loses its end. 0: the model's."""
+    remat: bool = False
+    """Run blocks again for their gradients, to save memory."""
+    evaluate_every: int = 0
+    """Steps between held-out losses; 0: a tenth of the steps."""
+    patience: int = 0
+    """Stop after so many held-out losses without a new best, and keep the best; 0: never."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: a fifth of the steps."""
+    seed: int = 0
+    """Of the data's order, the held-out share and fresh adapters."""
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.rank, self.alpha, tuple(self.targets), self.stabilised)
+
+    def check(self, longest: int) -> None:
+        """Raises a UserError that lists all values that cannot be used; `longest` is how many tokens the model takes."""
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        positive = ("learning_rate", "epochs", "batch", "accumulate", "epsilon")
+        wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
+        others = ("warmup", "steps", "clip", "weight_decay", "max_length", "evaluate_every", "patience", "save_every")
+        wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
+        shares = [name for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
+        wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in shares]
+        if self.accumulate > self.batch:
+            wrong.append(f"accumulate is {self.accumulate}, more than the batch of {self.batch} examples")
+        if self.max_length > longest:
+            wrong.append(f"max_length is {self.max_length}; this model takes {longest} tokens")
+        if wrong:
+            raise UserError("Settings of fine-tuning: " + "; ".join(wrong) + ".")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is fine-tuned on what."""
+
+    data: str = "alignment"
+    """Examples file (.jsonl, .csv, .parquet; prompt, response, ...), or a bundled set: alignment. Rows of split heldout are left out."""
+    model: str = ""
+    """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
+    heldout: str = ""
+    """Examples file of the held-out loss; empty: a share of --data."""
+    heldout_share: float = 0.1
+    """That share."""
+
+
+@dataclass(frozen=True)
+class Recipe(Settings, Source):
+    """A fine-tuning run by name: what the entries of a config of `jaxmed finetune` say, whatever writes its results."""
+
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """The examples to train on, and those of the held-out loss."""
+        if not 0 <= self.heldout_share < 1:
+            raise UserError(f"The held-out share is from 0 to below 1, not {self.heldout_share}.")
+        rows = [row for row in read_examples(self.data) if row.split != HELDOUT]
+        if not rows:
+            raise UserError(f"{self.data} holds no rows to train on: all have the split {HELDOUT!r}.")
+        if self.heldout:
+            return rows, read_examples(self.heldout)
+        count = round(self.heldout_share * len(rows))
+        if count == len(rows):
+            raise UserError(f"{self.data} has {len(rows)} rows to train on; a held-out share of {self.heldout_share} leaves none.")
+        held = set(np.random.default_rng(self.seed).permutation(len(rows))[:count].tolist())
+        return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(Settings)})
+
+
+def make_settings(**given: Any) -> Settings:
+    """Settings from keyword arguments.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    legal = [f.name for f in fields(Settings)]
+    for name in given:
+        if name not in legal:
+            raise unknown("setting", name, legal)
+    return Settings(**given)
+
+
+def read_recipe(entries: Mapping[str, Any]) -> Recipe:
+    """The recipe of a config file's entries; those that say where results go are left out."""
+    given = {key.replace("-", "_"): value for key, value in entries.items()}
+    return Recipe(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})

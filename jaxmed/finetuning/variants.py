@@ -1,0 +1,50 @@
+"""Variants of known models that are fine-tuned from a bundled config on first use, and cached."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import yaml
+
+from jaxmed.errors import unknown
+from jaxmed.finetuning import checkpoint
+from jaxmed.finetuning.job import Job, check
+from jaxmed.finetuning.run import Report, finish, run
+from jaxmed.finetuning.settings import read_recipe
+from jaxmed.models.catalog import VARIANTS, built_folder, cache_folder, is_built
+from jaxmed.models.checkpoints.export import export_folder
+from jaxmed.models.load import load
+
+Watch = Callable[[Job], AbstractContextManager[Report]]
+"""Opens the display of a run's progress."""
+
+
+def build_variant(name: str, watch: Watch = lambda job: nullcontext(lambda *_: None)) -> Path:
+    """Makes a variant of `catalog.VARIANTS` if the cache does not hold it yet, and returns its folder.
+
+    It says on stderr what it costs. An interrupted build goes on where it stood.
+
+    Raises:
+        UserError: unknown variant; anything that loading, fine-tuning or export raise.
+    """
+    if name not in VARIANTS:
+        raise unknown("variant", name, VARIANTS)
+    folder = built_folder(name)
+    if is_built(name):
+        return folder
+    variant = VARIANTS[name]
+    print(f"Building {name}: {variant.cost}. It is kept in {folder}.", file=sys.stderr)
+    recipe = read_recipe(yaml.safe_load(variant.config_text()))
+    job = check(load(recipe.model), *recipe.examples(), recipe.settings)
+    scratch = cache_folder() / "builds" / folder.name
+    begun = time.perf_counter()
+    with watch(job) as report:
+        tuned = run(job, scratch, True, report)
+    finish(tuned, scratch, (), time.perf_counter() - begun)
+    export_folder(tuned.model, folder)
+    checkpoint.clean(scratch, finished=True)
+    return folder
