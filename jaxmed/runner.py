@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxmed.interventions.edits import Edit, TokenIndex, apply_edit
 from jaxmed.interventions.sites import INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import MASKED, attention_scores, contract, sees
+from jaxmed.models.layers import MASKED, attention_scores, contract, recomputed, sees
 from jaxmed.models.rope import layer_windows, model_angles
-from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
+from jaxmed.models.transformer import Params, Touch, as_logits, embed, final_norm, head, open_block, untouched
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,7 @@ def run_blocks(
             return a
 
         if layout.branch:
-            attend = partial(_attend_branches, config, layout=layout, window=window, touch=touch)
+            attend = partial(_attend_branches, config, layout, window)
         else:
             visible = layout.visible & sees(layout.position, layout.position, window)
             attend = partial(_attend_all, config, visible=visible, touch=touch)
@@ -99,7 +99,9 @@ def run_blocks(
     return jax.lax.scan(jax.checkpoint(step) if remat else step, embed(config, params, tokens, layout.position), inputs)
 
 
-def _attend_all(config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Any) -> jax.Array:
+def _attend_all(
+    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Touch = untouched
+) -> jax.Array:
     """Attention among the tokens of a batch: query [B,T,K,G,H], key and value [B,S,K,H] -> [B,T,K,G,H]."""
     batch, length, kv_heads, group, _ = query.shape
     scores = attention_scores(config, contract("BTKGH,BSKH->BKGTS", query, key))
@@ -109,30 +111,33 @@ def _attend_all(config: ModelConfig, query: jax.Array, key: jax.Array, value: ja
     return contract("BKGTS,BSKH->BTKGH", pattern, value, dtype=value.dtype)
 
 
-def _attend_branches(
-    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, window: jax.Array, touch: Any
-) -> jax.Array:
-    """Attention in rows of a trunk and its branches: query [B,T,K,G,H], key and value [B,T,K,H] -> [B,T,K,G,H]."""
-    trunk, rows, count = layout.trunk, query.shape[0], layout.visible.shape[1]
+def _attend_branches(config: ModelConfig, layout: Layout, window: jax.Array, *qkv: jax.Array) -> jax.Array:
+    """Attention in rows of a trunk and its branches: query [B,T,K,G,H], key and value [B,T,K,H] -> [B,T,K,G,H]. It has no sites."""
+    sizes = layout.trunk, layout.visible.shape[1], layout.branch
+    return recomputed(partial(_trunk_and_branches, config, sizes), *qkv, layout.position, layout.visible, window)
+
+
+def _trunk_and_branches(config: ModelConfig, sizes: tuple[int, int, int], *operands: jax.Array) -> jax.Array:
+    query, key, value, position, visible, window = operands
+    trunk, count, branch = sizes
+    rows = query.shape[0]
 
     def of_trunk(x: jax.Array) -> jax.Array:
         return x[:, :trunk]
 
     def of_branches(x: jax.Array) -> jax.Array:
-        return x[:, trunk:].reshape(rows * count, layout.branch, *x.shape[2:])
+        return x[:, trunk:].reshape(rows * count, branch, *x.shape[2:])
 
     def seen(x: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.repeat(of_trunk(x), count, axis=0), of_branches(x)], axis=1)
 
-    position = layout.position
     near = sees(of_branches(position), seen(position), window)
-    visible = layout.visible.reshape(near.shape) & near
-    out = _attend_all(config, of_branches(query), seen(key), seen(value), visible, touch).reshape(rows, -1, *query.shape[2:])
+    mask = visible.reshape(near.shape) & near
+    out = _attend_all(config, of_branches(query), seen(key), seen(value), mask).reshape(rows, -1, *query.shape[2:])
     if not trunk:
         return out
-    visible = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
-    first = _attend_all(config, of_trunk(query), of_trunk(key), of_trunk(value), visible, touch)
-    return jnp.concatenate([first, out], axis=1)
+    mask = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
+    return jnp.concatenate([_attend_all(config, of_trunk(query), of_trunk(key), of_trunk(value), mask), out], axis=1)
 
 
 def _split_dense(edits: dict[str, Edit]) -> tuple[dict[str, Any], dict[str, Any]]:

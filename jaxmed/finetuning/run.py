@@ -121,7 +121,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
         raise
     rows, stopped = stand.progress["rows"], stand.progress["stopped"]
     chosen, at = (stand.best, stand.progress["best_step"]) if stand.best is not None else (stand.point[1], len(rows))
-    return _tuned(job, chosen, frozen, rows, at, stopped)
+    return _tuned(job, chosen, rows, at, stopped)
 
 
 def _is_donated(point: tuple[int, Any, Any]) -> bool:
@@ -157,11 +157,11 @@ def _save(out: Path, stand: _Stand) -> None:
     write_losses(out, stand.progress["rows"])
 
 
-def _tuned(job: Job, trained: Any, frozen: Any, rows: list[dict[str, float]], step: int, stopped: str) -> Tuned:
+def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stopped: str) -> Tuned:
     model, settings = job.model, job.settings
     if settings.method == "lora":
         added = jax.jit(lambda factors: lay_out(model.config, settings.lora, factors))(trained)
-        params = merge(model.config, frozen, added)
+        params = merge(model.config, model.params, added)
     else:
         params = jax.tree.map_with_path(lambda path, leaf: leaf.astype(param_dtype(model.config, path[-1].key)), trained)
     edit = {"kind": "fine-tuning", "method": settings.method, "steps": step, "examples": len(job.examples), "data": job.data}

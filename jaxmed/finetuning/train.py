@@ -18,7 +18,7 @@ from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.load import Model
-from jaxmed.models.transformer import Params, as_logits, final_norm, head, param_dtype
+from jaxmed.models.transformer import MATRICES, Params, as_logits, final_norm, head, param_dtype, with_transposes
 from jaxmed.runner import run_blocks
 
 
@@ -67,6 +67,15 @@ def split_params(settings: Settings, params: Params, factors: Any) -> tuple[Any,
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params), {}
 
 
+MOST_TURNED = 4e9
+"""Bytes of frozen matrices of which a transposed copy is kept on the CPU, for faster gradients."""
+
+
+def _worth_turning(model: Model) -> bool:
+    held = sum(model.params["blocks"][name].nbytes for name in MATRICES)
+    return jax.default_backend() == "cpu" and not model.config.int8 and model.mesh.shape["model"] == 1 and held < MOST_TURNED
+
+
 def start(model: Model, settings: Settings, optimiser: optax.GradientTransformation) -> tuple[Any, Any, Params, Any]:
     """(trained, optimiser state, frozen, moved) before the first step, on their devices.
 
@@ -76,6 +85,8 @@ def start(model: Model, settings: Settings, optimiser: optax.GradientTransformat
     whole = replicated(model.mesh)
     factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
     trained, frozen = split_params(settings, model.params, factors)
+    if settings.method == "lora" and _worth_turning(model):
+        frozen = with_transposes(model.config, frozen)
     home = jax.tree.map(lambda leaf: leaf.sharding, trained)
     spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None
     state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)

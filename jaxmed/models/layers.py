@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,40 +34,73 @@ def contract(letters: str, *operands: jax.Array, dtype: jnp.dtype | None = None)
     return out if dtype is None else out.astype(dtype)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [U,D] times weight [D,V]; the gradient of x multiplies by the transposed weight, written out on the CPU.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: jax.Array, weight: jax.Array, turned: jax.Array | None, inputs: int) -> jax.Array:
+    """x [B,T,...in] times weight [...in, ...out], flat: [U,V].
 
-    Eigen takes twice the time for a product over the second axis of a matrix.
+    The gradient of x multiplies by the transposed weight: by `turned` [V,D], or written out on the CPU, where Eigen takes longer for a
+    product over the second axis of a matrix. What is kept for it is the weight as it came, so that a scan over layers stacks no copies.
     """
-    return contract("UD,DV->UV", x, weight)
+    return contract("UD,DV->UV", *_flat(x, weight, inputs))
 
 
-def _product_forward(x: Any, weight: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    saved = (x.value if weight.perturbed else None), weight.value, x.value[:0]
-    return _product(x.value, weight.value), saved
+def _flat(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
+    fan_in = math.prod(weight.shape[:inputs])
+    return x.reshape(-1, fan_in), weight.reshape(fan_in, -1)
 
 
-def _product_backward(saved: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
-    x, weight, like = saved
+def _product_forward(x: Any, weight: Any, turned: Any, inputs: int) -> tuple[jax.Array, tuple[Any, ...]]:
+    saved = (x.value if weight.perturbed else None), weight.value, None if turned is None else turned.value, x.value[:0]
+    return _product(x.value, weight.value, None, inputs), saved
+
+
+def _product_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Any]:
+    x, kept, turned, like = saved
+    _, weight = _flat(like, kept, inputs)
     out = out.astype(like.dtype)
-    turned = jax.lax.optimization_barrier(weight.T) if jax.default_backend() == "cpu" else weight.T
-    of_weight = None if x is None else contract("UD,UV->DV", x, out, dtype=weight.dtype)  # none is asked for of frozen weights
-    return contract("UV,VD->UD", out, turned, dtype=like.dtype), of_weight
+    if turned is None:
+        turned = jax.lax.optimization_barrier(weight.T) if jax.default_backend() == "cpu" else weight.T
+    of_x = contract("UV,VD->UD", out, turned.astype(like.dtype), dtype=like.dtype).reshape(-1, *like.shape[1:])
+    if x is None:  # none is asked for of frozen weights
+        return of_x, None, None
+    of_weight = contract("UD,UV->DV", _flat(x, kept, inputs)[0], out, dtype=weight.dtype).reshape(kept.shape)
+    return of_x, of_weight, None
 
 
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None, turned: jax.Array | None = None) -> jax.Array:
     """x [B,T,...in] times weight [...in, ...out], over the last `inputs` axes of x -> [B,T,...out], accumulated in float32.
 
     Written as one product of two matrices: given more axes, XLA on the CPU transposes the weights anew in every loop step.
+
+    Args:
+        turned: the weight as [...out, ...in], flat [V,D], where it is at hand; the gradient of x is then taken with it.
     """
-    fan_in = math.prod(weight.shape[:inputs])
-    out = _product(x.reshape(-1, fan_in), weight.reshape(fan_in, -1))
-    out = out.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
+    flat: Any = _product(x, weight, turned, inputs)
+    out = flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
     return out if dtype is None else out.astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(function: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+    """function(*operands); its gradient computes it anew from the operands instead of keeping what it computed on the way.
+
+    For cheap functions between matmuls, whose intermediates cost more to write and read than to compute. `function` closes over no array.
+    """
+    return function(*operands)
+
+
+def _recomputed_forward(function: Callable[..., jax.Array], *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return function(*operands), operands
+
+
+def _recomputed_backward(function: Callable[..., jax.Array], operands: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+    return jax.vjp(function, *operands)[1](out)
+
+
+recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def normalise(
@@ -76,12 +110,41 @@ def normalise(
 
     Root-mean-square norm, or layer norm (mean subtracted, bias added).
     """
+    given = (x, scale) if bias is None else (x, scale, bias)
+    return recomputed(partial(_normalise, config, jnp.dtype(dtype), axes), *given)
+
+
+def _normalise(config: ModelConfig, dtype: Any, axes: int, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     x, over = x.astype(jnp.float32), tuple(range(-axes, 0))
     if config.norm == "layer":
         x = x - jnp.mean(x, axis=over, keepdims=True)
     normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=over, keepdims=True) + config.norm_eps)
     normed = normed * (scale.astype(jnp.float32) + config.norm_offset)
     return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activate(config: ModelConfig, branches: jax.Array) -> jax.Array:
+    """Input projection of the MLP [B,T,C,M] -> its neurons [B,T,M]: the activation, times the up branch where there is one."""
+    gate = ACTIVATIONS[config.activation](branches[..., 0, :])
+    return gate * branches[..., 1, :] if config.gated else gate
+
+
+def _activate_forward(config: ModelConfig, branches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return activate(config, branches), branches
+
+
+def _activate_backward(config: ModelConfig, branches: jax.Array, out: jax.Array) -> tuple[jax.Array]:
+    """Both branches' gradients as one elementwise expression: put together from slices, XLA on the CPU computes it a number at a time."""
+    gate, out = branches[..., :1, :], out[..., None, :]
+    active, of_active = jax.vjp(ACTIVATIONS[config.activation], gate)
+    if not config.gated:
+        return (of_active(out)[0],)
+    of_gate = of_active(out * branches[..., 1:, :])[0]
+    return (jnp.where(jnp.arange(2)[:, None] == 0, of_gate, out * active),)
+
+
+activate.defvjp(_activate_forward, _activate_backward)
 
 
 def cap(x: jax.Array, limit: float) -> jax.Array:

@@ -6,6 +6,7 @@ layer's slice back into the module inside the traced function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from flax import nnx
 
 from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import ACTIVATIONS, cap, normalise, project, route
+from jaxmed.models.layers import activate, cap, normalise, project, route
 from jaxmed.models.rope import Angles, rotate
 
 Params = dict[str, Any]
@@ -48,10 +49,11 @@ class Block(nnx.Module):
     down_bias: nnx.Param
 
     added: Params  # matrix -> (in [...in, R], out [R, ...out]), whose product is added to it
+    turned: Params  # matrix -> its transpose, flat, for gradients
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.added = nnx.data({})
+        self.added, self.turned = nnx.data({}), nnx.data({})
         for name, letters in block_letters(config).items():
             shape = tuple(config.sizes[letter] for letter in letters)
             setattr(self, name, nnx.Param(jnp.zeros(shape, param_dtype(config, name))))
@@ -64,7 +66,7 @@ class Block(nnx.Module):
     def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
         """x [B,T,...in] times one of the block's matrices, and what is added to it -> [B,T,...out]."""
         matrix = getattr(self, name)[...]
-        out = project(x, matrix.astype(x.dtype), inputs)
+        out = project(x, matrix.astype(x.dtype), inputs, turned=self.turned.get(name))
         if self.config.int8:
             out = out * getattr(self, name + "_scale")[...]
         if name in self.added:
@@ -106,9 +108,8 @@ class Block(nnx.Module):
         branches = self.times(x, "gate_up", dtype=dtype)
         if config.mlp_bias:
             branches = branches + self.gate_up_bias[...]
-        neuron = ACTIVATIONS[config.activation](branches[..., 0, :])
-        neuron = neuron * branches[..., 1, :] if config.gated else neuron
-        neuron = touch("neuron", neuron.reshape(*h.shape[:2], config.neurons))
+        active: Any = activate(config, branches)
+        neuron = touch("neuron", active.reshape(*h.shape[:2], config.neurons))
         if config.experts:
             exact = self.norm(h, "mlp_norm", jnp.float32)  # in bfloat16 near ties would be routed by rounding
             scores = touch("router_logits", project(exact, self.router[...].astype(jnp.float32)))
@@ -199,14 +200,26 @@ def _declaration(config: ModelConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(config)))[0]
 
 
-ADDED = "added"
-"""Entry of the blocks' parameters that holds low-rank additions to their matrices; absent where nothing is added."""
+def with_transposes(config: ModelConfig, params: Params) -> Params:
+    """Parameters with transposed copies of the blocks' matrices, [L,V,D], which make gradients of activations faster on the CPU."""
+
+    def turn(name: str, matrix: jax.Array) -> jax.Array:
+        fan_in = math.prod(matrix.shape[1 : 1 + MATRICES[name]])
+        return jnp.swapaxes(matrix.reshape(config.layers, fan_in, -1), 1, 2)
+
+    matrices = {name: params["blocks"][name] for name in MATRICES}
+    turned = jax.jit(lambda matrices: {name: turn(name, matrix) for name, matrix in matrices.items()})(matrices)
+    return {**params, "blocks": {**params["blocks"], TURNED: turned}}
+
+
+ADDED, TURNED = "added", "turned"
+"""Entries of the blocks' parameters beside those that are declared: low-rank additions to matrices, and their transposes; or absent."""
 
 
 def open_block(config: ModelConfig, arrays: Params) -> Block:
     """The block whose parameters are `arrays` (one layer's slice)."""
-    block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name != ADDED})
-    block.added = nnx.data(arrays.get(ADDED, {}))
+    block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name not in (ADDED, TURNED)})
+    block.added, block.turned = nnx.data(arrays.get(ADDED, {})), nnx.data(arrays.get(TURNED, {}))
     return block
 
 
