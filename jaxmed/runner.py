@@ -63,11 +63,15 @@ def run_blocks(
     taps: Sequence[str] = (),
     gather: jax.Array | None = None,
     remat: bool = False,
+    h: jax.Array | None = None,
+    first: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """All blocks over tokens int [B,T]: the last residual stream float32 [B,T,D], and the tapped activations [L,B,T,...].
 
-    `gather` int [B,W] keeps only these columns of every tap but the cached keys and values. With `remat`, gradients keep the
-    residual stream between blocks alone and run each block again.
+    Args:
+        gather: int [B,W], keeps only these columns of every tap but the cached keys and values.
+        remat: gradients keep the residual stream between blocks alone and run each block again.
+        h, first: the stream to begin with instead of the embedding, where `params` holds the blocks from number `first` on alone.
     """
     edits = edits or {}
     scanned, fixed = _split_dense(edits)
@@ -94,9 +98,10 @@ def run_blocks(
         h = block.attention(h, angles(window), attend, touch)
         return block.mlp(h, touch), recorded
 
-    layers = jnp.arange(config.layers)
-    inputs = (params["blocks"], layer_windows(config), layers, scanned)
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, embed(config, params, tokens, layout.position), inputs)
+    layers = first + jnp.arange(jax.tree.leaves(params["blocks"])[0].shape[0])
+    inputs = (params["blocks"], layer_windows(config)[first : first + len(layers)], layers, scanned)
+    h = embed(config, params, tokens, layout.position) if h is None else h
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, h, inputs)
 
 
 def _attend_all(

@@ -32,12 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "generation": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "finetuning": {"errors", "axes", "prompts", "tokens", "interventions", "models", "runner", "results", "provenance", "plan"},
+    "pruning": {"errors", "prompts", "tokens", "models", "runner", "results", "provenance", "plan", "finetuning", "harm", "statistics"},
     "harm": {"errors", "prompts", "tokens", "models", "runner", "generation"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "reports": {"errors", "results", "statistics"},
     "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "plan", "distributed", "provenance", "cli"},
     "cli": {"errors", "prompts", "models", "distributed", "effects", "reports", "results", "plan", "bench", "parity"}
-    | {"generation", "finetuning", "harm"},
+    | {"generation", "finetuning", "harm", "pruning"},
 }
 """Room -> the rooms it may import."""
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.finetuning.settings import Lora
+from jaxmed.models.checkpoints.assemble import matrix_rules
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.lora import SETTINGS, TAG, WEIGHTS
 from jaxmed.models.checkpoints.new_folder import new_folder
@@ -27,7 +28,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Family, Rule
 from jaxmed.models.load import Model
-from jaxmed.models.transformer import ADDED, MATRICES, Params
+from jaxmed.models.transformer import ADDED, Params
 
 Factors = dict[str, dict[str, Any]]
 """Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}."""
@@ -43,7 +44,7 @@ def adapted_rules(config: ModelConfig, lora: Lora) -> list[tuple[Rule, list[str 
         raise UserError("A mixture of experts is fine-tuned in full only (--method full): its experts' matrices have no adapters here.")
     if lora.rank < 1 or not lora.alpha > 0:
         raise UserError(f"An adapter has a rank of at least 1 and an alpha above 0, not {lora.rank} and {lora.alpha}.")
-    rules = [rule for rule in FAMILIES[config.family].rules if rule.path[0] == "blocks" and rule.path[-1] in MATRICES]
+    rules = matrix_rules(FAMILIES[config.family])
     names = {rule.path: [source.name.removesuffix(".weight") for source in rule.sources] for rule in rules}
     legal = sorted({name.split(".")[-1] for held in names.values() for name in held})
     for target in lora.targets:

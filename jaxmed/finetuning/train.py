@@ -45,12 +45,17 @@ def make_optimiser(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 def response_loss(config: ModelConfig, params: Params, batch: Batch, remat: bool = False) -> jax.Array:
-    """Sum over the scored tokens of minus their log-probability; the unembedding runs on those tokens alone."""
+    """Sum over the scored tokens of minus their log-probability, times their weights."""
     h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch), remat=remat)
+    return (token_losses(config, params, h, batch) * batch.weight).sum()
+
+
+def token_losses(config: ModelConfig, params: Params, h: jax.Array, batch: Batch) -> jax.Array:
+    """Minus the log-probability of every scored token [B,R], from the last residual stream [B,T,D]; other tokens are not unembedded."""
     x = final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
     logits = as_logits(config, contract("BRD,VD->BRV", x, head(params)))
     own = as_logits(config, contract("BRD,BRD->BR", x, head(params)[batch.target]))
-    return ((jax.nn.logsumexp(logits, axis=-1) - own) * batch.weight).sum()
+    return jax.nn.logsumexp(logits, axis=-1) - own
 
 
 def trained_params(config: ModelConfig, settings: Settings, trained: Any, frozen: Params) -> Params:

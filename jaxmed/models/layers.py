@@ -83,6 +83,55 @@ def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype |
     return out if dtype is None else out.astype(dtype)
 
 
+Totals = dict[str, Any]
+"""What is summed over examples, by kind, all float32: "signed" and "absolute" [...in, ...out], "inputs" [...in]."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scored_product(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int) -> jax.Array:
+    return contract("UD,DV->UV", *_flat(x, weight, inputs))
+
+
+def _scored_forward(x: Any, weight: Any, totals: Totals, counted: Any, inputs: int) -> tuple[jax.Array, tuple[Any, ...]]:
+    return contract("UD,DV->UV", *_flat(x, weight, inputs)), (x, weight, totals, counted)
+
+
+def _scored_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Totals, Any]:
+    x, kept, totals, counted = saved
+    flat, weight = _flat(x, kept, inputs)
+    out = out.astype(x.dtype)
+    turned = jax.lax.optimization_barrier(weight.T) if jax.default_backend() == "cpu" else weight.T
+    of_x = contract("UV,VD->UD", out, turned, dtype=x.dtype).reshape(x.shape)
+    new, examples = {}, x.shape[0]
+    if "signed" in totals:
+        new["signed"] = totals["signed"] + contract("UD,UV->DV", flat, out).reshape(kept.shape)
+    if "absolute" in totals:
+
+        def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            return total + jnp.abs(contract("UD,UV->DV", *one)), None
+
+        rows = flat.reshape(examples, -1, flat.shape[-1]), out.reshape(examples, -1, out.shape[-1])
+        new["absolute"] = jax.lax.scan(add, totals["absolute"].reshape(weight.shape), rows)[0].reshape(kept.shape)
+    if "inputs" in totals:
+        squares = jnp.square(flat.astype(jnp.float32)) * counted.reshape(-1, 1)
+        new["inputs"] = totals["inputs"] + squares.sum(0).reshape(totals["inputs"].shape)
+    return of_x, None, new, None
+
+
+_scored_product.defvjp(_scored_forward, _scored_backward)
+
+
+def scored_project(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int = 1) -> jax.Array:
+    """`project`, whose "gradient" with respect to `totals` is `totals` plus what the rows of x, one example each, add to them.
+
+    "signed" adds the sum over examples of their gradients of the weight; "absolute" the sum of their absolute values, one example at a
+    time, so that no array has both an example axis and a weight's size; "inputs" the squares of x at tokens that are `counted` (float
+    [B,T]). So totals are updated matrix by matrix inside the reverse scan over layers.
+    """
+    flat: Any = _scored_product(x, weight, totals, counted, inputs)
+    return flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recomputed(function: Callable[..., jax.Array], *operands: Any) -> jax.Array:
     """function(*operands); its gradient computes it anew from the operands instead of keeping what it computed on the way.

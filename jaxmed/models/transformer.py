@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import activate, cap, normalise, project, route
+from jaxmed.models.layers import activate, cap, normalise, project, route, scored_project
 from jaxmed.models.rope import Angles, rotate
 
 Params = dict[str, Any]
@@ -50,10 +50,11 @@ class Block(nnx.Module):
 
     added: Params  # matrix -> (in [...in, R], out [R, ...out]), whose product is added to it
     turned: Params  # matrix -> its transpose, flat, for gradients
+    scored: Params  # matrix -> totals over examples, as `layers.scored_project` takes them; "counted" -> tokens [B,T]
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.added, self.turned = nnx.data({}), nnx.data({})
+        self.added, self.turned, self.scored = nnx.data({}), nnx.data({}), nnx.data({})
         for name, letters in block_letters(config).items():
             shape = tuple(config.sizes[letter] for letter in letters)
             setattr(self, name, nnx.Param(jnp.zeros(shape, param_dtype(config, name))))
@@ -66,7 +67,10 @@ class Block(nnx.Module):
     def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
         """x [B,T,...in] times one of the block's matrices, and what is added to it -> [B,T,...out]."""
         matrix = getattr(self, name)[...]
-        out = project(x, matrix.astype(x.dtype), inputs, turned=self.turned.get(name))
+        if name in self.scored:
+            out = scored_project(x, matrix, self.scored[name], self.scored.get("counted"), inputs)
+        else:
+            out = project(x, matrix.astype(x.dtype), inputs, turned=self.turned.get(name))
         if self.config.int8:
             out = out * getattr(self, name + "_scale")[...]
         if name in self.added:
@@ -212,14 +216,14 @@ def with_transposes(config: ModelConfig, params: Params) -> Params:
     return {**params, "blocks": {**params["blocks"], TURNED: turned}}
 
 
-ADDED, TURNED = "added", "turned"
-"""Entries of the blocks' parameters beside those that are declared: low-rank additions to matrices, and their transposes; or absent."""
+ADDED, TURNED, SCORED = _BESIDE = "added", "turned", "scored"
+"""Entries of the blocks' parameters beside those that are declared, or absent: see `Block`."""
 
 
 def open_block(config: ModelConfig, arrays: Params) -> Block:
     """The block whose parameters are `arrays` (one layer's slice)."""
-    block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name not in (ADDED, TURNED)})
-    block.added, block.turned = nnx.data(arrays.get(ADDED, {})), nnx.data(arrays.get(TURNED, {}))
+    block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name not in _BESIDE})
+    block.added, block.turned, block.scored = (nnx.data(arrays.get(name, {})) for name in _BESIDE)
     return block
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -91,6 +91,29 @@ def layer_tensors(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple
             yield source.name.format(l=layer, e=expert), source_shape(source, sizes)
 
 
+def split_layer(rule: Rule, config: ModelConfig, layer: int, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value of every tensor that a rule reads for one layer, from the layer's parameter."""
+    parts = rule.layout.split(config.sizes, array)
+    each = (one for source, part in zip(rule.sources, parts, strict=True) for one in (part if "{e}" in source.name else (part,)))
+    names = (name for name, _ in layer_tensors(rule, config, layer))
+    return zip(names, each, strict=True)
+
+
+def join_layer(rule: Rule, config: ModelConfig, layer: int, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A layer's parameter from its tensors by name."""
+    found = []
+    for source in rule.sources:
+        named = source.name.replace("{l}", str(layer))
+        held = [tensors[named.format(e=e)] for e in range(config.sizes["X"])] if "{e}" in named else tensors[named]
+        found.append(np.stack(held) if isinstance(held, list) else held)
+    return rule.layout.join(config.sizes, *found)
+
+
+def matrix_rules(family: Family) -> list[Rule]:
+    """The rules of the blocks' matrices."""
+    return [rule for rule in family.rules if is_stacked(rule) and rule.path[-1] in MATRICES]
+
+
 def under_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint with the prefix that some leave out of their names put back."""
     begins = family.begins
@@ -146,7 +169,7 @@ def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sh
         return read(0)
     stack = _empty(letters, config, dtype, mesh)
     for layer in range(config.layers):
-        stack = _set_layer(stack, read(layer), layer)
+        stack = set_layer(stack, read(layer), layer)
     return stack
 
 
@@ -160,7 +183,7 @@ def _place_int8(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: j
         scale = np.abs(matrix).max(tuple(range(MATRICES[name])), initial=1e-30) / 127
         for each, array in ((name, np.rint(matrix / scale).astype(np.int8)), (name + "_scale", scale)):
             row = jax.device_put(array, partition(names[each][1:], array.shape, mesh))
-            stacks[each] = _set_layer(stacks[each], row, layer)
+            stacks[each] = set_layer(stacks[each], row, layer)
     return stacks
 
 
@@ -170,7 +193,8 @@ def _empty(letters: str, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mes
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, row: jax.Array, layer: Any) -> jax.Array:
+def set_layer(stack: jax.Array, row: jax.Array, layer: Any) -> jax.Array:
+    """`stack` with one layer put in; `stack` itself is given up."""
     return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
 
 

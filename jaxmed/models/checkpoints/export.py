@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxmed.errors import UserError, all_problems
-from jaxmed.models.checkpoints.assemble import is_stacked, layer_tensors, needed_rules
+from jaxmed.models.checkpoints.assemble import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.checkpoints.edit_record import check_edit, refuse_attacks, write_edits
 from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
 from jaxmed.models.checkpoints.safetensors_file import Tensor, into_files, tensor, write_file, write_index
@@ -135,8 +135,7 @@ def _arrays(model: Model) -> Iterator[np.ndarray]:
         host = np.asarray(_take(value, layer) if is_stacked(rule) else value).astype(config.compute, copy=False)
         if not np.isfinite(host.sum(dtype=np.float64)):
             raise UserError(f"Parameter {'/'.join(rule.path)} of layer {layer} holds values that are not finite. Nothing was written.")
-        for source, part in zip(rule.sources, rule.layout.split(config.sizes, host), strict=True):
-            yield from part if "{e}" in source.name else (part,)
+        yield from (part for _, part in split_layer(rule, config, layer, host))
 
 
 @jax.jit

@@ -1,0 +1,66 @@
+"""A model with the weights of a mask edited, in memory; writing it out is `export_folder`'s and `save_store`'s."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from jaxmed.errors import UserError, unknown
+from jaxmed.models.checkpoints.assemble import matrix_rules
+from jaxmed.models.families import FAMILIES
+from jaxmed.models.load import Model
+from jaxmed.pruning.masks import Mask
+from jaxmed.pruning.matrices import matrix_shapes, named_layers, with_matrices
+
+TO = ("zero", "mean", "scale")
+
+
+def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, any_model: bool = False) -> Model:
+    """The model with the masked weights set to zero, to their mean within each matrix, or multiplied by `factor` ("scale").
+
+    Every other number keeps its bits. The edit is recorded in `model.edits`; a mask tagged "attack" makes a model that is not written.
+
+    Args:
+        any_model: take a mask that was made of other weights of the same shapes, such as those of an aligned sibling.
+
+    Raises:
+        UserError: a mask of other matrices, or of other weights; another word; a model kept as int8.
+    """
+    if to not in TO:
+        raise unknown("edit", to, TO)
+    if model.config.int8:
+        raise UserError("A model kept as int8 is not pruned: its weights are rounded. Load it without int8.")
+    shapes = matrix_shapes(model.config)
+    if dict(mask.shapes) != shapes:
+        wrong = next((name for name, shape in mask.shapes.items() if shapes.get(name) != shape), "some matrices are missing")
+        raise UserError(f"The mask is of another model: it was made of {mask.model!r}, and {model.name!r} differs ({wrong}).")
+    if mask.weights != model.weights_hash and not any_model:
+        raise UserError(
+            f"The mask was made of other weights ({mask.model!r}, SHA-256 {mask.weights[:12]}) than {model.name!r} has "
+            f"({model.weights_hash[:12]}). Use that model, or say that any model of these shapes will do (--any-model)."
+        )
+    changed = {}
+    stacks = {rule.path[-1]: model.params["blocks"][rule.path[-1]] for rule in matrix_rules(FAMILIES[model.config.family])}
+    for name, values in named_layers(model.config, stacks):
+        chosen = mask.indices[name]
+        if len(chosen):
+            edited = np.array(values).ravel()
+            edited[chosen] = _edited(edited[chosen], to, factor)
+            changed[name] = edited.reshape(values.shape)
+    edit = {
+        "kind": "pruning",
+        "to": to,
+        "weights": mask.count,
+        "share": mask.count / mask.numbers,
+        "mask_of": mask.model,
+        "rule": dict(mask.rule),
+    }
+    edit |= ({"factor": factor} if to == "scale" else {}) | ({"tag": mask.tag} if mask.tag else {})
+    return replace(model, params=with_matrices(model.config, model.params, changed), edits=(*model.edits, edit))
+
+
+def _edited(values: np.ndarray, to: str, factor: float) -> np.ndarray:
+    wide = values.astype(np.float32)
+    found = {"zero": np.zeros_like(wide), "mean": np.full_like(wide, wide.mean()), "scale": wide * factor}[to]
+    return found.astype(values.dtype)

@@ -1,0 +1,191 @@
+"""Masks: which weights of which matrices, as a file that any program reads, with set operations and overlaps.
+
+The file is safetensors: one int64 vector of flat indices per matrix (possibly empty), named and laid out as in the Hugging Face
+checkpoint; its metadata say of which model, with which shapes, and by which rule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxmed.errors import UserError, all_problems, unknown
+
+HOW = ("intersect", "union", "subtract")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Chosen weights.
+
+    Attributes:
+        indices: matrix -> int64, ascending flat indices; every scored matrix has an entry.
+        shapes: matrix -> its shape in the checkpoint.
+        model, weights: name and weights hash of the model it was made of.
+        rule: how it was made, JSON values.
+        tag: what it is for; a mask tagged "attack" is used in memory only.
+    """
+
+    indices: Mapping[str, np.ndarray] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    model: str = ""
+    weights: str = "none"
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    tag: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many weights."""
+        return sum(len(found) for found in self.indices.values())
+
+    @property
+    def numbers(self) -> int:
+        """How many weights the matrices have."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def counts(self) -> dict[str, int]:
+        """Matrix -> how many of its weights."""
+        return {name: len(found) for name, found in self.indices.items()}
+
+    def inverted(self) -> Mask:
+        """All other weights of the same matrices."""
+        rest = {name: np.setdiff1d(np.arange(np.prod(self.shapes[name])), found) for name, found in self.indices.items()}
+        return Mask(rest, self.shapes, self.model, self.weights, {"inverted": dict(self.rule)}, self.tag)
+
+
+def write_mask(mask: Mask, file: str | Path) -> Path:
+    """Writes a mask file; an existing file is not written over.
+
+    Raises:
+        UserError: the file exists; the disk refuses.
+    """
+    file = Path(file)
+    if file.exists():
+        raise UserError(f"{file} exists already. Give another name; nothing was written.")
+    rule, shapes = json.dumps(dict(mask.rule), default=str), json.dumps({name: list(shape) for name, shape in mask.shapes.items()})
+    metadata = {"format": "jaxmed-mask-1", "model": mask.model, "weights": mask.weights, "shapes": shapes, "rule": rule, "tag": mask.tag}
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.asarray(found, np.int64) for name, found in mask.indices.items()}, partial, metadata)
+        partial.rename(file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"Could not write {file}: {error}. Nothing was kept.") from None
+    return file
+
+
+def read_mask(file: str | Path) -> Mask:
+    """Reads a mask file.
+
+    Raises:
+        UserError: no such file, or one that is no mask: wrong metadata, indices that repeat or lie outside their matrix.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"There is no mask file {file}. Make one with `jaxmed prune select`.")
+    try:
+        with safe_open(file, "np") as held:
+            metadata = held.metadata() or {}
+            indices = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        shapes = {name: tuple(int(size) for size in shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        rule = json.loads(metadata["rule"])
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no readable mask file: {error}.") from None
+    except KeyError as error:
+        raise UserError(f"{file} is no mask file: its metadata have no {error}.") from None
+    problems = [f"{name} has no shape in the metadata" for name in indices.keys() - shapes.keys()]
+    problems += [f"{name} is missing" for name in shapes.keys() - indices.keys()]
+    for name in indices.keys() & shapes.keys():
+        found, size = indices[name], int(np.prod(shapes[name]))
+        if found.ndim != 1 or found.dtype.kind != "i":
+            problems.append(f"{name} is {found.dtype} {list(found.shape)}, not a vector of integers")
+        elif len(found) and (found.min() < 0 or found.max() >= size or (np.diff(found) <= 0).any()):
+            problems.append(f"{name} holds indices that are not ascending from 0 to {size - 1}")
+    if problems:
+        raise all_problems(f"Mask {file}", sorted(problems))
+    given = {key: metadata.get(key, "") for key in ("model", "weights", "tag")}
+    return Mask({name: indices[name] for name in shapes}, shapes, **given, rule=rule)
+
+
+def combine(masks: Sequence[Mask], how: str) -> Mask:
+    """The weights that are in all masks ("intersect"), in any ("union"), or in the first and in no other ("subtract").
+
+    Raises:
+        UserError: another word; fewer than two masks; masks of matrices that differ.
+    """
+    if how not in HOW:
+        raise unknown("way to combine masks", how, HOW)
+    if len(masks) < 2:
+        raise UserError(f"To {how}, give at least two masks.")
+    for other in masks[1:]:
+        check_same_matrices(masks[0], other)
+    join = {"intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
+    found = {name: reduce(join, (mask.indices[name] for mask in masks)) for name in masks[0].indices}
+    rule = {how: [dict(mask.rule) for mask in masks]}
+    tag = next((mask.tag for mask in masks if mask.tag), "")
+    return Mask(found, masks[0].shapes, masks[0].model, masks[0].weights, rule, tag)
+
+
+def check_same_matrices(one: Mask, other: Mask) -> None:
+    """Raises a UserError where two masks are of different matrices."""
+    if dict(one.shapes) != dict(other.shapes):
+        different = sorted(set(one.shapes.items()) ^ set(other.shapes.items()))[:3]
+        raise UserError(f"The masks are of different models: {one.model!r} and {other.model!r} ({different[0][0]}, ...).")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much two masks share.
+
+    Attributes:
+        both, either: weights in both masks and in at least one.
+        by_chance: weights in both if each matrix's were drawn at random, with the same counts per matrix.
+        stratified: the same with draws within `STRATA` equal parts of each matrix by |W|; None without weights.
+    """
+
+    both: int
+    either: int
+    by_chance: float
+    stratified: float | None = None
+
+    @property
+    def jaccard(self) -> float:
+        return self.both / self.either if self.either else 0.0
+
+
+STRATA = 20
+
+
+def overlap(one: Mask, other: Mask, weights: Any = None) -> Overlap:
+    """Counts what two masks share, against chance.
+
+    Large weights have large scores under most rules, so plain chance is nearly always exceeded: compare with masks of control
+    behaviours too.
+
+    Args:
+        weights: (matrix, weights) pairs, for the stratified count.
+
+    Raises:
+        UserError: masks of different matrices.
+    """
+    check_same_matrices(one, other)
+    pairs = {name: (one.indices[name], other.indices[name]) for name in one.indices}
+    both = sum(len(np.intersect1d(*pair)) for pair in pairs.values())
+    chance = sum(len(a) * len(b) / int(np.prod(one.shapes[name])) for name, (a, b) in pairs.items())
+    stratified = None
+    if weights is not None:
+        stratified = 0.0
+        for name, values in weights:
+            rank = np.argsort(np.argsort(np.abs(np.asarray(values, np.float32)).ravel(), kind="stable"), kind="stable")
+            stratum = rank * STRATA // len(rank)
+            sizes, mine, theirs = (np.bincount(stratum[at], minlength=STRATA) for at in (slice(None), *pairs[name]))
+            stratified += float((mine * theirs / np.maximum(sizes, 1)).sum())
+    return Overlap(both, one.count + other.count - both, chance, stratified)

@@ -1,0 +1,108 @@
+"""How a scoring pass is cut so that it fits: layers per pass, rows per batch, whether blocks run again; and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from jaxmed.errors import UserError
+from jaxmed.finetuning.batches import Shape
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.load import Model
+from jaxmed.models.transformer import param_shapes
+from jaxmed.plan import TOKENS_PER_DEVICE
+from jaxmed.pruning.texts import Group, count_batches, group
+from jaxmed.tokens import Answered
+
+HOST_BYTES = 8 << 30
+"""Memory that is reckoned with on a device that does not say its own."""
+USED = 0.92
+"""Part of a device's memory that a plan may fill."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one set is scored.
+
+    Attributes:
+        spans: layers [first, stop) of every pass over the set.
+        groups: its batches.
+        remat: whether blocks run again for their gradients.
+        bytes: most memory on a device.
+        flops: matmul FLOPs in all, without what remat repeats.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    groups: list[Group]
+    remat: bool
+    bytes: int
+    flops: float
+
+    @property
+    def batches(self) -> int:
+        """Of one pass."""
+        return count_batches(self.groups)
+
+
+def make_plan(
+    model: Model, examples: Sequence[Answered], kinds: Sequence[str], rows: int = 0, layers_per_pass: int = 0, remat: bool | None = None
+) -> Plan:
+    """The plan with the fewest passes that fits the memory of a device.
+
+    Args:
+        rows: examples per device and batch; 0: as many as keep the matmuls busy.
+        layers_per_pass: layers scored in one pass; 0: as many as fit.
+        remat: None: only where it is needed to fit.
+
+    Raises:
+        UserError: values out of range.
+    """
+    config, mesh = model.config, model.mesh
+    if rows < 0 or layers_per_pass < 0 or layers_per_pass > config.layers:
+        raise UserError(f"rows ({rows}) is not negative, layers_per_pass ({layers_per_pass}) is from 0 to {config.layers}.")
+    device = mesh.devices.flat[0]
+    limit = USED * (device.memory_stats() or {}).get("bytes_limit", HOST_BYTES)
+    groups = group(examples, mesh.shape["data"], TOKENS_PER_DEVICE.get(device.platform, 2048), rows)
+    wanted = [layers_per_pass] if layers_per_pass else [-(-config.layers // parts) for parts in range(1, config.layers + 1)]
+    choices = [(layers, again) for layers in dict.fromkeys(wanted) for again in ((False, True) if remat is None else (remat,))]
+    sizes = [max(pass_bytes(config, mesh, one.shape, kinds, layers, again) for one in groups) for layers, again in choices]
+    at = next((i for i, size in enumerate(sizes) if size <= limit), len(choices) - 1)
+    layers, again = choices[at]
+    spans = tuple((first, min(first + layers, config.layers)) for first in range(0, config.layers, layers))
+    flops = math.fsum(_flops(config, groups, span) for span in spans)
+    return Plan(spans, groups, again, int(sizes[at]), flops)
+
+
+def pass_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, shape: Shape, kinds: Sequence[str], layers: int, remat: bool) -> float:
+    """Most memory on one device: weights, totals before and after a batch, activations kept for the gradients, logits."""
+    split, rows = mesh.shape["model"], shape.rows // mesh.shape["data"]
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(param_shapes(config))) / split
+    part = 0 if layers == config.layers else weights  # blocks outside the span are copied
+    totals = 2 * 4 * layers * config.layer_weights * len({"signed", "absolute"} & set(kinds)) / split
+    tokens = rows * shape.length
+    size = 4 if config.dtype == "float32" else 2
+    heads = (config.heads + 2 * config.kv_heads) * config.head_width
+    inner = config.sizes["C"] * config.neurons + config.neurons + 2 * config.width + 2 * heads
+    kept = tokens * (4 * 2 * config.width + size * inner)
+    scores = 4 * rows * config.heads * shape.length**2
+    activations = config.layers * tokens * 4 * config.width + 2 * kept + 4 * scores if remat else config.layers * kept + 4 * scores
+    logits = 3 * 4 * rows * shape.scored * config.vocabulary
+    largest = 3 * 4 * config.layer_weights / split  # gradients of one example
+    return weights + part + totals + activations + logits + largest
+
+
+def _flops(config: ModelConfig, groups: Sequence[Group], span: tuple[int, int]) -> float:
+    """Of one pass: forward, back to the first layer of the span, gradients of its weights; the unembedding twice."""
+    found = 0.0
+    for one in groups:
+        batches, shape = -(-len(one.members) // one.shape.rows), one.shape
+        tokens = shape.rows * shape.length
+        weights = 2.0 * tokens * config.layer_weights
+        attention = 4.0 * tokens * shape.length * config.heads * config.head_width
+        passed, scored = config.layers - span[0], span[1] - span[0]
+        unembed = 2.0 * shape.rows * shape.scored * config.vocabulary * config.width
+        found += batches * (config.layers * (weights + attention) + passed * (weights + 3 * attention) + scored * weights + 2 * unembed)
+    return found

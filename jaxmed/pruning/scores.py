@@ -1,0 +1,330 @@
+"""Scores of every weight of the blocks' matrices, from one pass over examples.
+
+With L_e the mean cross-entropy of the response tokens of example e (so every example weighs the same):
+
+- signed:   S = W * sum_e dL_e/dW      (signed SNIP; removing w changes the summed loss by about -S)
+- absolute: A = |W| * sum_e |dL_e/dW|  (absolute value of every example's gradient, then the sum)
+- inputs:   root mean square of a matrix's inputs at response tokens (for Wanda: |W| times it; Sun et al. 2024)
+
+Orgad et al. 2026 take S on a behaviour set and A on a preserve set; Wei et al. 2024 take A on both. Sums are float32 whatever the
+weights are. Every device adds up its own examples; their sums are added at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.errors import UserError
+from jaxmed.finetuning.batches import Batch, batch_layout
+from jaxmed.finetuning.train import token_losses
+from jaxmed.models.checkpoints.assemble import matrix_rules
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.families import FAMILIES
+from jaxmed.models.load import Model
+from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters
+from jaxmed.prompts.examples import Example
+from jaxmed.pruning.matrices import inputs_axis, matrix_shapes, named_layers
+from jaxmed.pruning.plan import Plan, make_plan
+from jaxmed.pruning.store import ScoreFolder
+from jaxmed.pruning.texts import batches, encode, response_tokens
+from jaxmed.runner import run_blocks
+from jaxmed.tokens import Answered
+
+SETS = ("behaviour", "preserve")
+KINDS = ("signed", "absolute", "inputs")
+USUAL = ("behaviour_signed", "preserve_absolute")
+Report = Callable[[float, int, str], None]
+"""Called with (batches done, examples done, what is being done)."""
+
+
+@dataclass
+class Scores:
+    """Scores by kind and matrix, in memory or in a folder.
+
+    Attributes:
+        model, weights: name and weights hash of the scored model.
+        shapes: matrix -> its shape in the checkpoint.
+        inputs_axis: the axis of those shapes that inputs lie on.
+        examples: set -> how many were scored.
+        losses: set -> mean loss in nats per response token, over examples.
+    """
+
+    model: str
+    weights: str
+    shapes: dict[str, tuple[int, ...]]
+    inputs_axis: int
+    examples: dict[str, int]
+    losses: dict[str, float]
+    held: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
+    folder: ScoreFolder | None = field(default=None, repr=False)
+
+    @property
+    def kinds(self) -> list[str]:
+        """What was scored: "behaviour_signed", "preserve_absolute", ..."""
+        return sorted({*self.held, *(self.folder.kinds() if self.folder else ())})
+
+    def read(self, kind: str, matrix: str) -> np.ndarray:
+        """One matrix's scores, float32, in the shape and order of the checkpoint; of "inputs" a vector.
+
+        Raises:
+            UserError: a kind that was not scored.
+        """
+        if kind not in self.kinds:
+            raise UserError(f"These scores hold no {kind!r}, only {', '.join(self.kinds)}. Score again with --kinds {kind}.")
+        return self.held[kind][matrix] if kind in self.held else self.folder.read(kind, matrix)  # type: ignore[union-attr]
+
+
+def score(
+    model: Model,
+    behaviour: Sequence[Example],
+    preserve: Sequence[Example] = (),
+    *,
+    kinds: Sequence[str] = USUAL,
+    out: str | Path | None = None,
+    resume: bool = False,
+    report: Report = lambda *_: None,
+    **how: Any,
+) -> Scores:
+    """Scores every weight of the blocks' matrices (no embeddings, head, norms, biases).
+
+    Args:
+        behaviour, preserve: prompts with responses; the second may be empty where no kind needs it.
+        kinds: which sums, as SET_KIND of `SETS` and `KINDS`.
+        out: folder that keeps them; None: in memory.
+        resume: go on with what `out` holds.
+        how: form, scored_separator, max_length (see `texts.encode`); rows, layers_per_pass, remat (see `plan.make_plan`).
+
+    Raises:
+        UserError: no examples, or such without responses; a mixture kept as int8; foreign files in `out`; a full disk.
+    """
+    job = check(model, behaviour, preserve, kinds=kinds, **how)
+    return run(job, None if out is None else Path(out), resume, report)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked scoring run.
+
+    Attributes:
+        sets: set -> its examples as tokens, those only that a kind needs.
+        plans: set -> how it is cut into passes and batches.
+        how: the settings, for the record.
+    """
+
+    model: Model
+    kinds: tuple[str, ...]
+    sets: Mapping[str, list[Answered]]
+    plans: Mapping[str, Plan]
+    how: Mapping[str, Any]
+
+    @property
+    def batches(self) -> int:
+        return sum(plan.batches * len(plan.spans) for plan in self.plans.values())
+
+    def kinds_of(self, which: str) -> tuple[str, ...]:
+        """The sums of a set: "signed", ..."""
+        return tuple(kind.split("_")[1] for kind in self.kinds if kind.startswith(which))
+
+
+def check(
+    model: Model,
+    behaviour: Sequence[Example],
+    preserve: Sequence[Example] = (),
+    *,
+    kinds: Sequence[str] = USUAL,
+    form: str = "plain",
+    scored_separator: bool = False,
+    max_length: int = 0,
+    rows: int = 0,
+    layers_per_pass: int = 0,
+    remat: bool | None = None,
+) -> Job:
+    """Everything that can be refused before a run; needs the tokenizer and the config, not the weights."""
+    legal = [f"{which}_{kind}" for which in SETS for kind in KINDS]
+    for kind in kinds:
+        if kind not in legal:
+            raise UserError(f"There is no kind of score {kind!r}. Legal: {', '.join(legal)}.")
+    if model.config.int8:
+        raise UserError("A model kept as int8 has no gradients of its weights. Load it without int8.")
+    if max_length < 0 or max_length > model.config.max_length:
+        raise UserError(f"max_length is {max_length}; this model takes {model.config.max_length} tokens.")
+    given = {"behaviour": behaviour, "preserve": preserve}
+    sets = {}
+    for which in SETS:
+        if any(kind.startswith(which) for kind in kinds):
+            if not given[which]:
+                raise UserError(f"The {which} set is empty; {', '.join(kind for kind in kinds if kind.startswith(which))} needs it.")
+            missing = [number for number, one in enumerate(given[which], 1) if not one.response.strip()]
+            if missing:
+                raise UserError(f"Example {missing[0]} of the {which} set has no response ({len(missing)} have none).")
+            sets[which] = encode(model.tokenizer, given[which], form, scored_separator, max_length or model.config.max_length)
+    how = {"form": form, "scored_separator": scored_separator, "max_length": max_length}
+    job = Job(model, tuple(kinds), sets, {}, how)
+    plans = {which: make_plan(model, found, job.kinds_of(which), rows, layers_per_pass, remat) for which, found in sets.items()}
+    return Job(model, tuple(kinds), sets, plans, how)
+
+
+def run(job: Job, out: Path | None = None, resume: bool = False, report: Report = lambda *_: None) -> Scores:
+    """Runs a job; with `out`, every finished pass is kept there, and `resume` goes on after the last one."""
+    model = job.model
+    examples = {which: len(found) for which, found in job.sets.items()}
+    scores = Scores(model.name, model.weights_hash, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
+    folder = None if out is None else ScoreFolder(out)
+    if folder is not None:
+        folder.open(record(job), resume)
+        scores.folder, scores.losses = folder, folder.losses()
+    for which, plan in job.plans.items():
+        for span in plan.spans:
+            if folder is not None and folder.has(which, span):
+                report(plan.batches, 0, "resumed")
+                continue
+            totals, loss = _one_pass(job, which, span, report)
+            found = _scores_of(model, totals, span[0], _response_count(job.sets[which]))
+            if folder is None:
+                for kind, matrices in found.items():
+                    scores.held.setdefault(f"{which}_{kind}", {}).update(dict(matrices))
+                scores.losses[which] = loss
+            else:
+                folder.write(which, span, found, loss)
+                scores.losses[which] = loss
+    if folder is not None:
+        folder.close(job.kinds)
+    return scores
+
+
+def record(job: Job) -> dict[str, Any]:
+    """What makes two scoring runs the same run."""
+    digest = {which: hashlib.sha256() for which in job.sets}
+    for which, found in job.sets.items():
+        for one in found:
+            digest[which].update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))
+    config = job.model.config
+    return {
+        "model": {"name": job.model.name, "revision": job.model.revision, "weights": job.model.weights_hash, "dtype": config.dtype},
+        "sets": {which: {"examples": len(found), "tokens_sha256": digest[which].hexdigest()} for which, found in job.sets.items()},
+        "kinds": list(job.kinds),
+        "how": dict(job.how),
+        "spans": {which: [list(span) for span in plan.spans] for which, plan in job.plans.items()},
+        "shapes": {name: list(shape) for name, shape in matrix_shapes(config).items()},
+        "inputs_axis": inputs_axis(config),
+    }
+
+
+def read_scores(folder: str | Path) -> Scores:
+    """The scores that `score` kept in a folder.
+
+    Raises:
+        UserError: no scores there, or a run that is not finished.
+    """
+    held = ScoreFolder(Path(folder))
+    found = held.finished()
+    shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
+    examples = {which: one["examples"] for which, one in found["sets"].items()}
+    return Scores(found["model"]["name"], found["model"]["weights"], shapes, found["inputs_axis"], examples, held.losses(), folder=held)
+
+
+def _response_count(examples: Sequence[Answered]) -> int:
+    return sum(len(one.ids) - one.prompt for one in examples)
+
+
+def fresh_totals(config: ModelConfig, kinds: Sequence[str], layers: int, devices: int) -> Params:
+    """Zeros, float32 [devices, layers, ...] per matrix and kind."""
+    matrices = {rule.path[-1] for rule in matrix_rules(FAMILIES[config.family])}
+    totals: Params = {}
+    for name in sorted(matrices):
+        shape = tuple(config.sizes[letter] for letter in block_letters(config)[name])
+        sizes = {"signed": shape, "absolute": shape, "inputs": shape[: MATRICES[name]]}
+        totals[name] = {kind: jnp.zeros((devices, layers, *sizes[kind]), jnp.float32) for kind in kinds}
+    return totals
+
+
+@partial(jax.jit, static_argnames=("config", "span", "remat", "mesh"))
+def add_batch(
+    config: ModelConfig, params: Params, totals: Params, batch: Batch, counted: jax.Array, span: tuple[int, int], remat: bool, mesh: Any
+) -> tuple[Params, jax.Array]:
+    """(totals with a batch added, sum of the examples' losses [devices]); `totals` [devices, layers, ...], the others [B, ...]."""
+
+    def own(params: Params, totals: Params, batch: Batch, counted: jax.Array) -> tuple[Params, jax.Array]:
+        mine = jax.tree.map(lambda leaf: leaf[0], totals)
+        loss = partial(_summed_loss, config, params, batch=batch, counted=counted, span=span, remat=remat)
+        value, new = jax.value_and_grad(loss)(mine)
+        return jax.tree.map(lambda leaf: leaf[None], new), value[None]
+
+    rows, whole = jax.P("data"), jax.P()
+    return jax.shard_map(own, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=(rows, rows), axis_names={"data"}, check_vma=False)(
+        params, totals, batch, counted
+    )
+
+
+def _summed_loss(
+    config: ModelConfig, params: Params, totals: Params, batch: Batch, counted: jax.Array, span: tuple[int, int], remat: bool
+) -> jax.Array:
+    """Sum over examples of their mean losses; the blocks of `span` add to `totals` on the way back."""
+    layout, h = batch_layout(batch), None
+    for first, stop, scored in ((0, span[0], False), (*span, True), (span[1], config.layers, False)):
+        if first == stop:
+            continue
+        blocks = params["blocks"]
+        if (first, stop) != (0, config.layers):
+            blocks = jax.tree.map(lambda leaf, first=first, stop=stop: leaf[first:stop], blocks)
+        if scored:
+            of_layers = jnp.broadcast_to(counted, (stop - first, *counted.shape))
+            blocks = {**blocks, SCORED: {**totals, "counted": of_layers}}
+        h, _ = run_blocks(config, {**params, "blocks": blocks}, batch.tokens, layout, remat=remat, h=h, first=first)
+    assert h is not None
+    return (token_losses(config, params, h, batch) * batch.weight).sum()
+
+
+def _one_pass(job: Job, which: str, span: tuple[int, int], report: Report) -> tuple[Params, float]:
+    """The totals [layers, ...] of one span over one set, and the mean loss."""
+    model, plan, examples = job.model, job.plans[which], job.sets[which]
+    devices = model.mesh.shape["data"]
+    placed = jax.NamedSharding(model.mesh, jax.P("data"))
+    make = partial(fresh_totals, model.config, job.kinds_of(which), span[1] - span[0], devices)
+    totals, losses = jax.jit(make, out_shardings=placed)(), 0.0
+    for members, batch in batches(examples, plan.groups):
+        on_devices = jax.device_put((batch, response_tokens(batch)), placed)
+        totals, loss = add_batch(model.config, model.params, totals, *on_devices, span, plan.remat, model.mesh)
+        losses += float(np.asarray(loss).sum())
+        report(1, len(members), which)
+    return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.sum(0), tree))(totals), losses / len(examples)
+
+
+def _scores_of(model: Model, totals: Params, first: int, responses: int) -> dict[str, Any]:
+    """kind -> (matrix, scores) of every matrix, one layer on the host at a time."""
+    config = model.config
+    layers = slice(first, first + next(iter(jax.tree.leaves(totals))).shape[0])
+
+    def weighted(kind: str) -> Any:
+        weights = named_layers(config, {name: model.params["blocks"][name][layers] for name in totals}, first)
+        for (name, weight), (_, total) in zip(weights, named_layers(config, {n: t[kind] for n, t in totals.items()}, first), strict=True):
+            weight = weight.astype(np.float32)
+            yield name, (np.abs(weight) if kind == "absolute" else weight) * total
+
+    def inputs() -> Any:
+        wide = {}
+        for name, of_kind in totals.items():
+            mean = jnp.sqrt(of_kind["inputs"] / responses)
+            shape = (mean.shape[0], *model.params["blocks"][name].shape[1:])
+            wide[name] = jnp.broadcast_to(mean.reshape(*mean.shape, *[1] * (len(shape) - mean.ndim)), shape)
+        axis = inputs_axis(config)
+        for name, array in named_layers(config, wide, first):
+            yield name, np.ascontiguousarray(array.take(0, 1 - axis))
+
+    kinds = next(iter(totals.values()))
+    return {kind: inputs() if kind == "inputs" else weighted(kind) for kind in kinds}
+
+
+def estimate_flops(job: Job) -> float:
+    """Matmul FLOPs of a run: a forward, the gradient of activations, and one of the weights of each span."""
+    return math.fsum(plan.flops for plan in job.plans.values())

@@ -1,0 +1,211 @@
+"""From scores to a mask, by rule.
+
+The rule of Orgad et al. 2026 is the default: U = the top int(p * size) entries of A (preserve, absolute), H = the top int(q * size)
+entries of -S (behaviour, signed), per matrix, flattened; the mask is H without U.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmed.errors import UserError, unknown
+from jaxmed.pruning.masks import Mask
+from jaxmed.pruning.matrices import kind_of
+from jaxmed.pruning.scores import Scores
+
+ScoreName = Literal["signed", "positive", "absolute", "wanda", "magnitude", "random"]
+SCORES: dict[str, str] = {
+    "signed": "-S on the behaviour set: removal raises its loss",
+    "positive": "+S on the behaviour set: to first order removal lowers its loss",
+    "absolute": "A on the behaviour set (absolute SNIP)",
+    "wanda": "|W| times the root mean square of the inputs on the behaviour set",
+    "magnitude": "the smallest |W|",
+    "random": "uniform, by the seed",
+}
+SPARED = ("absolute", "wanda", "none")
+RANKINGS = ("matrix", "row", "global")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How weights are chosen."""
+
+    q: float = 1e-3
+    """Share of weights that are chosen, of each matrix, row, or of all (see --ranking); int(q * size) of them."""
+    p: float = 5e-3
+    """Share of weights that are spared, ranked by the preserve score in the same way; 0: none."""
+    score: ScoreName = "signed"
+    """signed: -S; positive: +S; absolute: absolute SNIP; wanda; magnitude (smallest); random."""
+    spare: Literal["absolute", "wanda", "none"] = "absolute"
+    """Preserve score by which weights are spared."""
+    ranking: Literal["matrix", "row", "global"] = "matrix"
+    """Weights are ranked within their matrix, within their output's row, or all together."""
+    skip: float = 0.0
+    """Share of the highest ranked weights that are passed over before q are chosen."""
+    layers: tuple[int, ...] = ()
+    """Layers whose matrices may be chosen from; empty: all."""
+    matrices: tuple[str, ...] = ()
+    """Matrices by the last part of their names, such as down_proj; empty: all."""
+    seed: int = 0
+    """Of random scores."""
+
+    def check(self) -> None:
+        """Raises a UserError for values that cannot be used."""
+        if not 0 < self.q <= 1 or not 0 <= self.p <= 1 or not 0 <= self.skip < 1:
+            raise UserError(f"q ({self.q}) is in (0, 1], p ({self.p}) in [0, 1], where 0 spares nothing, and skip ({self.skip}) in [0, 1).")
+        if self.skip + self.q > 1:
+            raise UserError(f"skip ({self.skip}) and q ({self.q}) together exceed 1.")
+        for what, value, legal in (("score", self.score, SCORES), ("spare", self.spare, SPARED), ("ranking", self.ranking, RANKINGS)):
+            if value not in legal:
+                raise unknown(what, value, legal)
+
+
+def needed_kinds(rule: Rule) -> list[str]:
+    """The kinds of scores that a rule reads."""
+    of_behaviour = {"signed": "signed", "positive": "signed", "absolute": "absolute", "wanda": "inputs"}.get(rule.score)
+    of_preserve = {"absolute": "absolute", "wanda": "inputs"}.get(rule.spare) if rule.p else None
+    return [f"{which}_{kind}" for which, kind in (("behaviour", of_behaviour), ("preserve", of_preserve)) if kind]
+
+
+def needs_weights(rule: Rule) -> bool:
+    """Whether a rule reads the weights beside the scores."""
+    return "wanda" in (rule.score, rule.spare if rule.p else "") or rule.score == "magnitude"
+
+
+def select(scores: Scores, rule: Rule | None = None, weights: Mapping[str, np.ndarray] | None = None, tag: str = "") -> Mask:
+    """The mask of a rule.
+
+    Args:
+        weights: matrix -> values, for rules that read them.
+        tag: what the mask is for.
+
+    Raises:
+        UserError: values out of range; layers or matrices that the model does not have; kinds that were not scored.
+    """
+    rule = rule or Rule()
+    rule.check()
+    names = _chosen_matrices(scores, rule)
+    if needs_weights(rule) and weights is None:
+        raise UserError(f"The rule {rule.score!r} with {rule.spare!r} reads the weights too: give the model.")
+    chosen = _top(scores, names, rule, rule.q, rule.skip, lambda name, at: _behaviour_score(scores, rule, weights, name, at))
+    if rule.p and rule.spare != "none":
+        spared = _top(scores, names, rule, rule.p, 0.0, lambda name, at: _preserve_score(scores, rule, weights, name))
+        chosen = {name: np.setdiff1d(chosen[name], spared[name], assume_unique=True) for name in names}
+    empty = np.zeros(0, np.int64)
+    indices = {name: chosen.get(name, empty) for name in scores.shapes}
+    return Mask(indices, scores.shapes, scores.model, scores.weights, dataclasses.asdict(rule), tag)
+
+
+def random_like(mask: Mask, seed: int = 0) -> Mask:
+    """A mask of the same counts per matrix, drawn at random."""
+    rng = np.random.default_rng(seed)
+    drawn = {
+        name: np.sort(rng.choice(int(np.prod(mask.shapes[name])), len(found), replace=False)).astype(np.int64)
+        for name, found in mask.indices.items()
+    }
+    return Mask(drawn, mask.shapes, mask.model, mask.weights, {"random_like": dict(mask.rule), "seed": seed}, mask.tag)
+
+
+def layer_number(name: str) -> int:
+    """The layer in a matrix's name: its first part that is a number."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _chosen_matrices(scores: Scores, rule: Rule) -> list[str]:
+    layers = sorted({layer_number(name) for name in scores.shapes})
+    kinds = sorted({kind_of(name) for name in scores.shapes})
+    for layer in rule.layers:
+        if layer not in layers:
+            raise UserError(f"There is no layer {layer}; legal: 0 to {layers[-1]}.")
+    for kind in rule.matrices:
+        if kind not in kinds:
+            raise unknown("matrix", kind, kinds)
+    return [
+        name
+        for name in scores.shapes
+        if (not rule.layers or layer_number(name) in rule.layers) and (not rule.matrices or kind_of(name) in rule.matrices)
+    ]
+
+
+def _behaviour_score(scores: Scores, rule: Rule, weights: Any, name: str, at: int) -> np.ndarray:
+    if rule.score == "random":
+        return np.random.default_rng((rule.seed, at)).random(scores.shapes[name], np.float32)
+    if rule.score == "magnitude":
+        return -np.abs(np.asarray(weights[name], np.float32))
+    if rule.score == "wanda":
+        return _wanda(scores, "behaviour", weights, name)
+    found = scores.read("behaviour_absolute" if rule.score == "absolute" else "behaviour_signed", name)
+    return -found if rule.score == "signed" else found
+
+
+def _preserve_score(scores: Scores, rule: Rule, weights: Any, name: str) -> np.ndarray:
+    return _wanda(scores, "preserve", weights, name) if rule.spare == "wanda" else scores.read("preserve_absolute", name)
+
+
+def _wanda(scores: Scores, which: str, weights: Any, name: str) -> np.ndarray:
+    inputs = scores.read(f"{which}_inputs", name)
+    wide = inputs[None, :] if scores.inputs_axis == 1 else inputs[:, None]
+    return np.abs(np.asarray(weights[name], np.float32)) * wide
+
+
+def _top(scores: Scores, names: list[str], rule: Rule, share: float, skip: float, read: Any) -> dict[str, np.ndarray]:
+    """Matrix -> ascending flat indices of the highest entries, ranked as the rule says; equal entries by their index."""
+    if rule.ranking == "global":
+        return _top_of_all(scores, names, share, skip, read)
+    found = {}
+    for at, name in enumerate(names):
+        values = read(name, at)
+        if rule.ranking == "matrix":
+            found[name] = _highest(values.ravel(), share, skip)
+        else:
+            rows = values if scores.inputs_axis == 1 else values.T
+            flat = np.arange(values.size).reshape(values.shape)
+            flat = flat if scores.inputs_axis == 1 else flat.T
+            chosen = [flat[row][_highest(rows[row], share, skip)] for row in range(len(rows))]
+            found[name] = np.sort(np.concatenate(chosen)).astype(np.int64)
+    return found
+
+
+def _highest(values: np.ndarray, share: float, skip: float = 0.0) -> np.ndarray:
+    """Ascending indices of int(share * size) entries, after int(skip * size) higher ones."""
+    first = int(skip * values.size)
+    stop = first + int(share * values.size)
+    if stop == 0:
+        return np.zeros(0, np.int64)
+    if stop < values.size:
+        edge = -np.partition(-values, stop - 1)[stop - 1]
+        near = np.nonzero(values >= edge)[0]
+    else:
+        near = np.arange(values.size)
+    order = near[np.argsort(-values[near], kind="stable")]
+    return np.sort(order[first:stop]).astype(np.int64)
+
+
+def _top_of_all(scores: Scores, names: list[str], share: float, skip: float, read: Any) -> dict[str, np.ndarray]:
+    """The same over all matrices together: every matrix hands in no more than could be chosen."""
+    total = sum(int(np.prod(scores.shapes[name])) for name in names)
+    first = int(skip * total)
+    stop = first + int(share * total)
+    held: list[tuple[int, np.ndarray, np.ndarray]] = []
+    edge = -np.inf
+    for at, name in enumerate(names):
+        values = read(name, at).ravel()
+        keep = np.nonzero(values >= edge)[0]
+        if len(keep) > stop:
+            keep = keep[_highest(values[keep], stop / len(keep))]
+        held.append((at, keep, values[keep]))
+        everything = np.concatenate([one for _, _, one in held])
+        if len(everything) > 4 * stop > 0:
+            edge = -np.partition(-everything, stop - 1)[stop - 1]
+            held = [(number, indices[one >= edge], one[one >= edge]) for number, indices, one in held]
+    values = np.concatenate([one for _, _, one in held])
+    order = np.argsort(-values, kind="stable")[first:stop]
+    chosen = np.zeros(len(values), bool)
+    chosen[order] = True
+    bounds = np.cumsum([0, *(len(one) for _, _, one in held)])
+    return {names[at]: np.sort(indices[chosen[bounds[i] : bounds[i + 1]]]) for i, (at, indices, _) in enumerate(held)}
