@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmed import statistics
+    from jaxmed import pruning, statistics
     from jaxmed.api import forward, load, sweep
     from jaxmed.distributed import make_mesh
     from jaxmed.errors import UserError
@@ -47,7 +47,12 @@ _PUBLIC = {
     "make_mesh": "jaxmed.distributed",
     "self_check": "jaxmed.parity.selfcheck",
 }
-_MODULES = {"statistics": "jaxmed.statistics", "kinds": "jaxmed.interventions.kinds", "edits": "jaxmed.interventions.edits"}
+_MODULES = {
+    "statistics": "jaxmed.statistics",
+    "pruning": "jaxmed.pruning",
+    "kinds": "jaxmed.interventions.kinds",
+    "edits": "jaxmed.interventions.edits",
+}
 
 __all__ = [
     "Edit",
@@ -64,6 +69,7 @@ __all__ = [
     "load",
     "make_mesh",
     "open_results",
+    "pruning",
     "read_examples",
     "read_pairs",
     "self_check",

@@ -12,10 +12,10 @@ import yaml
 from jaxmed.errors import UserError, unknown
 
 
-def expand(arguments: list[str], commands: Mapping[str, type]) -> list[str]:
+def expand(arguments: list[str], commands: Mapping[str, type], group: str = "") -> list[str]:
     """The arguments with every `--config FILE` replaced by the file's entries.
 
-    A key `command` in the file may name the command; it must agree with the one on the command line.
+    A key `command` in the file may name the command (in a group: "prune score"); it must agree with the one on the command line.
 
     Raises:
         UserError: no such file, not YAML, an unknown key or a nested value; the message names the file.
@@ -36,6 +36,7 @@ def expand(arguments: list[str], commands: Mapping[str, type]) -> list[str]:
     for file in files:
         entries = _read(file)
         named = entries.pop("command", name)
+        named = named.removeprefix(group).strip() if isinstance(named, str) else named
         name = name or named
         if named != name or name not in commands:
             raise UserError(f"{file} is for the command {named!r}, and {name!r} was called. Legal: {', '.join(commands)}.")

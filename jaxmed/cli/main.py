@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from jaxmed.cli.finetune import Finetune
 from jaxmed.cli.generate import Generate
 from jaxmed.cli.measure import Bench
 from jaxmed.cli.parity import Parity
+from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
+from jaxmed.cli.prune_measure import Curve, Transfer
 from jaxmed.errors import UserError
 
 COMMANDS: dict[str, type] = {
@@ -31,16 +34,43 @@ COMMANDS: dict[str, type] = {
     "finetune": Finetune,
     "evaluate": Evaluate,
 }
+PRUNE: dict[str, type] = {
+    "score": Score,
+    "select": Select,
+    "apply": Apply,
+    "combine": Combine,
+    "compare": Compare,
+    "curve": Curve,
+    "transfer": Transfer,
+}
+GROUPS: dict[str, tuple[dict[str, type], str]] = {
+    "prune": (PRUNE, "Weights that carry a behaviour: score them, select a mask by rule, apply it, and measure what is lost."),
+}
+"""Commands that have commands of their own, and what they are for."""
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """The command that the arguments name, as its dataclass. Wrong usage exits with 2."""
+    given, name = list(arguments), "jaxmed"
+    commands, description = COMMANDS, DESCRIPTION
+    if given[:1] and given[0] in GROUPS:
+        group = given.pop(0)
+        (commands, description), name = GROUPS[group], f"jaxmed {group}"
+        given = expand(given, commands, group)
+    else:
+        given = expand(given, commands)
     union: Any = None
-    for name, kind in COMMANDS.items():
+    kinds = {**commands, **({} if commands is not COMMANDS else {name: _group(name, text) for name, (_, text) in GROUPS.items()})}
+    for command, kind in kinds.items():
         summary = (kind.__doc__ or "").strip()
-        one = Annotated[kind, tyro.conf.subcommand(name, description=summary, prefix_name=False)]
+        one = Annotated[kind, tyro.conf.subcommand(command, description=summary, prefix_name=False)]
         union = one if union is None else union | one
-    return tyro.cli(union, args=expand(list(arguments), COMMANDS), prog="jaxmed", description=DESCRIPTION, use_underscores=False)
+    return tyro.cli(union, args=given, prog=name, description=description, use_underscores=False)
+
+
+def _group(name: str, text: str) -> type:
+    """A line of the help for a command that has commands of its own; `parse` handles those before."""
+    return dataclasses.make_dataclass(name.title(), [], namespace={"__doc__": text}, frozen=True)
 
 
 DESCRIPTION = "Causal mediation analysis of language models: which layers, modules, heads, neurons and tokens carry a behaviour."

@@ -10,7 +10,7 @@ from typing import Any
 from jaxmed.errors import UserError, unknown
 from jaxmed.prompts.readers import read_all, read_rows
 
-BUNDLED = ("alignment",)
+BUNDLED = ("alignment", "rude", "foolish", "untrue", "trivia", "ordinary")
 HELDOUT = "heldout"
 SPLITS = ("train", HELDOUT)
 
@@ -42,7 +42,7 @@ COLUMNS = tuple(f.name for f in fields(Example))
 
 
 def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool = True) -> list[Example]:
-    """Examples from a file (.jsonl, .csv, .parquet), a bundled name ("alignment"), or rows in memory.
+    """Examples from a file (.jsonl, .csv, .parquet), one of the names in `BUNDLED`, or rows in memory.
 
     Args:
         responses: whether every row needs a response.

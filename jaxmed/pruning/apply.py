@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from jaxmed.errors import UserError, unknown
-from jaxmed.models.checkpoints.assemble import matrix_rules
-from jaxmed.models.families import FAMILIES
+from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.load import Model
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import matrix_shapes, named_layers, with_matrices
+from jaxmed.pruning.matrices import matrix_shapes, weights_by_name, with_matrices
 
 TO = ("zero", "mean", "scale")
 
@@ -29,20 +28,9 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
     """
     if to not in TO:
         raise unknown("edit", to, TO)
-    if model.config.int8:
-        raise UserError("A model kept as int8 is not pruned: its weights are rounded. Load it without int8.")
-    shapes = matrix_shapes(model.config)
-    if dict(mask.shapes) != shapes:
-        wrong = next((name for name, shape in mask.shapes.items() if shapes.get(name) != shape), "some matrices are missing")
-        raise UserError(f"The mask is of another model: it was made of {mask.model!r}, and {model.name!r} differs ({wrong}).")
-    if mask.weights != model.weights_hash and not any_model:
-        raise UserError(
-            f"The mask was made of other weights ({mask.model!r}, SHA-256 {mask.weights[:12]}) than {model.name!r} has "
-            f"({model.weights_hash[:12]}). Use that model, or say that any model of these shapes will do (--any-model)."
-        )
+    check_mask(model, mask, any_model)
     changed = {}
-    stacks = {rule.path[-1]: model.params["blocks"][rule.path[-1]] for rule in matrix_rules(FAMILIES[model.config.family])}
-    for name, values in named_layers(model.config, stacks):
+    for name, values in weights_by_name(model).items():
         chosen = mask.indices[name]
         if len(chosen):
             edited = np.array(values).ravel()
@@ -58,6 +46,27 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
     }
     edit |= ({"factor": factor} if to == "scale" else {}) | ({"tag": mask.tag} if mask.tag else {})
     return replace(model, params=with_matrices(model.config, model.params, changed), edits=(*model.edits, edit))
+
+
+def check_mask(model: Model, mask: Mask, any_model: bool = False, written: bool = False) -> None:
+    """Raises a UserError where a mask cannot be applied to a model; needs no parameters.
+
+    Args:
+        written: whether the edited model is to be written, which a mask tagged "attack" forbids.
+    """
+    if model.config.int8:
+        raise UserError("A model kept as int8 is not pruned: its weights are rounded. Load it without int8.")
+    shapes = matrix_shapes(model.config)
+    if dict(mask.shapes) != shapes:
+        wrong = next((name for name, shape in mask.shapes.items() if shapes.get(name) != shape), "some matrices are missing")
+        raise UserError(f"The mask is of another model: it was made of {mask.model!r}, and {model.name!r} differs ({wrong}).")
+    if mask.weights != model.weights_hash and not any_model:
+        raise UserError(
+            f"The mask was made of other weights ({mask.model!r}, SHA-256 {mask.weights[:12]}) than {model.name!r} has "
+            f"({model.weights_hash[:12]}). Use that model, or say that any model of these shapes will do (--any-model)."
+        )
+    if written:
+        refuse_attacks([*model.edits, {"tag": mask.tag}])
 
 
 def _edited(values: np.ndarray, to: str, factor: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from jaxmed.models.checkpoints.assemble import join_layer, layer_tensors, matrix
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
+from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params
 
 
@@ -19,12 +20,6 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every matrix of the blocks, layer by layer."""
     rules = matrix_rules(FAMILIES[config.family])
     return {name: shape for layer in range(config.layers) for rule in rules for name, shape in layer_tensors(rule, config, layer)}
-
-
-def layer_of(config: ModelConfig) -> dict[str, int]:
-    """The layer of every matrix."""
-    rules = matrix_rules(FAMILIES[config.family])
-    return {name: layer for layer in range(config.layers) for rule in rules for name, _ in layer_tensors(rule, config, layer)}
 
 
 def kind_of(name: str) -> str:
@@ -48,6 +43,12 @@ def named_layers(config: ModelConfig, stacks: Mapping[str, jax.Array], first: in
         for rule in rules:
             if rule.path[-1] in stacks:
                 yield from split_layer(rule, config, first + number, np.asarray(stacks[rule.path[-1]][number]))
+
+
+def weights_by_name(model: Model) -> dict[str, np.ndarray]:
+    """Every matrix of a model by name, in its dtype, all on the host."""
+    stacks = {rule.path[-1]: model.params["blocks"][rule.path[-1]] for rule in matrix_rules(FAMILIES[model.config.family])}
+    return dict(named_layers(model.config, stacks))
 
 
 def with_matrices(config: ModelConfig, params: Params, changed: Mapping[str, np.ndarray]) -> Params:

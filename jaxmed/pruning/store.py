@@ -20,6 +20,15 @@ CHUNK = 1 << 24
 """Numbers per stored chunk at most."""
 
 
+def check_folder(folder: Path, resume: bool) -> bool:
+    """Whether scoring can begin or go on in `folder`; returns True if it holds a run to go on with.
+
+    Raises:
+        UserError: foreign files, or a run and no --resume.
+    """
+    return results.RUN in results.check_contents(folder, resume, _OURS)
+
+
 class ScoreFolder:
     """Scores on disk."""
 
@@ -32,7 +41,7 @@ class ScoreFolder:
         Raises:
             UserError: foreign files; a run without `resume`, or of another request; a disk without room.
         """
-        if results.RUN in results.check_contents(self.folder, resume, _OURS):
+        if check_folder(self.folder, resume):
             results.check_same(self.folder, results.read_run(self.folder)["manifest"], manifest)
             return
         numbers = sum(int(np.prod(shape)) for shape in manifest["shapes"].values())

@@ -1,0 +1,108 @@
+"""What a mask does: losses on sets of examples and perplexity on plain text, before and after, with intervals over examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+from jaxmed.finetuning.batches import Batch, batch_layout
+from jaxmed.finetuning.train import token_losses
+from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.load import Model
+from jaxmed.models.transformer import Params
+from jaxmed.plan import TOKENS_PER_DEVICE
+from jaxmed.prompts.examples import Example
+from jaxmed.pruning.apply import apply_mask
+from jaxmed.pruning.masks import Mask
+from jaxmed.pruning.texts import batches, encode, group
+from jaxmed.runner import run_blocks
+from jaxmed.tokens import Answered
+
+FEWEST_EXAMPLES = 10
+"""Below, there is no interval: too few to resample."""
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _losses(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
+    return (token_losses(config, params, h, batch) * batch.weight).sum(-1)
+
+
+def example_losses(model: Model, examples: Sequence[Answered]) -> np.ndarray:
+    """Mean cross-entropy of every example's response tokens, in nats: float64 [examples]."""
+    device, placed = model.mesh.devices.flat[0], jax.NamedSharding(model.mesh, jax.P("data"))
+    groups = group(examples, model.mesh.shape["data"], TOKENS_PER_DEVICE.get(device.platform, 2048))
+    found = np.zeros(len(examples))
+    for members, batch in batches(examples, groups):
+        found[members] = np.asarray(_losses(model.config, model.params, jax.device_put(batch, placed)))[: len(members)]
+    return found
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What a model is measured on.
+
+    Attributes:
+        sets: name -> examples as tokens.
+        text: plain text file or bundled text for the perplexity; empty: none.
+    """
+
+    sets: Mapping[str, Sequence[Answered]]
+    text: str = "neutral"
+
+
+def make_tests(model: Model, sets: Mapping[str, Sequence[Example]], text: str = "neutral", **how: Any) -> Tests:
+    """Tests from examples with responses; `how` as `texts.encode` takes it."""
+    return Tests({name: encode(model.tokenizer, found, **how) for name, found in sets.items()}, text)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses of a model.
+
+    Attributes:
+        losses: set -> loss of every example.
+        perplexity: on plain text, or None.
+    """
+
+    losses: Mapping[str, np.ndarray]
+    perplexity: Perplexity | None
+
+
+def measure(model: Model, tests: Tests) -> Measured:
+    """Losses of every test set, and the perplexity."""
+    losses = {name: example_losses(model, found) for name, found in tests.sets.items()}
+    return Measured(losses, perplexity(model, tests.text) if tests.text else None)
+
+
+def measure_mask(model: Model, mask: Mask, tests: Tests, before: Measured, any_model: bool = False) -> dict[str, Any]:
+    """A row of numbers of one mask, set to zero: counts, and for every test set the loss, its rise and the rise's 95 % interval."""
+    after = measure(apply_mask(model, mask, any_model=any_model), tests)
+    row: dict[str, Any] = {"weights": mask.count, "share": mask.count / mask.numbers}
+    for name, losses in after.losses.items():
+        low, high = rise_interval(before.losses[name], losses)
+        rise = float((losses - before.losses[name]).mean())
+        row |= {f"{name}_loss": float(losses.mean()), f"{name}_rise": rise, f"{name}_low": low, f"{name}_high": high}
+    if before.perplexity is not None and after.perplexity is not None:
+        ratio, low, high = perplexity_ratio(before.perplexity, after.perplexity)
+        row |= {"perplexity": after.perplexity.value, "perplexity_ratio": ratio, "perplexity_low": low, "perplexity_high": high}
+    return row
+
+
+def rise_interval(before: np.ndarray, after: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean rise of the loss over examples (BCa bootstrap of paired differences); NaN below `FEWEST_EXAMPLES`."""
+    rise = after - before
+    if len(rise) < FEWEST_EXAMPLES:
+        return math.nan, math.nan
+    if np.ptp(rise) == 0:
+        return float(rise[0]), float(rise[0])
+    found = stats.bootstrap((rise,), np.mean, n_resamples=resamples, method="BCa", rng=seed).confidence_interval
+    return float(found.low), float(found.high)
