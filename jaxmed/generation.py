@@ -237,6 +237,8 @@ def generate_ids(
 def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, raw: bool = False, **how: Any) -> list[str]:
     """Continues prompts as texts: each is a user message, rendered with the chat template; with `raw`, text to go on with.
 
+    An example's `prefill` opens the answer; what is returned goes on from there.
+
     Args:
         most: tokens written at most.
         how: temperature, top_p, seed, edits, where, stops, rows, report; see `generate_ids`.
@@ -245,7 +247,7 @@ def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, raw
         UserError: no tokenizer or chat template; what `generate_ids` raises.
     """
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [text_ids(model.tokenizer, one.prompt) if raw else prompt_ids(model.tokenizer, one) for one in examples]
+    ids = [text_ids(model.tokenizer, one.prompt + one.prefill) if raw else prompt_ids(model.tokenizer, one) for one in examples]
     return [model.tokenizer.decode(written, skip_special_tokens=True) for written in generate_ids(model, ids, most, **how)]
 
 

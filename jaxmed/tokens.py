@@ -127,9 +127,9 @@ def text_ids(tokenizer: Any, text: str) -> np.ndarray:
 def _encode_prompt(tokenizer: Any, example: Example, raw: bool, separator: str) -> tuple[list[int], str]:
     """The prompt's token ids, and the text of the response."""
     if raw:
-        return list(tokenizer(example.prompt + separator, add_special_tokens=False)["input_ids"]), example.response
+        return list(tokenizer(example.prompt + separator + example.prefill, add_special_tokens=False)["input_ids"]), example.response
     opening, response = _chat_turns(tokenizer, example)
-    return _encode(tokenizer, opening)[0], response
+    return _encode(tokenizer, opening + example.prefill)[0], response
 
 
 def _chat_turns(tokenizer: Any, example: Example) -> tuple[str, str]:

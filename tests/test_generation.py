@@ -89,6 +89,14 @@ def test_samples_follow_the_seed_and_not_the_batch(plain_model: Model) -> None:
     assert [x.tolist() for x in generate_ids(plain_model, PROMPTS, 6, 1.0, 1e-6, stops=[])] == greedy
 
 
+def test_a_prefill_opens_the_answer(plain_model: Model) -> None:
+    asked = jm.Example("how to")
+    opened = [*prompt_ids(plain_model.tokenizer, asked).tolist(), *plain_model.tokenizer("ok", add_special_tokens=False)["input_ids"]]
+    wanted = plain_model.tokenizer.decode(_continued(plain_model, opened, 4), skip_special_tokens=True)
+    assert jm.generate(plain_model, [jm.Example("how to", prefill="ok")], 4, stops=[]) == [wanted]
+    assert jm.generate(plain_model, [asked], 4, stops=[]) != [wanted]
+
+
 def test_texts_go_in_and_out(plain_model: Model) -> None:
     assert len(jm.generate(plain_model, ["how to", jm.Example("why")], 4)) == 2
     plain = jm.generate(plain_model, ["ab"], 4, raw=True, stops=[])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.bench.shapes import SHAPES
 from jaxmed.effects.exact import open_window, prepare
 from jaxmed.effects.job import Request, check, plan
 from jaxmed.effects.outcomes import Readout
 from jaxmed.effects.units import UNITS
 from jaxmed.models.config import Rope
 from jaxmed.models.load import Model
+from jaxmed.models.rope import frequencies
+from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops, propagate_flops
-from jaxmed.runner import propagate
+from jaxmed.runner import causal_layout, forward, propagate
 from tests import tiny
 
 
@@ -97,3 +101,18 @@ def test_the_plan_of_last_token_neurons_carries_one_token_per_row(plain_model: M
     restarts = sum(propagate_flops(config, rows, 1, seen, config.layers - 1 - layer) for layer in range(config.layers))
     assert window == 1
     assert plan(job).flops == restarts + 2 * propagate_flops(config, 1, seen, 0, config.layers)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_are_those_of_their_models(name: str) -> None:
+    """The shapes of `jaxmed bench --shape`, traced without weights: every product fits, and RoPE turns whole heads."""
+    config = replace(SHAPES[name], dtype="bfloat16")
+    run = partial(forward, config, layout=causal_layout(2, 16), taps=("query",))
+    logits, taps = jax.eval_shape(run, param_shapes(config), jax.ShapeDtypeStruct((2, 16), np.int32))
+    assert logits.shape == (2, 16, config.vocabulary)
+    assert taps["query"].shape == (config.layers, 2, 16, config.heads, config.head_width)
+    assert config.rope is not None
+    assert len(frequencies(config.rope, config.head_width)) == config.head_width // 2
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
+    published = {"smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
+    assert numbers == published[name]

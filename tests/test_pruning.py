@@ -12,15 +12,20 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
-from jaxmed.models.load import Model, load
+from jaxmed.finetuning.batches import Batch, Shape
+from jaxmed.models.load import Model, from_params, load
+from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops
 from jaxmed.pruning import Mask, Rule, apply_mask, combine, overlap, random_like, read_mask, read_scores, score, select, write_mask
 from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import example_losses, make_tests
+from jaxmed.pruning.plan import make_plan, pass_bytes
 from jaxmed.pruning.scores import KINDS, add_batch, check, fresh_totals
 from jaxmed.pruning.texts import batches, response_tokens
 from jaxmed.runner import causal_layout, forward
+from jaxmed.tokens import Answered
 from tests import reference, tiny
 
 torch = reference.torch
@@ -386,3 +391,35 @@ def test_the_commands_go_from_scores_to_a_model(tmp_path: Path, capsys: pytest.C
     assert "q (7.0) is in (0, 1]" in capsys.readouterr().err
     assert main(["prune", "apply", "--mask", str(masks["one"]), "--out", str(tmp_path / "other")]) == 2
     assert "of another model" in capsys.readouterr().err
+
+
+def _abstract(config: Any, rows: int, length: int, scored: int, layers: int) -> tuple[Any, ...]:
+    """The arguments of `add_batch` as shapes."""
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
+    real = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
+    each = of(rows, length), of(rows, length), of(rows, length), of(rows, scored), of(rows, scored), real(rows, scored)
+    totals = jax.eval_shape(lambda: fresh_totals(config, ("signed",), layers, 1))
+    return config, param_shapes(config), totals, Batch(*each, 0, length), real(rows, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_planned_memory_is_what_the_compiled_program_takes(remat: bool) -> None:
+    config, mesh = SHAPES["smollm2-135m"], jm.make_mesh("data=1")
+    rows, length, scored = 40, 48, 32
+    program: Any = add_batch
+    memory = program.lower(*_abstract(config, rows, length, scored, 30), (0, 30), remat, mesh).compile().memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    planned = pass_bytes(config, mesh, Shape(rows, 0, 1, length, scored), ("signed",), 30, remat)
+    assert 1.0 <= planned / taken <= 1.35
+
+
+def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 80e9)
+    model = from_params(replace(SHAPES["llama-3.1-8b"], dtype="bfloat16"), {"blocks": {}}, jm.make_mesh("data=1"))
+    examples = [Answered(np.zeros(length, np.int32), 20) for length in (60, 120, 250)] * 20
+    plan = make_plan(model, examples, ("signed",))
+    assert plan.bytes <= 80e9
+    assert [span[0] for span in plan.spans[1:]] == [span[1] for span in plan.spans[:-1]]
+    assert (plan.spans[0][0], plan.spans[-1][1]) == (0, 32)
+    assert len(plan.spans) <= 4

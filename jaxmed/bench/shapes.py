@@ -17,7 +17,7 @@ from jaxmed.plan import units_per_device
 from jaxmed.prompts import read_pairs
 from jaxmed.tokens import Patch, render
 
-_LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+_LLAMA3 = Rope(500000.0, "llama3", factor=8.0, low_factor=1.0, high_factor=4.0, original_length=8192)
 SHAPES: dict[str, ModelConfig] = {
     "smollm2-135m": ModelConfig("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, Rope(100000.0)),
     "llama-3.2-1b": ModelConfig("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, replace(_LLAMA3, factor=32.0)),

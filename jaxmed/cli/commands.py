@@ -116,6 +116,13 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
     return model
 
 
+def masked(model: Any, mask: Path | None) -> Any:
+    """The model with the weights of a mask file set to zero, where one is given."""
+    from jaxmed.pruning import apply_mask, read_mask
+
+    return model if mask is None else apply_mask(model, read_mask(mask))
+
+
 def build(name: str) -> None:
     """Builds a variant of a known model, with a progress display, unless the cache holds it."""
     from jaxmed.finetuning.variants import build_variant

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model
+from jaxmed.cli.commands import Config, Dtype, load_model, masked
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
 
@@ -39,6 +39,8 @@ class Evaluate:
     """Keep the answers in --out; else only their hashes are."""
     out: Path | None = None
     """JSON file for every number; must not exist yet."""
+    mask: Path | None = None
+    """Mask file whose weights are set to zero in memory; see `jaxmed prune`."""
     adapter: Path | None = None
     """LoRA adapter to merge into the weights, as the folder that PEFT saves."""
     raw: bool = False
@@ -64,7 +66,7 @@ class Evaluate:
         )
         if self.dry_run:
             return
-        model = load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter)
+        model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
         with show.progress("answers", len(rows), "answers") as report:
             texts = answer(model, rows, self.tokens, self.raw, report=lambda count: report(count, count, ""))
         found: dict[str, Any] = {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model
+from jaxmed.cli.commands import Config, Dtype, load_model, masked
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
 
@@ -32,6 +32,10 @@ class Generate:
     """Sample among the fewest tokens whose probabilities reach this."""
     seed: int = 0
     """Of sampling."""
+    prefill: str = ""
+    """Opening of every answer, which the model goes on from."""
+    mask: Path | None = None
+    """Mask file whose weights are set to zero in memory; see `jaxmed prune`."""
     adapter: Path | None = None
     """LoRA adapter to merge into the weights, as the folder that PEFT saves."""
     raw: bool = False
@@ -50,7 +54,8 @@ class Generate:
         rows = read_examples(self.examples, responses=False) if self.examples else [Example(prompt) for prompt in self.prompts]
         if not rows:
             raise UserError("Give at least one prompt, or --examples FILE.")
-        model = load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter)
+        rows = [replace(row, prefill=self.prefill or row.prefill) for row in rows]
+        model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
         how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         for row, text in zip(rows, generate(model, rows, self.tokens, self.raw, **how), strict=True):
-            show.out.print(f"> {row.prompt}\n{text.strip()}\n", markup=False)
+            show.out.print(f"> {row.prompt}\n{row.prefill}{text if row.prefill else text.strip()}\n", markup=False)

@@ -27,6 +27,7 @@ class Example:
         split: "train" or "heldout", or empty.
         system: system message; None: the chat template's own.
         id: name, or empty.
+        prefill: opening of the assistant's answer that is given with the prompt; not scored, trained on or returned.
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class Example:
     split: str = ""
     system: str | None = None
     id: str = ""
+    prefill: str = ""
 
 
 COLUMNS = tuple(f.name for f in fields(Example))
