@@ -124,6 +124,15 @@ def test_the_default_rule_is_the_top_of_one_without_the_top_of_the_other(scores:
     assert 0 < mask.count < select(scores, Rule(q=0.05, p=0)).count
 
 
+def test_a_preserve_set_may_be_scored_apart(plain_model: Model, scores: Any) -> None:
+    alone = score(plain_model, BEHAVIOUR, kinds=("behaviour_signed",))
+    kept = score(plain_model, [], PRESERVE, kinds=("preserve_absolute",))
+    apart, together = select(alone, Rule(q=0.05, p=0.1), preserve=kept), select(scores, Rule(q=0.05, p=0.1))
+    assert all(np.array_equal(apart.indices[name], together.indices[name]) for name in together.indices)
+    with pytest.raises(jm.UserError, match="of other weights"):
+        select(alone, Rule(), preserve=replace(kept, weights="0" * 64))
+
+
 @pytest.mark.parametrize("kind", ["signed", "positive", "absolute", "wanda", "magnitude"])
 def test_every_score_ranks_as_it_says(plain_model: Model, scores: Any, kind: Any) -> None:
     weights = weights_by_name(plain_model)

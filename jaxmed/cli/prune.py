@@ -120,6 +120,8 @@ class Select(Rule):
 
     scores: Path = Path("jaxmed-scores")
     """Folder of `prune score`."""
+    preserve: Path | None = None
+    """Folder whose preserve scores are taken, where the set was scored apart; default: those in --scores."""
     out: Path = Path("mask.safetensors")
     """The mask file; must not exist yet."""
     layers: str = ""  # type: ignore[assignment]
@@ -140,7 +142,8 @@ class Select(Rule):
         given |= {"layers": parse_layers(self.layers) or ()}
         rule = Rule(**given)
         scores = read_scores(self.scores)
-        mask = select(scores, rule, self._weights(scores, rule), self.tag)
+        preserve = None if self.preserve is None else read_scores(self.preserve)
+        mask = select(scores, rule, self._weights(scores, rule), self.tag, preserve)
         write_mask(mask, self.out)
         show.lines(f"mask: {self.out}", describe_mask(mask))
 
@@ -259,10 +262,12 @@ class Compare:
 
         if len(self.masks) < 2:
             raise UserError("Give at least two masks to compare.")
-        masks = {str(file): read_mask(file) for file in self.masks}
+        masks = {
+            file.stem if len({other.stem for other in self.masks}) == len(self.masks) else str(file): read_mask(file) for file in self.masks
+        }
         weights = weights_by_name(load_model(self.model, "float32", None, "data=1")) if self.model else None
         table = Table(title="weights that two masks share")
-        for column in ("one", "other", "both", "Jaccard", "by chance", "by chance within strata of |W|"):
+        for column in ("one", "other", "both", "Jaccard", "by chance", "by chance given |W|"):
             table.add_column(column)
         for one, other in combinations(masks, 2):
             found = overlap(masks[one], masks[other], weights.items() if weights else None)

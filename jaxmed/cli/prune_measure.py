@@ -171,19 +171,18 @@ def keep(file: Path, done: Sequence[dict[str, Any]], report: Any) -> Any:
 
 
 def show_rows(file: Path, keys: Sequence[str]) -> None:
-    """Prints a table of the rows: keys, weights, the rise of every loss with its interval, the perplexity's ratio."""
+    """Prints a table of the rows: keys, weights, the rise of every loss, the perplexity's ratio; intervals are in the file."""
     from rich.table import Table
 
     from jaxmed.pruning.curve import read_rows
 
     rows = read_rows(file)
     names = [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
-    table = Table(title="rise of the loss (95 %), nats per response token", title_justify="left")
+    table = Table(title=f"rise of the loss, nats per response token (95 % intervals: {file})", title_justify="left")
     for column in (*keys, "weights", *names, *(["perplexity x"] if "perplexity_ratio" in rows[0] else [])):
-        table.add_column(column)
+        table.add_column(column, justify="left" if column in keys else "right")
     for row in rows:
         cells = [f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
-        rises = [f"{row[f'{name}_rise']:+.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})" for name in names]
         ratio = [f"{row['perplexity_ratio']:.3f}"] if "perplexity_ratio" in row else []
-        table.add_row(*cells, f"{int(row['weights']):,}", *rises, *ratio)
+        table.add_row(*cells, f"{int(row['weights']):,}", *(f"{row[f'{name}_rise']:+.3f}" for name in names), *ratio)
     show.out.print(table)

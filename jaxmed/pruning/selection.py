@@ -27,24 +27,35 @@ def needs_weights(rule: Rule) -> bool:
     return "wanda" in (rule.score, rule.spare if rule.p else "") or rule.score == "magnitude"
 
 
-def select(scores: Scores, rule: Rule | None = None, weights: Mapping[str, np.ndarray] | None = None, tag: str = "") -> Mask:
+def select(
+    scores: Scores,
+    rule: Rule | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+    tag: str = "",
+    preserve: Scores | None = None,
+) -> Mask:
     """The mask of a rule.
 
     Args:
         weights: matrix -> values, for rules that read them.
         tag: what the mask is for.
+        preserve: scores of a preserve set that was scored apart, for several behaviours; None: those in `scores`.
 
     Raises:
-        UserError: values out of range; layers or matrices that the model does not have; kinds that were not scored.
+        UserError: values out of range; layers or matrices that the model does not have; kinds that were not scored; preserve
+            scores of other weights.
     """
     rule = rule or Rule()
     rule.check()
+    preserve = preserve or scores
+    if (preserve.weights, preserve.shapes) != (scores.weights, scores.shapes):
+        raise UserError(f"The preserve scores are of other weights ({preserve.model!r}) than the behaviour's ({scores.model!r}).")
     names = _chosen_matrices(scores, rule)
     if needs_weights(rule) and weights is None:
         raise UserError(f"The rule {rule.score!r} with {rule.spare!r} reads the weights too: give the model.")
     chosen = _top(scores, names, rule, rule.q, rule.skip, lambda name, at: _behaviour_score(scores, rule, weights, name, at))
     if rule.p and rule.spare != "none":
-        spared = _top(scores, names, rule, rule.p, 0.0, lambda name, at: _preserve_score(scores, rule, weights, name))
+        spared = _top(scores, names, rule, rule.p, 0.0, lambda name, at: _preserve_score(preserve, rule, weights, name))
         chosen = {name: np.setdiff1d(chosen[name], spared[name], assume_unique=True) for name in names}
     empty = np.zeros(0, np.int64)
     indices = {name: chosen.get(name, empty) for name in scores.shapes}
