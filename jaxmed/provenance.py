@@ -18,6 +18,12 @@ def commit() -> str | None:
     return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
 
 
+def short_commit() -> str:
+    """Twelve digits of `commit`, with its "+"; "unknown" for an installed package."""
+    found = commit() or "unknown"
+    return found[:12] + "+" * found.endswith("+")
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what computed a result."""
     names = ("jaxmed", "jax", "jaxlib", "flax", "numpy", "tensorstore", "zarr", "xarray", "transformers")

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,6 +100,85 @@ def bare_matmuls(job: Any) -> Any:
     return lambda: jitted(model.params["blocks"], head(model.params), wide, last).block_until_ready()
 
 
+def our_side(method: str) -> tuple[Any, Any]:
+    """The checked job of the config with another method, and one optimiser step as a function that returns its loss."""
+    import jax
+    import yaml
+
+    import jaxmed as jm
+    from jaxmed.finetuning.job import check
+    from jaxmed.finetuning.settings import read_recipe
+    from jaxmed.finetuning.train import make_optimiser, make_step, start
+
+    config = Path(__file__).parents[1] / "configs" / "align_smollm2.yaml"
+    model = jm.load("smollm2-135m-instruct")
+    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": method})
+    job = check(model, *recipe.examples(), recipe.settings)
+    optimiser = make_optimiser(job.settings, job.steps)
+    trained, state, frozen, moved = start(model, job.settings, optimiser)
+    step = make_step(model.config, job.settings, optimiser, moved)
+    batch = jax.device_put(job.batch(0), jax.NamedSharding(model.mesh, jax.P(None, "data")))
+
+    def run() -> float:
+        nonlocal trained, state
+        trained, state, found = step(trained, state, frozen, batch)
+        return float(found["loss"])
+
+    return job, run
+
+
+@contextmanager
+def their_side(job: Any) -> Iterator[Any]:
+    """A function that runs one step of PyTorch's loop, in a process of its own, and returns its seconds and loss."""
+    import jaxmed as jm
+    from jaxmed.finetuning.lora import new_factors, save_adapter
+
+    with tempfile.TemporaryDirectory() as folder:
+        jm.export_folder(job.model, Path(folder) / "model")
+        adapter, lora = "", job.settings.lora
+        if job.settings.method == "lora":
+            fresh = new_factors(job.model.config, lora, job.settings.seed)
+            adapter = str(save_adapter(job.model, fresh, lora, Path(folder) / "adapter"))
+        command = [sys.executable, __file__, "--torch-side"]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def say(text: str) -> None:
+            asked.write(text + "\n")
+            asked.flush()
+
+        def run() -> dict[str, float]:
+            say("step")
+            return json.loads(answers.readline())
+
+        say(json.dumps({"model": f"{folder}/model", "adapter": adapter, **padded(job, job.order[0])}))
+        assert answers.readline().strip() == "ready"
+        try:
+            yield run
+        finally:
+            process.kill()
+
+
+def measure(job: Any, ours: Any, rounds: int) -> list[dict[str, float]]:
+    """Seconds of every contestant, round by round; the first round compiles and is left out."""
+    bare, found = bare_matmuls(job), []
+    with their_side(job) as theirs:
+        for number in range(rounds + 1):
+            begin = time.perf_counter()
+            loss = ours()
+            middle = time.perf_counter()
+            bare()
+            end = time.perf_counter()
+            other = theirs()
+            found.append({"ours": middle - begin, "bare": end - middle, "torch": other["seconds"]})
+            shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found[-1].items())
+            print(f"round {number}: {shown}; losses {loss:.4f}, {other['loss']:.4f}", flush=True)
+    return found[1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
@@ -105,56 +186,12 @@ def main() -> None:
     parser.add_argument("--append", type=Path)
     arguments = parser.parse_args()
 
-    import jax
-    import yaml
-
-    import jaxmed as jm
     from jaxmed.distributed import device_name
-    from jaxmed.finetuning.job import check, step_flops
-    from jaxmed.finetuning.lora import save_adapter
-    from jaxmed.finetuning.settings import read_recipe
-    from jaxmed.finetuning.train import make_optimiser, make_step, start
-    from jaxmed.provenance import commit
+    from jaxmed.finetuning.job import step_flops
+    from jaxmed.provenance import short_commit
 
-    config = Path(__file__).parents[1] / "configs" / "align_smollm2.yaml"
-    model = jm.load("smollm2-135m-instruct")
-    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": arguments.method})
-    job = check(model, *recipe.examples(), recipe.settings)
-    optimiser = make_optimiser(job.settings, job.steps)
-    trained, state, frozen, moved = start(model, job.settings, optimiser)
-    step = make_step(model.config, job.settings, optimiser, moved)
-    batch = jax.device_put(job.batch(0), jax.NamedSharding(model.mesh, jax.P(None, "data")))
-    bare = bare_matmuls(job)
-    with tempfile.TemporaryDirectory() as folder:
-        jm.export_folder(model, Path(folder) / "model")
-        adapter = ""
-        if arguments.method == "lora":
-            adapter = str(save_adapter(model, trained, job.settings.lora, Path(folder) / "adapter"))
-        command = [sys.executable, __file__, "--torch-side"]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps({"model": f"{folder}/model", "adapter": adapter, **padded(job, job.order[0])}) + "\n")
-        process.stdin.flush()
-        assert process.stdout.readline().strip() == "ready"
-        rounds: list[dict[str, float]] = []
-        for number in range(arguments.rounds + 1):  # the first compiles
-            begin = time.perf_counter()
-            trained, state, found = step(trained, state, frozen, batch)
-            loss = float(found["loss"])
-            ours = time.perf_counter() - begin
-            begin = time.perf_counter()
-            bare()
-            alone = time.perf_counter() - begin
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            theirs = json.loads(process.stdout.readline())
-            print(f"round {number}: ours {ours:.2f} s (loss {loss:.4f}), bare matmuls {alone:.2f} s, PyTorch {theirs['seconds']:.2f} s "
-                  f"(loss {theirs['loss']:.4f})", flush=True)  # fmt: skip
-            if number:
-                rounds.append({"ours": ours, "bare": alone, "torch": theirs["seconds"]})
-        process.kill()
+    job, ours = our_side(arguments.method)
+    rounds = measure(job, ours, arguments.rounds)
     of = {name: median(one[name] for one in rounds) for name in rounds[0]}
     ratio = {name: median(one[name] / one["ours"] for one in rounds) for name in ("bare", "torch")}
     tokens = sum(len(job.examples[i].ids) for i in job.order[0])
@@ -164,7 +201,7 @@ def main() -> None:
     )
     print(row)
     if arguments.append:
-        title = f"\n## {datetime.date.today()}, commit {(commit() or 'unknown')[:12]}, fine-tuning on {device_name(model.mesh)}\n\n"
+        title = f"\n## {datetime.date.today()}, commit {short_commit()}, fine-tuning on {device_name(job.model.mesh)}\n\n"
         head_row = "| method | rows x tokens | s/step | tokens/s | bare matmuls s | bare / ours | PyTorch s | PyTorch / ours | GFLOP/s |\n"
         text = title + f"`python scripts/measure_finetuning.py --method {arguments.method} --rounds {arguments.rounds}`. {ABOUT}\n\n"
         with arguments.append.open("a", encoding="utf-8") as handle:

@@ -25,7 +25,7 @@ from jaxmed.bench.shapes import SHAPES
 from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
-from jaxmed.provenance import commit
+from jaxmed.provenance import short_commit
 
 MESHES = {"data=1": 1, "data=1,model=8": 8, "data=2,model=4": 8}
 """Mesh -> devices of the process."""
@@ -102,7 +102,7 @@ def main() -> int:
             )
             print(lines[-1], flush=True)
     if given.append:
-        title = f"\n## {datetime.date.today()}, commit {(commit() or 'unknown')[:12]}, peak host memory of loading\n\n"
+        title = f"\n## {datetime.date.today()}, commit {short_commit()}, peak host memory of loading\n\n"
         command = f"`python scripts/measure_loading.py --shape {given.shape}`"
         what = f"{command}: a synthetic bfloat16 checkpoint of {total / 2**30:.2f} GiB in 8 files\n\n"
         with given.append.open("a", encoding="utf-8") as handle:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxmed as jm
 from jaxmed.interventions.sites import SITES
-from jaxmed.provenance import commit
+from jaxmed.provenance import short_commit
 from tests import reference
 
 ABOUT = """Float32: largest absolute difference of logits (the prompt is longer than every sliding window and RoPE threshold of the tiny
@@ -57,7 +57,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     if given.append:
         version = reference.transformers.__version__
-        title = f"\n## {datetime.date.today()}, commit {(commit() or 'unknown')[:12]}, parity with transformers {version}\n\n"
+        title = f"\n## {datetime.date.today()}, commit {short_commit()}, parity with transformers {version}\n\n"
         about = (
             "`python scripts/measure_parity.py --append BENCHMARKS.md`; tiny random models, 90 tokens. " + " ".join(ABOUT.split()) + "\n\n"
         )

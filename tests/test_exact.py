@@ -92,6 +92,7 @@ def test_several_chunks_equal_one(plain_model: Model, monkeypatch: pytest.Monkey
         assert np.abs(whole[unit].values - pieces[unit].values).max() <= tolerances.EFFECTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=1,model=2", "data=2"])
 def test_meshes_agree(mesh: str) -> None:
     alone = jm.sweep(tiny.model("llama", mesh="data=1"), tiny.PAIRS[:1], unit=tuple(UNITS), window=WINDOW)

@@ -80,7 +80,8 @@ def _torch_losses(job: Job, made: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("llama3.2", {}),
+        ("llama3.2", {"steps": 6}),
+        pytest.param("llama3.2", {}, marks=pytest.mark.slow),
         pytest.param(
             "llama3.2",
             {"targets": ("q_proj", "down_proj"), "stabilised": True, "packing": False, "schedule": "cosine"},
@@ -103,7 +104,7 @@ def test_adapters_follow_a_loop_of_peft(name: str, more: dict[str, Any], tmp_pat
     tuned = run(job)
     wanted = _torch_losses(job, adapted)
     assert np.abs([row["loss"] for row in tuned.losses] - np.asarray(wanted)).max() <= 1e-4
-    assert wanted[-1] < wanted[0] - 0.5
+    assert wanted[-1] < wanted[0] - (0.5 if job.steps == 20 else 0.1)
     tuned.save_adapter(tmp_path / "tuned")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -132,7 +133,7 @@ def _losses(model: Model, **more: Any) -> np.ndarray:
     return np.asarray([row["loss"] for row in finetune(model, EXAMPLES, **{**QUICK, **more}).losses])
 
 
-@pytest.mark.parametrize("more", [{"packing": False}, {"accumulate": 2}, {"remat": True}])
+@pytest.mark.parametrize("more", [{"packing": False}, {"accumulate": 2}, pytest.param({"remat": True}, marks=pytest.mark.slow)])
 def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str, Any]) -> None:
     assert np.abs(_losses(plain_model) - _losses(plain_model, **more)).max() < 1e-5
 

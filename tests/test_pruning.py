@@ -87,7 +87,8 @@ def test_scores_are_those_of_one_example_after_the_other(name: str, tmp_path: Pa
                 assert _close(scores.read(f"{which}_{kind}", matrix), values), (which, kind, matrix)
 
 
-HOW: list[dict[str, Any]] = [{"rows": 1}, {"layers_per_pass": 1}, {"layers_per_pass": 2, "remat": True}]
+SLOWER: list[dict[str, Any]] = [{"rows": 1}, {"layers_per_pass": 1}]
+HOW = [{"layers_per_pass": 2, "remat": True}, *(pytest.param(how, marks=pytest.mark.slow) for how in SLOWER)]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -20,7 +20,7 @@ from jaxmed.cli import show
 from jaxmed.cli.commands import parse_layers
 from jaxmed.distributed import device_name
 from jaxmed.plan import propagate_flops
-from jaxmed.provenance import commit
+from jaxmed.provenance import short_commit
 
 NAIVE_NEURONS = 64
 """How many neurons the slow contestants patch per round; their cost per neuron does not depend on the number."""
@@ -87,7 +87,7 @@ def _result(
     return {
         "command": "jaxmed " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": short_commit(),
         "device": device_name(subject.model.mesh),
         "jax": jax.__version__,
         "model": subject.model.name,
@@ -124,10 +124,9 @@ def _show(found: dict[str, Any]) -> None:
 
 def append(file: Path, found: dict[str, Any]) -> None:
     """Adds one dated section with every number that was printed."""
-    commit_id = found["commit"] or "unknown"
     rows = "\n".join(f"| {name} | {rate:,.1f} |" for name, rate in found["neurons_per_second"].items())
     section = (
-        f"\n## {found['date']}, commit {commit_id[:12]}, {found['device']}, jax {found['jax']}\n\n"
+        f"\n## {found['date']}, commit {found['commit']}, {found['device']}, jax {found['jax']}\n\n"
         f"`{found['command']}`\n\n"
         + "".join(f"- {line}\n" for line in _lines(found))
         + f"\n| contestant | neurons/s |\n|---|---|\n{rows}\n"

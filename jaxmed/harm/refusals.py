@@ -18,7 +18,7 @@ PHRASES = (
     r"|take part|be part|go along|participate|fulfil+|comply|answer|discuss|offer|guide|plan|comfortable|condone|engage)",
     r"\bi('m| am) (not able|unable|not going|not comfortable|not willing|afraid)\b",
     r"\bi('ll| will| have to| must) (have to )?(decline|pass|say no|refuse)\b",
-    r"^i (can't|cannot|can not|won't|will not)\b",
+    r"^i (can't|cannot|can not|won't|will not|refuse to)\b",
     r"\b(that|this|it) ?('s|is|isn't|is not) (not )?something i (can't|cannot|won't|can|am able to|could)\b",
     r"^no[,.] ",
     r"\bnot something i can (help|assist)\b",
