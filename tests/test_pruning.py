@@ -22,8 +22,9 @@ from jaxmed.pruning import Mask, Rule, apply_mask, combine, overlap, random_like
 from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import example_losses, make_tests
 from jaxmed.pruning.plan import make_plan, pass_bytes
-from jaxmed.pruning.scores import KINDS, add_batch, check, fresh_totals
+from jaxmed.pruning.scores import KINDS, check
 from jaxmed.pruning.texts import batches, response_tokens
+from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
 from jaxmed.tokens import Answered
 from tests import reference, tiny

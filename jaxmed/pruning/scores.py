@@ -25,19 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import UserError
-from jaxmed.finetuning.batches import Batch, batch_layout
-from jaxmed.finetuning.train import token_losses
-from jaxmed.models.checkpoints.assemble import matrix_rules
-from jaxmed.models.config import ModelConfig
-from jaxmed.models.families import FAMILIES
 from jaxmed.models.load import Model
-from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters
+from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.matrices import inputs_axis, matrix_shapes, named_layers
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
 from jaxmed.pruning.texts import batches, encode, response_tokens
-from jaxmed.runner import run_blocks
+from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.tokens import Answered
 
 SETS = ("behaviour", "preserve")
@@ -235,54 +230,6 @@ def read_scores(folder: str | Path) -> Scores:
 
 def _response_count(examples: Sequence[Answered]) -> int:
     return sum(len(one.ids) - one.prompt for one in examples)
-
-
-def fresh_totals(config: ModelConfig, kinds: Sequence[str], layers: int, devices: int) -> Params:
-    """Zeros, float32 [devices, layers, ...] per matrix and kind."""
-    matrices = {rule.path[-1] for rule in matrix_rules(FAMILIES[config.family])}
-    totals: Params = {}
-    for name in sorted(matrices):
-        shape = tuple(config.sizes[letter] for letter in block_letters(config)[name])
-        sizes = {"signed": shape, "absolute": shape, "inputs": shape[: MATRICES[name]]}
-        totals[name] = {kind: jnp.zeros((devices, layers, *sizes[kind]), jnp.float32) for kind in kinds}
-    return totals
-
-
-@partial(jax.jit, static_argnames=("config", "span", "remat", "mesh"))
-def add_batch(
-    config: ModelConfig, params: Params, totals: Params, batch: Batch, counted: jax.Array, span: tuple[int, int], remat: bool, mesh: Any
-) -> tuple[Params, jax.Array]:
-    """(totals with a batch added, sum of the examples' losses [devices]); `totals` [devices, layers, ...], the others [B, ...]."""
-
-    def own(params: Params, totals: Params, batch: Batch, counted: jax.Array) -> tuple[Params, jax.Array]:
-        mine = jax.tree.map(lambda leaf: leaf[0], totals)
-        loss = partial(_summed_loss, config, params, batch=batch, counted=counted, span=span, remat=remat)
-        value, new = jax.value_and_grad(loss)(mine)
-        return jax.tree.map(lambda leaf: leaf[None], new), value[None]
-
-    rows, whole = jax.P("data"), jax.P()
-    return jax.shard_map(own, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=(rows, rows), axis_names={"data"}, check_vma=False)(
-        params, totals, batch, counted
-    )
-
-
-def _summed_loss(
-    config: ModelConfig, params: Params, totals: Params, batch: Batch, counted: jax.Array, span: tuple[int, int], remat: bool
-) -> jax.Array:
-    """Sum over examples of their mean losses; the blocks of `span` add to `totals` on the way back."""
-    layout, h = batch_layout(batch), None
-    for first, stop, scored in ((0, span[0], False), (*span, True), (span[1], config.layers, False)):
-        if first == stop:
-            continue
-        blocks = params["blocks"]
-        if (first, stop) != (0, config.layers):
-            blocks = jax.tree.map(lambda leaf, first=first, stop=stop: leaf[first:stop], blocks)
-        if scored:
-            of_layers = jnp.broadcast_to(counted, (stop - first, *counted.shape))
-            blocks = {**blocks, SCORED: {**totals, "counted": of_layers}}
-        h, _ = run_blocks(config, {**params, "blocks": blocks}, batch.tokens, layout, remat=remat, h=h, first=first)
-    assert h is not None
-    return (token_losses(config, params, h, batch) * batch.weight).sum()
 
 
 def _one_pass(job: Job, which: str, span: tuple[int, int], report: Report) -> tuple[Params, float]:
