@@ -387,6 +387,15 @@ def test_the_commands_go_from_scores_to_a_model(tmp_path: Path, capsys: pytest.C
     assert main(["prune", "compare", *map(str, masks.values()), *base]) == 0
     assert main(["prune", "apply", *base, "--mask", str(masks["one"]), "--out", str(tmp_path / "pruned")]) == 0
     assert jm.load(str(tmp_path / "pruned")).edits[-1]["kind"] == "pruning"
+    assert main(["prune", "combine", str(masks["one"]), "--how", "invert", "--out", str(tmp_path / "rest.safetensors")]) == 0
+    written = []
+    for more in ([], ["--mask", str(tmp_path / "rest.safetensors")]):
+        capsys.readouterr()
+        assert main(["generate", "how to", *base, "--tokens", "6", *more]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] != written[1]
+    asked = ["evaluate", *base, "--examples", str(files["bad"]), "--split", "", "--text", "", "--tokens", "2"]
+    assert main([*asked, "--mask", str(masks["one"])]) == 0
     tests = ["--tests", str(files["bad"]), str(files["good"]), "--split", "", "--text", ""]
     curve = ["prune", "curve", *base, "--scores", str(tmp_path / "scores"), *tests, "--qs", "0.02", "0.1", "--out", str(tmp_path / "curve")]
     assert main(curve) == 0

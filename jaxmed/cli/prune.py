@@ -70,8 +70,13 @@ class Score:
         model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run, adapter=self.adapter)
         names = ("form", "scored_separator", "max_length", "rows", "layers_per_pass", "remat")
         wanted = {which for which in ("behaviour", "preserve") if any(kind.startswith(which) for kind in self.kinds)}
-        sets = {which: self._examples(getattr(self, which)) if which in wanted else [] for which in ("behaviour", "preserve")}
-        job = check(model, **sets, kinds=self.kinds, **{name: getattr(self, name) for name in names})
+        sets = {
+            which: examples_of(getattr(self, which), self.split, self.limit) if which in wanted else []
+            for which in ("behaviour", "preserve")
+        }
+        job = check(
+            model, sets.get("behaviour", []), sets.get("preserve", []), kinds=self.kinds, **{name: getattr(self, name) for name in names}
+        )
         show.lines(f"prune score: {self.model}, {self.dtype}", plan_lines(job))
         if self.dry_run:
             return
@@ -82,14 +87,15 @@ class Score:
         ]
         show.lines("finished", [*losses, f"scores: {self.out}"])
 
-    def _examples(self, source: str) -> list[Any]:
-        from jaxmed.prompts import read_examples
 
-        rows = read_examples(source)
-        kept = [row for row in rows if not self.split or row.split in ("", self.split)][: self.limit]
-        if not kept:
-            raise UserError(f"{source} holds no rows of split {self.split!r}. Give another --split, or an empty one for all rows.")
-        return kept
+def examples_of(source: str, split: str, limit: int | None) -> list[Any]:
+    """The first examples of a file or bundled set that have this split or none; an empty split takes all."""
+    from jaxmed.prompts import read_examples
+
+    kept = [row for row in read_examples(source) if not split or row.split in ("", split)][:limit]
+    if not kept:
+        raise UserError(f"{source} holds no rows of split {split!r}. Give another --split, or an empty one for all rows.")
+    return kept
 
 
 def plan_lines(job: Any) -> list[str]:
@@ -262,9 +268,8 @@ class Compare:
 
         if len(self.masks) < 2:
             raise UserError("Give at least two masks to compare.")
-        masks = {
-            file.stem if len({other.stem for other in self.masks}) == len(self.masks) else str(file): read_mask(file) for file in self.masks
-        }
+        short = len({file.stem for file in self.masks}) == len(self.masks)
+        masks = {file.stem if short else str(file): read_mask(file) for file in self.masks}
         weights = weights_by_name(load_model(self.model, "float32", None, "data=1")) if self.model else None
         table = Table(title="weights that two masks share")
         for column in ("one", "other", "both", "Jaccard", "by chance", "by chance given |W|"):

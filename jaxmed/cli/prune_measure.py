@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model, parse_layers
+from jaxmed.cli.prune import examples_of
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
 from jaxmed.pruning.rule import Rule
@@ -45,15 +46,7 @@ class Measuring:
 
     def sets(self) -> dict[str, list[Any]]:
         """The test sets by name."""
-        from jaxmed.prompts import read_examples
-
-        found = {}
-        for source in self.tests:
-            rows = [row for row in read_examples(source) if not self.split or row.split in ("", self.split)][: self.limit]
-            if not rows:
-                raise UserError(f"{source} holds no rows of split {self.split!r}. Give another --split, or an empty one for all rows.")
-            found[Path(source).stem] = rows
-        return found
+        return {Path(source).stem: examples_of(source, self.split, self.limit) for source in self.tests}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.load import Model
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import matrix_shapes, weights_by_name, with_matrices
+from jaxmed.pruning.matrices import matrix_shapes, named_weights, with_matrices
 
 TO = ("zero", "mean", "scale")
 
@@ -30,7 +30,7 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
         raise unknown("edit", to, TO)
     check_mask(model, mask, any_model)
     changed = {}
-    for name, values in weights_by_name(model).items():
+    for name, values in named_weights(model):
         chosen = mask.indices[name]
         if len(chosen):
             edited = np.array(values).ravel()

@@ -14,7 +14,7 @@ from jaxmed.errors import UserError
 from jaxmed.models.load import Model
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import weights_by_name
-from jaxmed.pruning.measure import Tests, measure, measure_mask
+from jaxmed.pruning.measure import Tests, compare, measure, measure_mask
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores
 from jaxmed.pruning.selection import needs_weights, random_like, select
@@ -72,7 +72,7 @@ def run_curve(
     known = {(row["rule"], float(row["q"]), int(row["seed"])) for row in found}
     before = measure(model, tests)
     if ("none", 0.0, 0) not in known:
-        row = {"rule": "none", "q": 0.0, "seed": 0, **measure_mask(model, empty_mask(scores), tests, before)}
+        row = {"rule": "none", "q": 0.0, "seed": 0, **compare(empty_mask(scores), before, before)}
         found.append(row)
         report(row)
     for key, mask in curve_masks(scores, rule, qs, against, seeds, weights):

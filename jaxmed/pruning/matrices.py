@@ -45,10 +45,15 @@ def named_layers(config: ModelConfig, stacks: Mapping[str, jax.Array], first: in
                 yield from split_layer(rule, config, first + number, np.asarray(stacks[rule.path[-1]][number]))
 
 
-def weights_by_name(model: Model) -> dict[str, np.ndarray]:
-    """Every matrix of a model by name, in its dtype, all on the host."""
+def named_weights(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every matrix of a model by name, in its dtype, one layer on the host at a time."""
     stacks = {rule.path[-1]: model.params["blocks"][rule.path[-1]] for rule in matrix_rules(FAMILIES[model.config.family])}
-    return dict(named_layers(model.config, stacks))
+    return named_layers(model.config, stacks)
+
+
+def weights_by_name(model: Model) -> dict[str, np.ndarray]:
+    """The same, all on the host."""
+    return dict(named_weights(model))
 
 
 def with_matrices(config: ModelConfig, params: Params, changed: Mapping[str, np.ndarray]) -> Params:

@@ -83,9 +83,13 @@ def measure(model: Model, tests: Tests) -> Measured:
     return Measured(losses, perplexity(model, tests.text) if tests.text else None)
 
 
-def measure_mask(model: Model, mask: Mask, tests: Tests, before: Measured, any_model: bool = False) -> dict[str, Any]:
-    """A row of numbers of one mask, set to zero: counts, and for every test set the loss, its rise and the rise's 95 % interval."""
-    after = measure(apply_mask(model, mask, any_model=any_model), tests)
+def measure_mask(model: Model, mask: Mask, tests: Tests, before: Measured) -> dict[str, Any]:
+    """`compare` of the model with a mask's weights set to zero."""
+    return compare(mask, before, measure(apply_mask(model, mask), tests))
+
+
+def compare(mask: Mask, before: Measured, after: Measured) -> dict[str, Any]:
+    """A row of numbers: the mask's counts, and for every test set the loss, its rise and the rise's 95 % interval."""
     row: dict[str, Any] = {"weights": mask.count, "share": mask.count / mask.numbers}
     for name, losses in after.losses.items():
         low, high = rise_interval(before.losses[name], losses)

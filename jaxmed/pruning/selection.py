@@ -15,13 +15,6 @@ from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores
 
 
-def needed_kinds(rule: Rule) -> list[str]:
-    """The kinds of scores that a rule reads."""
-    of_behaviour = {"signed": "signed", "positive": "signed", "absolute": "absolute", "wanda": "inputs"}.get(rule.score)
-    of_preserve = {"absolute": "absolute", "wanda": "inputs"}.get(rule.spare) if rule.p else None
-    return [f"{which}_{kind}" for which, kind in (("behaviour", of_behaviour), ("preserve", of_preserve)) if kind]
-
-
 def needs_weights(rule: Rule) -> bool:
     """Whether a rule reads the weights beside the scores."""
     return "wanda" in (rule.score, rule.spare if rule.p else "") or rule.score == "magnitude"
@@ -122,20 +115,24 @@ def _top(scores: Scores, names: list[str], rule: Rule, share: float, skip: float
     for at, name in enumerate(names):
         values = read(name, at)
         if rule.ranking == "matrix":
-            found[name] = _highest(values.ravel(), share, skip)
+            found[name] = _band(values.ravel(), share, skip)
         else:
             rows = values if scores.inputs_axis == 1 else values.T
             flat = np.arange(values.size).reshape(values.shape)
             flat = flat if scores.inputs_axis == 1 else flat.T
-            chosen = [flat[row][_highest(rows[row], share, skip)] for row in range(len(rows))]
+            chosen = [flat[row][_band(rows[row], share, skip)] for row in range(len(rows))]
             found[name] = np.sort(np.concatenate(chosen)).astype(np.int64)
     return found
 
 
-def _highest(values: np.ndarray, share: float, skip: float = 0.0) -> np.ndarray:
+def _band(values: np.ndarray, share: float, skip: float) -> np.ndarray:
     """Ascending indices of int(share * size) entries, after int(skip * size) higher ones."""
     first = int(skip * values.size)
-    stop = first + int(share * values.size)
+    return _highest(values, first + int(share * values.size), first)
+
+
+def _highest(values: np.ndarray, stop: int, first: int = 0) -> np.ndarray:
+    """Ascending indices of the entries ranked from `first` to below `stop`, highest first; equal entries by their index."""
     if stop == 0:
         return np.zeros(0, np.int64)
     if stop < values.size:
@@ -158,7 +155,7 @@ def _top_of_all(scores: Scores, names: list[str], share: float, skip: float, rea
         values = read(name, at).ravel()
         keep = np.nonzero(values >= edge)[0]
         if len(keep) > stop:
-            keep = keep[_highest(values[keep], stop / len(keep))]
+            keep = keep[_highest(values[keep], stop)]
         held.append((at, keep, values[keep]))
         everything = np.concatenate([one for _, _, one in held])
         if len(everything) > 4 * stop > 0:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from jaxmed.finetuning.batches import Batch, Shape, make_batch
 from jaxmed.prompts.examples import Example
 from jaxmed.tokens import Answered, bucket, encode_example
 
-Form = Literal["plain", "space", "qa", "chat"]
 FORMS: dict[str, tuple[str, str]] = {"plain": ("{}", "\n"), "space": ("{}", " "), "qa": ("Q: {}\nA:", " "), "chat": ("{}", "")}
 """How prompt and response are joined: what the prompt becomes, and what stands between; "chat" is the model's chat template."""
 FEWEST = 0.1
