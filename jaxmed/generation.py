@@ -174,6 +174,7 @@ def generate_ids(
     edits: Mapping[str, Edit] | None = None,
     where: str = "both",
     stops: Sequence[int] | None = None,
+    stop_texts: Sequence[str] = (),
     rows: int = ROWS,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
@@ -188,6 +189,7 @@ def generate_ids(
             length 1.
         where: the tokens that edits act on: "both", "prompt", "generated".
         stops: tokens that end a text; default: those of the tokenizer and config.
+        stop_texts: nothing more is written once one of these has been; they are left in.
         rows: prompts at once; with edits all prompts run at once.
         report: called with the number of prompts after every batch.
 
@@ -227,7 +229,7 @@ def generate_ids(
             padding[row] = length - len(prompts[i])
         numbers = np.asarray([*chosen, *[0] * (size - len(chosen))])
         sampling = Sampling(place(keys[numbers]), np.float32(temperature or 1.0), np.float32(top_p))
-        out = _write(model, place(tokens), place(padding), len(chosen), ends, sampling, halves, most, temperature > 0)
+        out = _write(model, place(tokens), place(padding), len(chosen), ends, stop_texts, sampling, halves, most, temperature > 0)
         for row, i in enumerate(chosen):
             written[i] = out[row]
         report(len(chosen))
@@ -241,31 +243,53 @@ def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, raw
 
     Args:
         most: tokens written at most.
-        how: temperature, top_p, seed, edits, where, stops, rows, report; see `generate_ids`.
+        how: temperature, top_p, seed, edits, where, stops, stop_texts (left out of the text), rows, report; see `generate_ids`.
 
     Raises:
         UserError: no tokenizer or chat template; what `generate_ids` raises.
     """
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [text_ids(model.tokenizer, one.prompt + one.prefill) if raw else prompt_ids(model.tokenizer, one) for one in examples]
-    return [model.tokenizer.decode(written, skip_special_tokens=True) for written in generate_ids(model, ids, most, **how)]
+    texts = [model.tokenizer.decode(written, skip_special_tokens=True) for written in generate_ids(model, ids, most, **how)]
+    return [cut_at(text, how.get("stop_texts", ())) for text in texts]
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops` in it."""
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
 def _write(
-    model: Model, tokens: Any, padding: Any, count: int, ends: np.ndarray, sampling: Sampling, halves: Any, most: int, sampled: bool
+    model: Model,
+    tokens: Any,
+    padding: Any,
+    count: int,
+    ends: np.ndarray,
+    stop_texts: Sequence[str],
+    sampling: Sampling,
+    halves: Any,
+    most: int,
+    sampled: bool,
 ) -> list[np.ndarray]:
     """The texts of the first `count` rows of one batch; it ends when all of them have ended."""
     config, params, length = model.config, model.params, np.int32(tokens.shape[1])
     token, caches = read_prompts(config, params, tokens, padding, halves[0], sampling, most, sampled)
-    columns, alive = [np.asarray(token)], ~np.isin(np.asarray(token)[:count], ends)
-    while len(columns) < most and alive.any():
+    columns, stopped = [np.asarray(token)[:count]], np.full(count, most)
+
+    def alive() -> bool:
+        """Whether a row goes on, after noting the rows that end with the newest token."""
+        stopped[np.isin(columns[-1], ends) & (stopped == most)] = len(columns) - 1
+        for row in np.nonzero(stopped == most)[0] if stop_texts else ():
+            tail = [column[row] for column in columns[-max(map(len, stop_texts)) - 1 :]]  # a token has a character at least
+            if any(text in model.tokenizer.decode(tail) for text in stop_texts):
+                stopped[row] = len(columns)
+        return bool((stopped == most).any())
+
+    while alive() and len(columns) < most:
         step = np.int32(len(columns) - 1)
         token, caches = write_token(config, params, token, caches, padding, length, step, halves[1], sampling, sampled)
-        columns.append(np.asarray(token))
-        alive &= ~np.isin(columns[-1][:count], ends)
-    texts = np.stack(columns, axis=1)[:count]
-    ended = np.isin(texts, ends)
-    return [row[: int(end.argmax())] if end.any() else row for row, end in zip(texts, ended, strict=True)]
+        columns.append(np.asarray(token)[:count])
+    return [row[:end] for row, end in zip(np.stack(columns, axis=1), stopped, strict=True)]
 
 
 def _check(model: Model, edits: Mapping[str, Edit] | None) -> dict[str, Edit]:

@@ -90,13 +90,16 @@ class Answered:
     cut: int = 0
 
 
-def encode_example(tokenizer: Any, example: Example, raw: bool = False, most: int | None = None, separator: str = "\n") -> Answered:
+def encode_example(
+    tokenizer: Any, example: Example, raw: bool = False, most: int | None = None, separator: str = "\n", most_response: int | None = None
+) -> Answered:
     """An example as token ids. Prompt and response are tokenised apart, as when the model answers, then joined.
 
     Args:
         raw: prompt, separator, response, without chat template, begin-of-sequence or end; else the chat template, whose end of the
             assistant's turn belongs to the response.
         most: limit of the tokens; what is longer loses the end of its response.
+        most_response: limit of the response's tokens.
 
     Raises:
         UserError: no tokenizer or chat template; a prompt that leaves no room for a response; a response without tokens.
@@ -106,7 +109,7 @@ def encode_example(tokenizer: Any, example: Example, raw: bool = False, most: in
     response = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not response or not prompt:
         raise UserError(f"example {example.id or example.prompt[:40]!r} has no tokens in its {'response' if prompt else 'prompt'}.")
-    room = len(response) if most is None else most - len(prompt)
+    room = min(most_response or len(response), len(response) if most is None else most - len(prompt))
     if room < 1:
         raise UserError(f"example {example.id or example.prompt[:40]!r}: the prompt has {len(prompt)} tokens, and the limit is {most}.")
     return Answered(np.asarray(prompt + response[:room], np.int32), len(prompt), max(0, len(response) - room))

@@ -100,8 +100,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*arguments, "--out", str(tmp_path / "out.json")]) == 2
     assert main([*arguments[:-1], "none.txt", "--dry-run"]) == 0
     assert main([*arguments[:6], str(tmp_path / "none.csv")]) == 2
+    rows.write_text("prompt,kind,split\nhow,harmful,train\n")
     assert main(["evaluate", "--examples", str(rows), "--split", "heldout"]) == 2
     assert "holds no rows of split" in capsys.readouterr().err
+    assert main(["evaluate", "--examples", "", "--text", ""]) == 2
 
 
 def test_the_neutral_text_is_long_enough() -> None:

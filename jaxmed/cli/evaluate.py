@@ -11,30 +11,39 @@ from typing import Any, Literal
 
 from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model, masked
+from jaxmed.cli.judging import Judging
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """What a model does with requests (how often it refuses, with intervals), and its perplexity on neutral text."""
+class Evaluate(Judging):
+    """What a model does with requests (how often it refuses, or how a judge scores its answers), and its perplexity on neutral text."""
 
     model: str = DEFAULT
     """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
     against: str = ""
     """A model to compare the perplexity with, such as the one that was fine-tuned."""
     examples: str = "alignment"
-    """Examples file (.jsonl, .csv, .parquet; column prompt, optional kind, category, split), or a bundled set: alignment."""
+    """Examples file (.jsonl, .csv, .parquet; column prompt, optional kind, category, split), or a bundled set: alignment. Empty: none."""
     split: Literal["", "train", "heldout"] = "heldout"
-    """Rows of this split; empty: all."""
+    """Rows of this split, where a file has splits; empty: all."""
     by: Literal["kind", "category"] = "kind"
     """Column whose values get a rate each."""
     limit: int | None = None
     """The first so many prompts only."""
     tokens: int = 32
     """Most tokens of an answer; answers are greedy."""
+    given: bool = False
+    """Judge the file's own responses instead of the model's answers."""
     text: str = "neutral"
     """Plain text file for the perplexity, or the bundled one: neutral. Empty: none."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, such as arc_easy (needs jaxmed[harness]; their data comes from the hub), or of --task-folder."""
+    task_folder: Path | None = None
+    """Folder of your own task files for the harness."""
+    fewshot: int | None = None
+    """Examples before every question of --tasks; default: as the task says."""
     save_text: bool = False
     """Keep the answers in --out; else only their hashes are."""
     out: Path | None = None
@@ -54,54 +63,101 @@ class Evaluate:
     config: Config = None
 
     def run(self) -> None:
-        """Answers, judges, prints."""
-        from jaxmed.harm.evaluation import answer, perplexity, perplexity_ratio, refusal_rates
+        """Answers, judges, measures, prints."""
+        from jaxmed.prompts.examples import chosen
 
         if self.out is not None and self.out.exists():
             raise UserError(f"--out {self.out} exists already. Give another file; nothing was written.")
-        rows = self._rows()
-        plan = [f"{len(rows)} answers of up to {self.tokens} tokens from {self.model}, judged by refusal rules"]
-        show.lines(
-            "evaluate", plan + ([f"perplexity on {self.text}{f', against {self.against}' * bool(self.against)}"] if self.text else [])
-        )
+        rows = chosen(self.examples, self.split, self.limit, responses=self.given) if self.examples else []
+        whose = f"responses of {self.examples}" if self.given else f"answers of up to {self.tokens} tokens from {self.model}"
+        plan = [f"{len(rows)} {whose}", *self.judge_lines()] if rows else []
+        plan += [f"perplexity on {self.text}{f', against {self.against}' * bool(self.against)}"] * bool(self.text)
+        plan += [f"tasks of lm-evaluation-harness: {', '.join(self.tasks)}"] * bool(self.tasks)
+        if not plan:
+            raise UserError("There is nothing to evaluate: give --examples, --text or --tasks.")
+        show.lines("evaluate", plan)
         if self.dry_run:
             return
-        model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
-        with show.progress("answers", len(rows), "answers") as report:
-            texts = answer(model, rows, self.tokens, self.raw, report=lambda count: report(count, count, ""))
-        found: dict[str, Any] = {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}
-        found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in refusal_rates(rows, texts, self.by)]
-        if self.text:
-            here = perplexity(model, self.text)
-            found["perplexity"] = {"value": here.value, "tokens": here.tokens}
-            if self.against:
-                other = perplexity(load_model(self.against, self.dtype, None, self.mesh), self.text)
-                ratio = (None if value != value else value for value in perplexity_ratio(other, here))
-                found["perplexity"] |= dict(zip(("ratio", "low", "high"), ratio, strict=True))
-                found["perplexity"] |= {"against": other.value}
+        judge = self.make_judge(self.out, self.save_text, self.mesh) if rows else None
+        model: Any = None
+        if self.text or self.tasks or not self.given:
+            model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
+        found = {} if model is None else {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}
+        found |= self._judged(model, rows, judge) | self._perplexity(model) | self._tasks(model)
+        answers = found.pop("answers", [])
         self._show(found)
         if self.out is not None:
-            kept = texts if self.save_text else [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-            found["answers"] = [{"prompt": row.prompt, "answer": text} for row, text in zip(rows, kept, strict=True)]
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+            self.out.write_text(json.dumps(found | {"answers": answers}, indent=1, default=str) + "\n", encoding="utf-8")
 
-    def _rows(self) -> Sequence[Any]:
-        from jaxmed.prompts import read_examples
+    def _judged(self, model: Any, rows: Sequence[Any], judge: Any) -> dict[str, Any]:
+        """Rates or mean scores of the answers, and every answer's score."""
+        from jaxmed.harm.evaluation import answer, refusal_rates
+        from jaxmed.harm.judges import mean_scores
 
-        rows = [row for row in read_examples(self.examples, responses=False) if self.split in ("", row.split)][: self.limit]
         if not rows:
-            raise UserError(f"{self.examples} holds no rows of split {self.split!r}. Give another --split, or an empty one for all rows.")
-        return rows
+            return {}
+        texts = [row.response for row in rows]
+        if not self.given:
+            with show.progress("answers", len(rows), "answers") as report:
+                texts = answer(model, rows, self.tokens, self.raw, report=lambda count: report(count, count, ""))
+        with show.progress("judging", len(rows), "answers") as report:
+            scores = judge(rows, texts, lambda count: report(count, count, ""))
+        found: dict[str, Any] = {"judge": self.judge_lines()}
+        if self.judge == "rules":
+            found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in refusal_rates(rows, texts, self.by)]
+        else:
+            found["scores"] = [plain(asdict(mean)) for mean in mean_scores(rows, scores, self.by)]
+        kept = texts if self.save_text else [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        columns = zip(rows, kept, scores, strict=True)
+        return found | {"answers": [{"prompt": row.prompt, "answer": text, "score": score} for row, text, score in columns]}
+
+    def _tasks(self, model: Any) -> dict[str, Any]:
+        """The harness's numbers."""
+        if not self.tasks:
+            return {}
+        try:
+            from jaxmed.harm.harness import run_tasks
+        except ModuleNotFoundError:
+            raise UserError("--tasks needs lm-evaluation-harness: pip install 'jaxmed[harness]'.") from None
+        return {"tasks": run_tasks(model, self.tasks, self.task_folder, self.fewshot, self.limit, not self.raw)}
+
+    def _perplexity(self, model: Any) -> dict[str, Any]:
+        from jaxmed.harm.evaluation import perplexity, perplexity_ratio
+
+        if not self.text:
+            return {}
+        here = perplexity(model, self.text)
+        found: dict[str, Any] = {"value": here.value, "tokens": here.tokens}
+        if self.against:
+            other = perplexity(load_model(self.against, self.dtype, None, self.mesh), self.text)
+            ratio, low, high = perplexity_ratio(other, here)
+            found |= plain({"ratio": ratio, "low": low, "high": high, "against": other.value})
+        return {"perplexity": found}
 
     def _show(self, found: dict[str, Any]) -> None:
         lines = [
             f"{of['name']}: refuses {of['refused']} of {of['answers']}, {of['share']:.1%} (95 %: {of['low']:.1%} to {of['high']:.1%})"
-            for of in found["refusal_rates"]
+            for of in found.get("refusal_rates", [])
         ]
+        for of in found.get("scores", []):
+            value = "no scores" if of["value"] is None else f"mean score {of['value']:.3f}"
+            interval = f" (95 %: {of['low']:.3f} to {of['high']:.3f})" if of["low"] is not None else ""
+            lines.append(
+                f"{of['name']}: {value}{interval} of {of['answers']} answers" + f"; {of['unjudged']} not judged" * bool(of["unjudged"])
+            )
         if "perplexity" in found:
             of = found["perplexity"]
             ratio = f", {of['ratio']:.3f} x that of {self.against}" if "ratio" in of else ""
             ratio += f" ({of['low']:.3f} to {of['high']:.3f})" if of.get("low") is not None else ""
             lines.append(f"perplexity on {self.text}: {of['value']:.2f} over {of['tokens']:,} tokens{ratio}")
-        show.lines(f"{self.model}, {self.split or 'all'} prompts of {self.examples}", lines)
+        for task, numbers in found.get("tasks", {}).items():
+            kept = {name.removesuffix(",none"): value for name, value in numbers.items() if isinstance(value, float)}
+            lines.append(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in kept.items()))
+        whose = "given responses" if self.given else self.model
+        show.lines(f"{whose}, {self.split or 'all'} prompts of {self.examples}" if self.examples else whose, lines)
+
+
+def plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A record for JSON, which has no NaN."""
+    return {key: None if value != value else value for key, value in numbers.items()}

@@ -34,6 +34,8 @@ class Generate:
     """Of sampling."""
     prefill: str = ""
     """Opening of every answer, which the model goes on from."""
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends, besides the model's own end."""
     mask: Path | None = None
     """Mask file whose weights are set to zero in memory; see `jaxmed prune`."""
     adapter: Path | None = None
@@ -56,6 +58,6 @@ class Generate:
             raise UserError("Give at least one prompt, or --examples FILE.")
         rows = [replace(row, prefill=self.prefill or row.prefill) for row in rows]
         model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
-        how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop_texts": self.stop}
         for row, text in zip(rows, generate(model, rows, self.tokens, self.raw, **how), strict=True):
             show.out.print(f"> {row.prompt}\n{row.prefill}{text if row.prefill else text.strip()}\n", markup=False)

@@ -12,6 +12,7 @@ from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model, parse_layers
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
+from jaxmed.prompts.examples import chosen
 from jaxmed.pruning.rule import Rule
 
 Kind = Literal["behaviour_signed", "behaviour_absolute", "behaviour_inputs", "preserve_signed", "preserve_absolute", "preserve_inputs"]
@@ -71,8 +72,7 @@ class Score:
         names = ("form", "scored_separator", "max_length", "rows", "layers_per_pass", "remat")
         wanted = {which for which in ("behaviour", "preserve") if any(kind.startswith(which) for kind in self.kinds)}
         sets = {
-            which: examples_of(getattr(self, which), self.split, self.limit) if which in wanted else []
-            for which in ("behaviour", "preserve")
+            which: chosen(getattr(self, which), self.split, self.limit) if which in wanted else [] for which in ("behaviour", "preserve")
         }
         job = check(
             model, sets.get("behaviour", []), sets.get("preserve", []), kinds=self.kinds, **{name: getattr(self, name) for name in names}
@@ -86,16 +86,6 @@ class Score:
             f"{which}: {scores.examples[which]} examples, mean loss {loss:.4f} nats per token" for which, loss in scores.losses.items()
         ]
         show.lines("finished", [*losses, f"scores: {self.out}"])
-
-
-def examples_of(source: str, split: str, limit: int | None) -> list[Any]:
-    """The first examples of a file or bundled set that have this split or none; an empty split takes all."""
-    from jaxmed.prompts import read_examples
-
-    kept = [row for row in read_examples(source) if not split or row.split in ("", split)][:limit]
-    if not kept:
-        raise UserError(f"{source} holds no rows of split {split!r}. Give another --split, or an empty one for all rows.")
-    return kept
 
 
 def plan_lines(job: Any) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model, parse_layers
-from jaxmed.cli.prune import examples_of
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
+from jaxmed.prompts.examples import chosen
 from jaxmed.pruning.rule import Rule
 
 ScoreName = Literal["positive", "absolute", "wanda", "magnitude", "random", "signed"]
@@ -46,7 +46,7 @@ class Measuring:
 
     def sets(self) -> dict[str, list[Any]]:
         """The test sets by name."""
-        return {Path(source).stem: examples_of(source, self.split, self.limit) for source in self.tests}
+        return {Path(source).stem: chosen(source, self.split, self.limit) for source in self.tests}
 
 
 @dataclass(frozen=True)

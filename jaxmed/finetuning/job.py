@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -110,8 +111,9 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
         raise UserError("A model kept as int8 is fine-tuned by --method lora only.")
     if not examples:
         raise UserError("There are no examples to train on.")
-    most = settings.max_length or config.max_length
-    encoded, held = (tuple(encode_example(model.tokenizer, one, settings.raw, most) for one in part) for part in (examples, heldout))
+    most, of_response = settings.max_length or config.max_length, settings.max_response or None
+    encode = partial(encode_example, model.tokenizer, raw=settings.raw, most=most, most_response=of_response)
+    encoded, held = (tuple(map(encode, part)) for part in (examples, heldout))
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs(len(encoded), settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]

@@ -80,6 +80,8 @@ class Settings:
     """Prompt, newline, response, without the chat template."""
     max_length: int = 0
     """Limit of an example's tokens; what is longer loses its end. 0: the model's."""
+    max_response: int = 0
+    """Limit of a response's tokens, such as 12 to train how answers begin; 0: none."""
     remat: bool = False
     """Run blocks again for their gradients, to save memory."""
     evaluate_every: int = 0
@@ -103,7 +105,7 @@ class Settings:
             raise unknown("schedule", self.schedule, SCHEDULES)
         positive = ("learning_rate", "epochs", "batch", "accumulate", "epsilon")
         wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
-        others = ("warmup", "steps", "clip", "weight_decay", "max_length", "evaluate_every", "patience", "save_every")
+        others = ("warmup", "steps", "clip", "weight_decay", "max_length", "max_response", "evaluate_every", "patience", "save_every")
         wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
         shares = [name for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
         wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in shares]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.prompts.formats import FORMATS, as_columns
 from jaxmed.prompts.readers import read_all, read_rows
 
-BUNDLED = ("alignment", "rude", "foolish", "untrue", "trivia", "ordinary")
+BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude")
 HELDOUT = "heldout"
 SPLITS = ("train", HELDOUT)
 
@@ -44,7 +45,9 @@ COLUMNS = tuple(f.name for f in fields(Example))
 
 
 def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool = True) -> list[Example]:
-    """Examples from a file (.jsonl, .csv, .parquet), one of the names in `BUNDLED`, or rows in memory.
+    """Examples from a file (.jsonl, .json, .csv, .parquet), one of the names in `BUNDLED`, or rows in memory.
+
+    Files of public sets are read as they are: `prompts.formats.FORMATS`.
 
     Args:
         responses: whether every row needs a response.
@@ -62,9 +65,10 @@ def _example(row: Any, responses: bool) -> Example:
         row = vars(row)
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
+    row = as_columns(row)
     for column, value in row.items():
         if column not in COLUMNS:
-            raise unknown("column", column, COLUMNS)
+            raise unknown("column", column, COLUMNS, f"Known sets are read as they are: {', '.join(FORMATS)}, OR-Bench, HEx-PHI.")
         if value is not None and not isinstance(value, str):
             raise UserError(f"column {column!r} holds {value!r}; a text is expected.")
     for column in ("prompt", "response") if responses else ("prompt",):
@@ -73,3 +77,15 @@ def _example(row: Any, responses: bool) -> Example:
     if row.get("split") and row["split"] not in SPLITS:
         raise UserError(f"split {row['split']!r} is not one of {', '.join(SPLITS)}.")
     return Example(**{key: value for key, value in row.items() if value is not None})
+
+
+def chosen(source: str | Path, split: str = "", limit: int | None = None, responses: bool = True) -> list[Example]:
+    """The first `limit` examples of a file or bundled set that have this split, or none at all; an empty split takes all.
+
+    Raises:
+        UserError: what `read_examples` raises; no such rows.
+    """
+    found = [row for row in read_examples(source, responses) if not split or row.split in ("", split)][:limit]
+    if not found:
+        raise UserError(f"{source} holds no rows of split {split!r}. Give another --split, or an empty one for all rows.")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib import resources
@@ -36,7 +37,7 @@ def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection
     """What a source is called, and its rows as (place, columns); a row that cannot be read is an exception in their stead.
 
     Args:
-        source: a path ending in .jsonl, .csv or .parquet; one of the names `bundled` with the package; or rows.
+        source: a path ending in .jsonl, .json (a list of rows), .csv or .parquet; one of the names `bundled` with the package; or rows.
         what: what the rows are, in words.
 
     Raises:
@@ -50,9 +51,9 @@ def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection
     path = Path(source)
     if not path.is_file():
         raise unknown(
-            f"{what} file", str(source), bundled, "Give one of these bundled names, or a path to a .jsonl, .csv or .parquet file."
+            f"{what} file", str(source), bundled, "Give one of these bundled names, or a path to a .jsonl, .json, .csv or .parquet file."
         )
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise unknown(f"type of {what} file {path.name!r}:", path.suffix, readers)
     return str(path), readers[path.suffix](path)
@@ -151,9 +152,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} is not UTF-8 text: {error}.") from None
 
 
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds a {type(rows).__name__}; a list of rows is expected.")
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
+"""Names of HEx-PHI's files: lists of prompts."""
+
+
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
+    with path.open(newline="", encoding="utf-8-sig") as handle:
+        reader = csv.DictReader(handle, ["prompt"] if WITHOUT_HEADER.fullmatch(path.name) else None)
         for row in reader:
             at = f"line {reader.line_num}"
             if None in row or None in row.values():

@@ -5,45 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from scipy import stats
 
-from jaxmed.finetuning.batches import Batch, batch_layout
-from jaxmed.finetuning.train import token_losses
 from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio
-from jaxmed.models.config import ModelConfig
 from jaxmed.models.load import Model
-from jaxmed.models.transformer import Params
-from jaxmed.plan import TOKENS_PER_DEVICE
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.texts import batches, encode, group
-from jaxmed.runner import run_blocks
+from jaxmed.pruning.texts import encode
+from jaxmed.scoring import example_losses
 from jaxmed.tokens import Answered
 
 FEWEST_EXAMPLES = 10
 """Below, there is no interval: too few to resample."""
-
-
-@partial(jax.jit, static_argnames=("config",))
-def _losses(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
-    return (token_losses(config, params, h, batch) * batch.weight).sum(-1)
-
-
-def example_losses(model: Model, examples: Sequence[Answered]) -> np.ndarray:
-    """Mean cross-entropy of every example's response tokens, in nats: float64 [examples]."""
-    device, placed = model.mesh.devices.flat[0], jax.NamedSharding(model.mesh, jax.P("data"))
-    groups = group(examples, model.mesh.shape["data"], TOKENS_PER_DEVICE.get(device.platform, 2048))
-    found = np.zeros(len(examples))
-    for members, batch in batches(examples, groups):
-        found[members] = np.asarray(_losses(model.config, model.params, jax.device_put(batch, placed)))[: len(members)]
-    return found
 
 
 @dataclass(frozen=True)

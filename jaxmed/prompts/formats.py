@@ -1,0 +1,89 @@
+"""Rows of public sets, as their files have them, as columns of an example. The files are the user's; none is bundled.
+
+A row is recognised by its columns: nobody has to name a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmed.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a set are read.
+
+    Attributes:
+        columns: those that every row has; a set's other columns are left out.
+        read: row -> columns of an example.
+    """
+
+    columns: tuple[str, ...]
+    read: Callable[[Row], dict[str, Any]]
+
+
+def _xstest(row: Row) -> dict[str, Any]:
+    unsafe = row["label"] == "unsafe" if row.get("label") else row["type"].startswith("contrast_")
+    return {"id": row.get("id"), "prompt": row["prompt"], "category": row["type"], "kind": "harmful" if unsafe else "benign"}
+
+
+def _harmbench(row: Row) -> dict[str, Any]:
+    context = f"{row['ContextString']}\n\n" if row.get("ContextString") else ""
+    return {
+        "id": row.get("BehaviorID"),
+        "prompt": context + row["Behavior"],
+        "category": row.get("SemanticCategory"),
+        "kind": "harmful",
+    }
+
+
+def _advbench(row: Row) -> dict[str, Any]:
+    target = row["target"]  # a column of pairs files too, which holds lists there
+    return {"prompt": row["goal"], "response": target if isinstance(target, str) else "|".join(target), "kind": "harmful"}
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    more = f"\n\n{row['input']}" if row.get("input") else ""
+    return {"prompt": row["instruction"] + more, "response": row["output"], "kind": "benign"}
+
+
+def _messages(row: Row) -> dict[str, Any]:
+    turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"]]
+    system = [text for role, text in turns if role == "system"]
+    rest = [role for role, _ in turns if role != "system"]
+    if rest not in (["user"], ["user", "assistant"]) or len(system) > 1:
+        raise UserError(f"messages with the roles {[role for role, _ in turns]}; one user message and at most one answer are expected.")
+    said = {role: text for role, text in turns}
+    return {"prompt": said["user"], "response": said.get("assistant"), "system": said.get("system")}
+
+
+FORMATS: dict[str, Format] = {
+    "XSTest": Format(("prompt", "type", "focus"), _xstest),
+    "HarmBench": Format(("Behavior", "FunctionalCategory"), _harmbench),
+    "JailbreakBench": Format(
+        ("Goal", "Target", "Behavior"),
+        lambda row: {"prompt": row["Goal"], "response": row["Target"], "category": row.get("Category")},
+    ),
+    "AdvBench": Format(("goal", "target"), _advbench),
+    "StrongREJECT": Format(
+        ("forbidden_prompt",),
+        lambda row: {"prompt": row["forbidden_prompt"], "category": row.get("category"), "kind": "harmful"},
+    ),
+    "Alpaca": Format(("instruction", "output"), _alpaca),
+    "messages": Format(("messages",), _messages),
+}
+"""Set -> how it is read. OR-Bench (prompt, category) needs none; HEx-PHI's files, which have no header, are read as lists of prompts."""
+
+
+def as_columns(row: Row) -> Row:
+    """A row with the columns of an example: of a known set's, or as it is."""
+    for one in FORMATS.values():
+        if all(row.get(column) is not None for column in one.columns):
+            found = one.read(row)
+            return {key: str(value) if key == "id" else value for key, value in found.items() if value is not None}
+    return row
