@@ -19,7 +19,8 @@ from jaxmed.cli.generate import Generate
 from jaxmed.cli.measure import Bench
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
-from jaxmed.cli.prune_measure import Curve, Transfer
+from jaxmed.cli.prune_measure import Compression, Curve, Transfer
+from jaxmed.cli.prune_test import Attack, Dissociation
 from jaxmed.errors import UserError
 
 COMMANDS: dict[str, type] = {
@@ -42,6 +43,9 @@ PRUNE: dict[str, type] = {
     "compare": Compare,
     "curve": Curve,
     "transfer": Transfer,
+    "compression": Compression,
+    "dissociation": Dissociation,
+    "attack": Attack,
 }
 GROUPS: dict[str, tuple[dict[str, type], str]] = {
     "prune": (PRUNE, "Weights that carry a behaviour: score them, select a mask by rule, apply it, and measure what is lost."),

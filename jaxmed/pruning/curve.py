@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from jaxmed.errors import UserError
 from jaxmed.models.load import Model
+from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import weights_by_name
-from jaxmed.pruning.measure import Tests, compare, measure, measure_mask
+from jaxmed.pruning.measure import Tests, compare, measure
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores
 from jaxmed.pruning.selection import needs_weights, random_like, select
+from jaxmed.pruning.tables import Examples, Table
 
 CURVE, TRANSFER = "curve.csv", "transfer.csv"
+CURVE_KEY, TRANSFER_KEY = ("rule", "q", "seed"), ("mask", "seed")
+EXAMPLES = "examples.csv"
+"""Losses of single examples behind a curve."""
 SAME_COUNTS = "random"
 """The baseline that draws as many weights of every matrix as the first rule chose."""
 
@@ -45,16 +49,18 @@ def run_curve(
     qs: Sequence[float],
     against: Sequence[str] = (SAME_COUNTS,),
     seeds: int = 1,
-    done: Sequence[Mapping[str, Any]] = (),
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-    """A row per mask: `rule`, `q`, `seed`, and what `measure_mask` gives; the first row is the model as it is.
+    table: Table | None = None,
+    examples: Examples | None = None,
+) -> Table:
+    """A row per mask: `rule`, `q`, `seed`, the rise of the scored examples' loss to first order, and what `compare` gives.
+
+    The first row is the model as it is.
 
     Args:
         against: other scores by which as many weights are chosen.
         seeds: draws of the random baseline.
-        done: rows of an earlier run, which are not measured again.
-        report: called with every new row.
+        table: keeps the rows; those it holds are not measured again.
+        examples: keeps the losses of single examples.
 
     Raises:
         UserError: values out of range; scores of other weights than the model's.
@@ -68,20 +74,23 @@ def run_curve(
         replace(rule, q=q).check()
     rules = [replace(rule, q=qs[0], score=score) for score in (rule.score, *against)]
     weights = weights_by_name(model) if any(needs_weights(one) for one in rules) else None
-    found = [dict(row) for row in done]
-    known = {(row["rule"], float(row["q"]), int(row["seed"])) for row in found}
+    table, examples = table or Table(CURVE_KEY), examples or Examples(CURVE_KEY)
     before = measure(model, tests)
-    if ("none", 0.0, 0) not in known:
-        row = {"rule": "none", "q": 0.0, "seed": 0, **compare(empty_mask(scores), before, before)}
-        found.append(row)
-        report(row)
-    for key, mask in curve_masks(scores, rule, qs, against, seeds, weights):
-        if key in known:
+    trials = [(("none", 0.0, 0), empty_mask(scores))]
+    for key, mask in chain(trials, curve_masks(scores, rule, qs, against, seeds, weights)):
+        if table.has(*key):
             continue
-        row = {**dict(zip(("rule", "q", "seed"), key, strict=True)), **measure_mask(model, mask, tests, before)}
-        found.append(row)
-        report(row)
-    return found
+        after = measure(apply_mask(model, mask), tests) if mask.count else before
+        examples.add(key, after.losses)
+        first_order = {"first_order": predicted_rise(scores, mask)} if "behaviour_signed" in scores.kinds else {}
+        table.add({**dict(zip(CURVE_KEY, key, strict=True)), **first_order, **compare(mask, before, after)})
+    return table
+
+
+def predicted_rise(scores: Scores, mask: Mask) -> float:
+    """Rise of the mean loss of the scored behaviour examples to first order, in nats: -sum of S over the mask / examples."""
+    total = sum(float(scores.read("behaviour_signed", name).ravel()[at].sum(dtype=np.float64)) for name, at in mask.indices.items())
+    return 0.0 - total / scores.examples["behaviour"]
 
 
 def empty_mask(scores: Scores) -> Mask:
@@ -89,48 +98,13 @@ def empty_mask(scores: Scores) -> Mask:
     return Mask({name: np.zeros(0, np.int64) for name in scores.shapes}, scores.shapes, scores.model, scores.weights)
 
 
-def run_transfer(
-    model: Model,
-    masks: Mapping[str, Mask],
-    tests: Tests,
-    seeds: int = 1,
-    done: Sequence[Mapping[str, Any]] = (),
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-    """A row per mask and test set: prune by the one, test on the other; random masks of the same counts beside each."""
-    found = [dict(row) for row in done]
-    known = {(row["mask"], int(row["seed"])) for row in found}
+def run_transfer(model: Model, masks: Mapping[str, Mask], tests: Tests, seeds: int = 1, table: Table | None = None) -> Table:
+    """A row per mask: prune by it, test on every set; random masks of the same counts beside each."""
+    table = table or Table(TRANSFER_KEY)
     before = measure(model, tests)
     for name, mask in masks.items():
         trials = [(name, 0, mask), *((f"random like {name}", seed, random_like(mask, seed)) for seed in range(seeds))]
         for label, seed, one in trials:
-            if (label, seed) not in known:
-                row = {"mask": label, "seed": seed, **measure_mask(model, one, tests, before)}
-                found.append(row)
-                report(row)
-    return found
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file that `write_rows` wrote; numbers as numbers."""
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as handle:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(handle)]
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of the same columns as CSV, whole or not at all."""
-    partial = file.with_name(file.name + ".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(file)
+            if not table.has(label, seed):
+                table.add({"mask": label, "seed": seed, **compare(one, before, measure(apply_mask(model, one), tests))})
+    return table

@@ -13,7 +13,6 @@ from scipy import stats
 from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio
 from jaxmed.models.load import Model
 from jaxmed.prompts.examples import Example
-from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.texts import encode
 from jaxmed.scoring import example_losses
@@ -58,11 +57,6 @@ def measure(model: Model, tests: Tests) -> Measured:
     """Losses of every test set, and the perplexity."""
     losses = {name: example_losses(model, found) for name, found in tests.sets.items()}
     return Measured(losses, perplexity(model, tests.text) if tests.text else None)
-
-
-def measure_mask(model: Model, mask: Mask, tests: Tests, before: Measured) -> dict[str, Any]:
-    """`compare` of the model with a mask's weights set to zero."""
-    return compare(mask, before, measure(apply_mask(model, mask), tests))
 
 
 def compare(mask: Mask, before: Measured, after: Measured) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas
+from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas, label
 
 
 def write_loss_curve(table: Path, out: Path) -> Path:
@@ -38,32 +38,55 @@ def _read(table: Path) -> list[dict[str, str]]:
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
+Rows = list[dict[str, str]]
+
+
+def _tested(rows: Rows) -> list[str]:
+    """The test sets of a table."""
+    return [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
+
+
+def _bars(mean: list[float], low: list[float], high: list[float]) -> dict[str, object]:
+    """95 % bars of plotly."""
+    above, below = ([abs(edge - at) for edge, at in zip(edges, mean, strict=True)] for edges in (high, low))
+    return {"type": "data", "symmetric": False, "thickness": 1, "array": above, "arrayminus": below}
+
+
+def _numbers(rows: Rows, column: str) -> list[float]:
+    return [float(row[column]) if row[column] else float("nan") for row in rows]
+
+
 def write_pruning_curve(table: Path, out: Path) -> Path:
-    """Draws the rise of every test set's loss against the share q of chosen weights, a dash per rule, a colour per set; 95 % bars."""
-    rows = [row for row in _read(table) if row["rule"] != "none"]
-    names = [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
+    """Draws `draw_pruning_curve` as one HTML file that works offline; returns its path."""
+    return _write(draw_pruning_curve(_read(table)), out)
+
+
+def draw_pruning_curve(rows: Rows) -> go.Figure:
+    """The rise of every test set's loss against the share q of chosen weights, a dash per rule, a colour per set; 95 % bars."""
+    rows = [row for row in rows if row["rule"] != "none"]
     figure = canvas(480, "share q of weights chosen per matrix", "rise of the loss, nats per response token")
     figure.update_xaxes(type="log")
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
-        for colour, name in enumerate(names):
+        for colour, name in enumerate(_tested(rows)):
             of_rule = [row for row in rows if row["rule"] == rule]
             qs = sorted({float(row["q"]) for row in of_rule})
             groups = [[row for row in of_rule if float(row["q"]) == q] for q in qs]
             mean = [sum(float(row[f"{name}_rise"]) for row in group) / len(group) for group in groups]
             low, high = ([float(group[0][f"{name}_{side}"]) for group in groups] for side in ("low", "high"))
             line = {"color": CATEGORICAL[colour % len(CATEGORICAL)], "dash": DASHES[number % len(DASHES)]}
-            above, below = ([abs(edge - at) for edge, at in zip(edges, mean, strict=True)] for edges in (high, low))
-            errors = {"array": above, "arrayminus": below}
-            bars = {"type": "data", "symmetric": False, "thickness": 1, **errors} if len(groups[0]) == 1 else None
+            bars = _bars(mean, low, high) if len(groups[0]) == 1 else None
             figure.add_trace(go.Scatter(x=qs, y=mean, name=f"{name}, {rule}", mode="lines+markers", line=line, error_y=bars))
-    return _write(figure, out)
+    return figure
 
 
 def write_transfer(table: Path, out: Path) -> Path:
-    """Draws a matrix: pruned for (rows), tested on (columns), colour the rise of the loss; random masks averaged."""
-    rows = _read(table)
-    names = [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
-    masks = list(dict.fromkeys(row["mask"] for row in rows))
+    """Draws `draw_transfer` as one HTML file that works offline; returns its path."""
+    return _write(draw_transfer(_read(table)), out)
+
+
+def draw_transfer(rows: Rows) -> go.Figure:
+    """A matrix: pruned for (rows), tested on (columns), colour the rise of the loss; random masks averaged."""
+    names, masks = _tested(rows), list(dict.fromkeys(row["mask"] for row in rows))
     groups = [[row for row in rows if row["mask"] == mask] for mask in masks]
     rises = [[sum(float(row[f"{name}_rise"]) for row in group) / len(group) for name in names] for group in groups]
     most = max(abs(value) for line in rises for value in line) or 1.0
@@ -72,4 +95,63 @@ def write_transfer(table: Path, out: Path) -> Path:
     heat = go.Heatmap(z=rises, x=names, y=masks, text=text, texttemplate="%{text}", colorscale=DIVERGING, zmin=-most, zmax=most)
     figure.add_trace(heat)
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return _write(figure, out)
+    return figure
+
+
+def write_compression(table: Path, out: Path) -> Path:
+    """Draws `draw_compression` as one HTML file that works offline; returns its path."""
+    return _write(draw_compression(_read(table)), out)
+
+
+def draw_compression(rows: Rows) -> go.Figure:
+    """q50 of every behaviour, a colour per model, 95 % bars; behaviours that are never halved have no point."""
+    figure = canvas(420, "behaviour", "share of weights at which it is halved (q50)")
+    figure.update_yaxes(type="log", exponentformat="power")
+    figure.update_layout(scattermode="group")
+    for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = [row for row in rows if row["model"] == model and float(row["q50"]) < float("inf")]
+        at = _numbers(own, "q50")
+        bars = _bars(at, _numbers(own, "q50_low"), _numbers(own, "q50_high"))
+        look = {"color": CATEGORICAL[number % len(CATEGORICAL)], "size": 10}
+        names = [row["behaviour"] for row in own]
+        figure.add_trace(go.Scatter(x=names, y=at, name=label(model), mode="markers", marker=look, error_y=bars))
+    return figure
+
+
+def write_dissociation(table: Path, out: Path) -> Path:
+    """Draws `draw_dissociation` as one HTML file that works offline; returns its path."""
+    return _write(draw_dissociation(_read(table)), out)
+
+
+def draw_dissociation(rows: Rows) -> go.Figure:
+    """Two panels over masks: the rise of losses, and detection (AUC) and refusal (rate); 95 % bars; random masks' first draw."""
+    rows = [row for row in rows if float(row["seed"]) == 0]
+    losses = [(f"{name}: loss", f"{name}_rise", f"{name}_low", f"{name}_high") for name in _tested(rows)]
+    rates = [("detect: AUC", "detect_auc", "detect_auc_low", "detect_auc_high"), ("refuse: rate", "refuse", "refuse_low", "refuse_high")]
+    return _two_panels(rows, [row["mask"] for row in rows], losses, [one for one in rates if one[1] in rows[0]])
+
+
+def write_attacks(table: Path, out: Path) -> Path:
+    """Draws `draw_attacks` as one HTML file that works offline; returns its path."""
+    return _write(draw_attacks(_read(table)), out)
+
+
+def draw_attacks(rows: Rows) -> go.Figure:
+    """Two panels over masks and attacks: the rise of the behaviour's loss, and the refusal rate; 95 % bars."""
+    losses = [(f"{name}: loss", f"{name}_rise", f"{name}_low", f"{name}_high") for name in _tested(rows)]
+    rates = [("refuse: rate", "refuse", "refuse_low", "refuse_high")] if "refuse" in rows[0] else []
+    return _two_panels(rows, [f"{row['mask']}<br>{row['attack']}" for row in rows], losses, rates)
+
+
+def _two_panels(rows: Rows, names: list[str], losses: list[tuple[str, str, str, str]], rates: list[tuple[str, str, str, str]]) -> go.Figure:
+    """Grouped bars: losses above, rates from 0 to 1 below."""
+    figure = canvas(560 if rates else 380, "", "rise of the loss, nats per token")
+    for number, (title, value, low, high) in enumerate([*losses, *rates]):
+        at = _numbers(rows, value)
+        look = {"marker_color": CATEGORICAL[number % len(CATEGORICAL)], "yaxis": "y2" if number >= len(losses) else "y"}
+        figure.add_trace(go.Bar(x=names, y=at, name=title, error_y=_bars(at, _numbers(rows, low), _numbers(rows, high)), **look))
+    if rates:
+        style = figure["layout"]["yaxis"].to_plotly_json() | {"title": {"text": "AUC, rate"}, "domain": [0, 0.42], "range": [0, 1]}
+        figure.update_layout(yaxis={"domain": [0.52, 1]}, yaxis2=style | {"anchor": "x"}, xaxis={"anchor": "y2"})
+    figure.update_layout(barmode="group")
+    return figure

@@ -1,0 +1,128 @@
+"""The commands `prune dissociation` and `prune attack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmed.cli import show
+from jaxmed.cli.commands import Config, load_model
+from jaxmed.cli.prune_measure import Masked, begin, counted, digests, plan_lines, resumed, show_rows
+from jaxmed.prompts.examples import chosen
+
+
+@dataclass(frozen=True)
+class Dissociation(Masked):
+    """What pruned models can still do with a behaviour: generate it, detect it, explain it, and refuse."""
+
+    behaviour: str = "rude"
+    """Examples file or bundled set that shows the behaviour."""
+    name: str = ""
+    """The behaviour as a word in the question; default: the set's name."""
+    twins: str = "polite"
+    """The same prompts without the behaviour, for detection; empty: none."""
+    explanations: str = "why_rude"
+    """Prompts that ask why something shows the behaviour, with responses that say it; empty: none."""
+    requests: str = "alignment"
+    """Requests that a model may refuse (rows of kind harmful, where a file has kinds); empty: none."""
+    preserve: str = "ordinary"
+    """Other examples with responses; empty: none."""
+    question: str = ""
+    """What is asked about each row, with {prompt}, {response} and {name}; default: whether this reply is {name}."""
+    tokens: int = 24
+    """Most tokens of an answer to a request."""
+    out: Path = Path("jaxmed-dissociation")
+    """Folder for dissociation.csv, dissociation.html and run.json."""
+    seeds: int = 1
+    """Draws of random masks with the same counts per matrix."""
+    config: Config = None
+
+    def run(self) -> None:
+        """Prunes in memory, measures, draws."""
+        from jaxmed.pruning.dissociation import DISSOCIATION, KEY, QUESTION, Abilities, run_dissociation
+        from jaxmed.pruning.tables import Table
+        from jaxmed.reports.curves import write_dissociation
+
+        masks, question = self.read(), self.question or QUESTION
+        sets = {name: self.rows(getattr(self, name)) for name in ("behaviour", "twins", "explanations", "preserve")}
+        requests = [row for row in self.rows(self.requests, responses=False) if row.kind in ("", "harmful")]
+        name = self.name or Path(self.behaviour).stem
+        abilities = Abilities(name, **sets, requests=requests, question=question, text=self.text, tokens=self.tokens, form=self.form)
+        abilities.check()
+        trials = 1 + len(masks) * (1 + self.seeds)
+        show.lines(f"prune dissociation: {self.model}", plan_lines(trials, {**sets, "requests": requests}, self.text))
+        if self.dry_run:
+            return
+        asked = self.manifest("seeds", "behaviour", "twins", "explanations", "requests", "preserve", "tokens")
+        begin(self.out, self.resume, (DISSOCIATION,), asked | {"question": question, "masks": digests(masks)})
+        model = load_model(self.model, self.dtype, None, self.mesh)
+        with show.progress("dissociation", trials, "masks") as report:
+            table = Table(KEY, self.out / DISSOCIATION, counted(report))
+            resumed(table, report)
+            run_dissociation(model, masks, abilities, self.seeds, table)
+        show_rows(table.rows, KEY, f"intervals: {self.out / DISSOCIATION}")
+        show.out.print(f"dissociation: {write_dissociation(self.out / DISSOCIATION, self.out / 'dissociation.html')}", markup=False)
+
+
+@dataclass(frozen=True)
+class Attack(Masked):
+    """How pruned models hold under attack: pre-filled openings, and refusal weights removed. In memory only; nothing is written."""
+
+    behaviour: str = "rude"
+    """Examples file or bundled set with the responses that an attack is after."""
+    requests: str = "alignment"
+    """Requests that a model may refuse (rows of kind harmful, where a file has kinds); empty: none."""
+    refusals: str = "alignment"
+    """Requests with refusals, whose weights are removed (rows of kind harmful); empty: that attack is left out."""
+    preserve: str = "ordinary"
+    """Examples whose weights are spared then."""
+    examples: int = 128
+    """Of refusals and of preserved examples, for the scores of refusal."""
+    prefill: int = 10
+    """Tokens of a response that are given."""
+    refusal_q: float = 0.01
+    """Share of weights that are chosen as those of refusal, by absolute SNIP."""
+    refusal_p: float = 0.01
+    """Share of weights that are spared then."""
+    tokens: int = 24
+    """Most tokens of an answer to a request."""
+    out: Path = Path("jaxmed-attacks")
+    """Folder for attacks.csv, attacks.html and run.json."""
+    config: Config = None
+
+    def run(self) -> None:
+        """Prunes and attacks in memory, measures, draws."""
+        from jaxmed.pruning import attacks
+        from jaxmed.pruning.rule import Rule
+        from jaxmed.pruning.tables import Table
+        from jaxmed.reports.curves import write_attacks
+
+        masks, asked = self.read(), self.manifest("behaviour", "requests", "refusals", "preserve", "examples", "prefill", "tokens")
+        harmful: Any = lambda rows: [row for row in rows if row.kind in ("", "harmful")]  # noqa: E731
+        attack = attacks.Attack(
+            behaviour=self.rows(self.behaviour),
+            requests=harmful(self.rows(self.requests, responses=False)),
+            refusals=harmful(chosen(self.refusals, "train"))[: self.examples] if self.refusals else [],
+            preserve=chosen(self.preserve, "train", self.examples) if self.refusals else [],
+            prefill=self.prefill,
+            rule=Rule(q=self.refusal_q, p=self.refusal_p, score="absolute"),
+            tokens=self.tokens,
+            form=self.form,
+            text=self.text,
+        )
+        attack.check()
+        trials = (1 + len(masks)) * (4 if self.refusals else 2)
+        sets = {name: getattr(attack, name) for name in ("behaviour", "requests", "refusals")}
+        show.lines(f"prune attack: {self.model}", plan_lines(trials, sets, self.text))
+        if self.dry_run:
+            return
+        rule = {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p}
+        begin(self.out, self.resume, (attacks.ATTACKS,), asked | rule | {"masks": digests(masks)})
+        model = load_model(self.model, self.dtype, None, self.mesh)
+        with show.progress("attacks", trials, "models") as report:
+            table = Table(attacks.KEY, self.out / attacks.ATTACKS, counted(report))
+            resumed(table, report)
+            attacks.run_attacks(model, masks, attack, table)
+        show_rows(table.rows, attacks.KEY, f"intervals: {self.out / attacks.ATTACKS}")
+        show.out.print(f"attacks: {write_attacks(self.out / attacks.ATTACKS, self.out / 'attacks.html')}", markup=False)

@@ -1,0 +1,115 @@
+"""A pruned model under attack. Attacked models exist in memory alone: they are measured, never written.
+
+Pre-filled: the first tokens of the response are given, the loss of the rest is measured. Refusal removed: the weights of refusal are chosen
+by absolute SNIP on refusals without those of a preserve set, scored on the pruned model itself, and set to zero (Wei et al. 2024, as
+Orgad et al. 2026 use it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from jaxmed.errors import UserError
+from jaxmed.harm.evaluation import answer, rate
+from jaxmed.harm.refusals import is_refusal
+from jaxmed.models.checkpoints.edit_record import ATTACK
+from jaxmed.models.load import Model
+from jaxmed.prompts.examples import Example
+from jaxmed.pruning.apply import apply_mask
+from jaxmed.pruning.masks import Mask
+from jaxmed.pruning.measure import Tests, compare, measure
+from jaxmed.pruning.rule import Rule
+from jaxmed.pruning.scores import score
+from jaxmed.pruning.selection import select
+from jaxmed.pruning.tables import Row, Table
+from jaxmed.pruning.texts import encode
+from jaxmed.tokens import Answered
+
+ATTACKS = "attacks.csv"
+KEY = ("mask", "attack")
+NAMES = ("none", "prefill", "refusal removed", "both")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How models are attacked and measured.
+
+    Attributes:
+        behaviour: rows with the responses that an attack is after.
+        requests: what a model may refuse.
+        refusals: requests with refusals, whose weights are removed; empty: that attack is left out.
+        preserve: rows whose weights are spared then.
+        prefill: tokens of a response that are given.
+        rule: of the weights of refusal.
+        tokens: of an answer to a request.
+        form: how prompts and responses are joined in losses; see `texts.encode`.
+    """
+
+    behaviour: Sequence[Example]
+    requests: Sequence[Example] = ()
+    refusals: Sequence[Example] = ()
+    preserve: Sequence[Example] = ()
+    prefill: int = 10
+    rule: Rule = field(default_factory=lambda: Rule(q=0.01, p=0.01, score="absolute"))
+    tokens: int = 24
+    form: str = "plain"
+    text: str = "neutral"
+
+    def check(self) -> None:
+        """Raises a UserError for what cannot be used."""
+        self.rule.check()
+        if self.prefill < 1:
+            raise UserError(f"The pre-filled opening has {self.prefill} tokens; it needs one at least.")
+        if bool(self.refusals) != bool(self.preserve):
+            raise UserError("Removing refusal needs both refusals and a preserve set.")
+
+
+def shifted(examples: Sequence[Answered], count: int) -> list[Answered]:
+    """The examples with the first `count` response tokens counted as prompt; those with no more than that are left out."""
+    return [replace(one, prompt=one.prompt + count) for one in examples if len(one.ids) - one.prompt > count]
+
+
+def without_refusal(model: Model, attack: Attack) -> Model:
+    """The model with its weights of refusal set to zero, in memory, marked so that no command writes it."""
+    kinds = ("behaviour_absolute", "preserve_absolute")
+    scores = score(model, attack.refusals, attack.preserve, kinds=kinds, form="chat")
+    return apply_mask(model, select(scores, attack.rule, tag=ATTACK))
+
+
+def run_attacks(model: Model, masks: Mapping[str, Mask], attack: Attack, table: Table | None = None) -> Table:
+    """A row per mask (and for the model as it is) and attack.
+
+    Columns: `generate_*` (the loss of the responses, and its rise over the unpruned model under the same reading), `perplexity_*`,
+    `refuse` with its interval.
+    """
+    attack.check()
+    table = table or Table(KEY)
+    encoded = encode(model.tokenizer, attack.behaviour, attack.form)
+    opened = shifted(encoded, attack.prefill)
+    if not opened:
+        raise UserError(f"No response has more than {attack.prefill} tokens, so none is left after a pre-filled opening.")
+    tests = {False: Tests({"generate": encoded}, attack.text), True: Tests({"generate": opened}, "")}
+    before = {prefilled: measure(model, found) for prefilled, found in tests.items()}
+    first = next(iter(masks.values()))
+    trials = {"none": replace(first, indices={name: found[:0] for name, found in first.indices.items()}), **masks}
+    for name, mask in trials.items():
+        pruned = apply_mask(model, mask) if mask.count else model
+        for removed in (False, True) if attack.refusals else (False,):
+            todo = [prefilled for prefilled in (False, True) if not table.has(name, NAMES[2 * removed + prefilled])]
+            attacked = without_refusal(pruned, attack) if removed and todo else pruned
+            for prefilled in todo:
+                row = compare(mask, before[prefilled], measure(attacked, tests[prefilled]))
+                row = {"perplexity": "", "perplexity_ratio": "", "perplexity_low": "", "perplexity_high": "", **row}
+                table.add({"mask": name, "attack": NAMES[2 * removed + prefilled], **row, **_refusals(attacked, attack, prefilled)})
+    return table
+
+
+def _refusals(model: Model, attack: Attack, prefilled: bool) -> Row:
+    """The refusal rate; a pre-filled opening leaves nothing to refuse, so it has none."""
+    if not attack.requests:
+        return {}
+    if prefilled:
+        return {"refuse": "", "refuse_low": "", "refuse_high": ""}
+    found = rate("refuse", [is_refusal(text) for text in answer(model, attack.requests, attack.tokens)])
+    return {"refuse": found.share, "refuse_low": found.low, "refuse_high": found.high}

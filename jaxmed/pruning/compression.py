@@ -1,0 +1,134 @@
+"""Compression: how much fewer weights carry a behaviour in an aligned model than in its base, beside a control behaviour.
+
+q50 is the share of pruned weights at which a behaviour is halved: at which the geometric mean over examples of its responses'
+probability per token is half of the unpruned model's, so that the loss has risen by ln 2. compression = log q50(base) - log q50(aligned),
+minus the same of the control (methods: a positive number says that alignment has packed the behaviour into fewer weights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxmed.errors import UserError
+from jaxmed.pruning.tables import Row
+
+COMPRESSION = "compression.csv"
+HALVED = math.log(2)
+"""Rise of the loss, in nats per token, at which a behaviour is halved."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One behaviour of one model, pruned more and more.
+
+    Attributes:
+        q: shares of chosen weights, ascending.
+        rises: rise of every example's loss [q, examples], in nats per token.
+        ratio: perplexity over that of the unpruned model, [q].
+    """
+
+    q: np.ndarray
+    rises: np.ndarray
+    ratio: np.ndarray
+
+
+def read_curve(rows: Sequence[Row], examples: Sequence[Row], name: str) -> Curve:
+    """The curve of test set `name` from the tables of `prune curve`: the rule's own rows, without its baselines.
+
+    Raises:
+        UserError: a set that was not tested, or tables that do not belong together.
+    """
+    own = next((row["rule"] for row in rows if row["rule"] != "none"), None)
+    held: dict[tuple[Any, float], dict[int, float]] = {}
+    for row in examples:
+        if row["set"] == name:
+            held.setdefault((row["rule"], row["q"]), {})[int(row["example"])] = row["loss"]
+    qs = sorted(row["q"] for row in rows if row["rule"] == own)
+    wanted = [("none", 0.0), *((own, q) for q in qs)]
+    if own is None or any(key not in held for key in wanted):
+        tested = ", ".join(sorted({row["set"] for row in examples})) or "nothing"
+        raise UserError(
+            f"This curve has no losses of single examples of {name!r} (it has {tested}). Run `jaxmed prune curve` with --tests."
+        )
+    losses = np.array([[held[key][i] for i in sorted(held[key])] for key in wanted])
+    by_q = {row["q"]: float(row.get("perplexity_ratio", math.nan)) for row in rows if row["rule"] == own}
+    return Curve(np.array(qs), losses[1:] - losses[0], np.array([by_q[q] for q in qs]))
+
+
+def q50(curve: Curve, weights: np.ndarray | None = None) -> float:
+    """Share at which the mean rise first reaches `HALVED`, between the curve's shares on a logarithmic scale; infinite if it never does.
+
+    Args:
+        weights: how often each example counts (a resample); None: once.
+    """
+    mean = curve.rises.mean(1) if weights is None else curve.rises @ weights / weights.sum()
+    above = np.nonzero(mean >= HALVED)[0]
+    if not len(above):
+        return math.inf
+    at = int(above[0])
+    if at == 0:
+        return float(curve.q[0])
+    part = (HALVED - mean[at - 1]) / (mean[at] - mean[at - 1])
+    return float(np.exp(np.log(curve.q[at - 1]) + part * (np.log(curve.q[at]) - np.log(curve.q[at - 1]))))
+
+
+def cost_at(curve: Curve, q: float) -> float:
+    """Perplexity over the unpruned model's at share q, between the curve's shares on logarithmic scales; NaN beyond them."""
+    if not curve.q[0] <= q <= curve.q[-1]:
+        return math.nan
+    return float(np.exp(np.interp(np.log(q), np.log(curve.q), np.log(curve.ratio))))
+
+
+def compression_rows(
+    curves: Mapping[str, Mapping[str, Curve]], base: str, control: str, limit: float = 1.01, resamples: int = 2000, seed: int = 0
+) -> list[Row]:
+    """A row per model and behaviour: q50 with its 95 % interval, what it costs, and the compression against `base`.
+
+    Args:
+        curves: model -> behaviour -> curve.
+        base: the model that the others are compared with.
+        control: behaviour whose compression is subtracted; empty: none.
+        limit: perplexity ratio up to which a q50 counts as reached without harm.
+
+    Columns: `q50`, `q50_low`, `q50_high`, `perplexity_at_q50`, `within_limit`; `compression` = log q50(base) - log q50(model), `net` =
+    that minus the control's, `net_low`, `net_high`. Examples are resampled, the same ones in both models. What is never halved is
+    infinite; a difference of two such is NaN, and an interval whose resamples are not all finite is NaN too.
+    """
+    rng = np.random.default_rng(seed)
+    behaviours = list(next(iter(curves.values())))
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for name in behaviours:
+        counts = {curves[model][name].rises.shape[1] for model in curves}
+        if len(counts) > 1:
+            raise UserError(f"The curves of {name!r} have {sorted(counts)} examples; all models need the same ones.")
+        size = counts.pop()
+        draws = rng.multinomial(size, np.full(size, 1 / size), resamples)
+        for model in curves:
+            found[model, name] = np.array([q50(curves[model][name]), *(q50(curves[model][name], draw) for draw in draws)])
+    with np.errstate(invalid="ignore"):
+        gains = {(model, name): np.log(found[base, name]) - np.log(found[model, name]) for model, name in found}
+        rows = []
+        for (model, name), values in found.items():
+            curve = curves[model][name]
+            low, high = _interval(values[1:])
+            cost = cost_at(curve, values[0])
+            row: Row = {"model": model, "behaviour": name, "q50": values[0], "q50_low": low, "q50_high": high}
+            row |= {"perplexity_at_q50": cost, "within_limit": int(cost <= limit)}
+            net = gains[model, name] - gains[model, control] if control else gains[model, name]
+            low, high = _interval(net[1:]) if model != base else (math.nan, math.nan)
+            row |= {"compression": gains[model, name][0], "net": net[0], "net_low": low, "net_high": high}
+            rows.append(row)
+    return rows
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5; NaN where values are not finite."""
+    if not np.isfinite(values).all():
+        return math.nan, math.nan
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

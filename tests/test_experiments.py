@@ -1,0 +1,305 @@
+"""Experiments over masks: first-order predictions, compression, dissociation, attacks, and their commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxmed as jm
+from jaxmed.cli.main import main
+from jaxmed.models.load import Model
+from jaxmed.pruning import Mask, Rule, select, write_mask
+from jaxmed.pruning.apply import apply_mask
+from jaxmed.pruning.attacks import Attack, run_attacks, shifted, without_refusal
+from jaxmed.pruning.compression import HALVED, Curve, compression_rows, cost_at, q50, read_curve
+from jaxmed.pruning.curve import predicted_rise, run_curve
+from jaxmed.pruning.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
+from jaxmed.pruning.matrices import named_weights, weights_by_name
+from jaxmed.pruning.measure import make_tests
+from jaxmed.pruning.scores import Scores, score
+from jaxmed.pruning.tables import Examples, Table
+from jaxmed.pruning.texts import encode
+from jaxmed.scoring import choice_logits, example_losses
+from jaxmed.tokens import Answered, prompt_ids
+from tests import tiny
+
+BEHAVIOUR = [jm.Example(f"ask {i}" + "x" * (5 * i % 13), f"no {'abc'[i % 3] * (i % 4 + 1)}", kind="harmful") for i in range(12)]
+TWINS = [replace(one, response=f"yes {i}", kind="benign") for i, one in enumerate(BEHAVIOUR)]
+
+
+@pytest.fixture(scope="module")
+def yes_no_model(plain_model: Model) -> Model:
+    """The tiny model with a tokenizer that knows yes and no as tokens."""
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["yes", "no", "Yes"])
+    return replace(plain_model, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def scores(plain_model: Model) -> Scores:
+    return score(plain_model, BEHAVIOUR, TWINS)
+
+
+@pytest.fixture(scope="module")
+def masks(scores: Scores) -> dict[str, Mask]:
+    return {"few": select(scores, Rule(q=0.02, p=0.01)), "more": select(scores, Rule(q=0.2, p=0.01))}
+
+
+# Curves
+
+
+def test_a_curve_says_what_was_to_be_expected_to_first_order(plain_model: Model, scores: Scores, masks: dict[str, Mask]) -> None:
+    weights = weights_by_name(plain_model)
+    gradients = {name: scores.read("behaviour_signed", name) / weights[name] for name in weights}
+    wanted = sum(
+        -(gradients[name].ravel()[at] * weights[name].ravel()[at]).sum() / len(BEHAVIOUR) for name, at in masks["few"].indices.items()
+    )
+    assert predicted_rise(scores, masks["few"]) == pytest.approx(wanted, rel=1e-4)
+    tests = make_tests(plain_model, {"scored": BEHAVIOUR}, "")
+    table = run_curve(plain_model, scores, tests, Rule(q=0.02, p=0.01), (0.02,))
+    rows = {(row["rule"], row["q"]): row for row in table.rows}
+    assert rows["signed", 0.02]["first_order"] == pytest.approx(wanted, rel=1e-4)
+    assert rows["none", 0.0]["first_order"] == rows["none", 0.0]["scored_rise"] == 0
+    part = apply_mask(plain_model, masks["few"], "scale", 0.99)
+    true = (example_losses(part, tests.sets["scored"]) - example_losses(plain_model, tests.sets["scored"])).mean()
+    assert true / 0.01 == pytest.approx(wanted, rel=0.1)
+
+
+def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Scores, tmp_path: Path) -> None:
+    tests = make_tests(plain_model, {"a": BEHAVIOUR, "b": TWINS}, "")
+    key, count = ("rule", "q", "seed"), []
+
+    def run(folder: Path, most: int) -> tuple[str, str]:
+        def stop(row: Any) -> None:
+            count.append(row["q"])
+            if len(count) == most:
+                raise KeyboardInterrupt
+
+        folder.mkdir(exist_ok=True)
+        table, examples = Table(key, folder / "curve.csv", stop), Examples(key, folder / "examples.csv")
+        run_curve(plain_model, scores, tests, Rule(p=0.01), (0.02, 0.1), ("random",), 2, table, examples)
+        return (folder / "curve.csv").read_text(), (folder / "examples.csv").read_text()
+
+    whole = run(tmp_path / "whole", 0)
+    assert len(count) == 7
+    count.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 3)
+    assert run(tmp_path / "cut", 0) == whole
+    assert len(count) == 7
+    rows = list(csv.DictReader(whole[1].splitlines()))
+    assert len(rows) == 7 * 2 * 12
+    first = [float(row["loss"]) for row in rows if row["rule"] == "none" and row["set"] == "b"]
+    assert np.allclose(first, example_losses(plain_model, tests.sets["b"]))
+
+
+# Compression
+
+
+def test_q50_is_where_the_loss_has_risen_by_ln_2() -> None:
+    rises = np.array([[0.1, 0.3], [0.4, 0.8], [1.0, 2.0]])
+    curve = Curve(np.array([1e-4, 1e-3, 1e-2]), rises, np.array([1.0, 1.1, 4.0]))
+    part = (HALVED - 0.6) / (1.5 - 0.6)
+    assert q50(curve) == pytest.approx(10 ** (-3 + part))
+    assert q50(curve, np.array([0.0, 1.0])) == pytest.approx(10 ** (-4 + (HALVED - 0.3) / 0.5))
+    assert q50(replace(curve, rises=rises / 10)) == math.inf
+    assert q50(replace(curve, rises=rises + 1)) == 1e-4
+    assert cost_at(curve, 10**-2.5) == pytest.approx((1.1 * 4) ** 0.5)
+    assert math.isnan(cost_at(curve, 1e-5))
+
+
+def _curve(halved_at: float, seed: int, ratio: float = 1.0) -> Curve:
+    """A curve of 40 examples whose mean rise is straight in log q and reaches ln 2 at `halved_at`."""
+    q = np.logspace(-5, -1, 9)
+    noise = np.random.default_rng(seed).normal(size=40)
+    each = HALVED * (1 + 0.2 * (noise - noise.mean()))
+    return Curve(q, np.maximum(0.0, 1 + np.log10(q / halved_at))[:, None] * each, np.full(9, ratio))
+
+
+def test_compression_is_the_log_of_the_ratio_minus_the_control_s() -> None:
+    curves = {
+        "base": {"rude": _curve(1e-2, 0), "trivia": _curve(1e-2, 1)},
+        "aligned": {"rude": _curve(1e-3, 0, 1.2), "trivia": _curve(5e-3, 1)},
+    }
+    rows = {(row["model"], row["behaviour"]): row for row in compression_rows(curves, "base", "trivia")}
+    rude = rows["aligned", "rude"]
+    assert rude["compression"] == pytest.approx(math.log(10), rel=0.02)
+    assert rude["net"] == pytest.approx(math.log(10) - math.log(2), rel=0.05)
+    assert rude["net_low"] < rude["net"] < rude["net_high"]
+    assert rude["q50_low"] < rude["q50"] < rude["q50_high"]
+    assert (rude["within_limit"], rows["base", "rude"]["within_limit"]) == (0, 1)
+    assert rows["aligned", "trivia"]["net"] == 0
+    curves["aligned"]["rude"] = replace(curves["aligned"]["rude"], rises=curves["aligned"]["rude"].rises / 1e3)
+    never = {(row["model"], row["behaviour"]): row for row in compression_rows(curves, "base", "")}["aligned", "rude"]
+    assert (never["q50"], never["compression"], never["within_limit"]) == (math.inf, -math.inf, 0)
+    assert math.isnan(never["net_low"])
+
+
+def test_curves_come_from_the_tables_of_prune_curve(plain_model: Model, scores: Scores) -> None:
+    tests = make_tests(plain_model, {"a": BEHAVIOUR}, "")
+    table, examples = Table(("rule", "q", "seed")), Examples(("rule", "q", "seed"))
+    run_curve(plain_model, scores, tests, Rule(p=0.01), (0.1, 0.02), table=table, examples=examples)
+    curve = read_curve(table.rows, examples.rows, "a")
+    assert curve.q.tolist() == [0.02, 0.1]
+    rises = [row["a_rise"] for row in sorted(table.rows, key=lambda row: row["q"]) if row["rule"] == "signed"]
+    assert np.allclose(curve.rises.mean(1), rises)
+    with pytest.raises(jm.UserError, match="no losses of single examples of 'b'"):
+        read_curve(table.rows, examples.rows, "b")
+
+
+# Dissociation
+
+
+def test_detection_is_the_log_odds_of_yes(yes_no_model: Model) -> None:
+    abilities = Abilities("rude", BEHAVIOUR[:3], TWINS[:2], question="Is {response} {name}?")
+    yes, no = answer_tokens(yes_no_model)
+    assert (len(yes), len(no)) == (2, 1)
+    found = np.concatenate(detection(yes_no_model, abilities))
+    for value, row in zip(found, [*BEHAVIOUR[:3], *TWINS[:2]], strict=True):
+        ids = prompt_ids(yes_no_model.tokenizer, jm.Example(f"Is {row.response} rude?"))
+        logits = np.asarray(jm.forward(yes_no_model, ids[None])[0][0, -1], np.float64)
+        assert value == pytest.approx(np.logaddexp(*logits[yes]) - logits[no[0]], abs=1e-4)
+
+
+def test_a_few_logits_are_those_of_forward(tiny_model: Model) -> None:
+    prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (4, 11, 30)]
+    found = choice_logits(tiny_model, prompts, [7, 2])
+    for row, ids in zip(found, prompts, strict=True):
+        assert np.allclose(row, np.asarray(jm.forward(tiny_model, ids[None])[0])[0, -1, [7, 2]], atol=1e-4)
+
+
+def test_auc_is_that_of_mann_and_whitney() -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.integers(0, 6, 30) + 1.0, rng.integers(0, 6, 20).astype(float)
+    assert auc(one, two) == pytest.approx(stats.mannwhitneyu(one, two).statistic / 600)
+    low, high = auc_interval(one, two)
+    assert low < auc(one, two) < high
+    assert math.isnan(auc_interval(one[:9], two)[0])
+
+
+def test_questions_are_filled_once() -> None:
+    row = jm.Example("{response}", "{name}")
+    assert fill("{prompt}|{response}|{name}", row, "x") == "{response}|{name}|x"
+
+
+def test_dissociation(yes_no_model: Model, masks: dict[str, Mask]) -> None:
+    abilities = Abilities("rude", BEHAVIOUR, TWINS, TWINS, BEHAVIOUR, (), text="", tokens=3)
+    rows = {(row["mask"], row["seed"]): row for row in run_dissociation(yes_no_model, masks, abilities).rows}
+    assert list(rows) == [("none", 0), ("few", 0), ("random like few", 0), ("more", 0), ("random like more", 0)]
+    pruned = apply_mask(yes_no_model, masks["more"])
+    encoded = encode(yes_no_model.tokenizer, BEHAVIOUR)
+    assert rows["more", 0]["generate_loss"] == pytest.approx(example_losses(pruned, encoded).mean())
+    assert rows["more", 0]["generate_rise"] > rows["few", 0]["generate_rise"] > rows["none", 0]["generate_rise"] == 0
+    odds = detection(pruned, abilities)
+    assert rows["more", 0]["detect_auc"] == auc(*odds)
+    assert rows["more", 0]["detect_yes"] == (odds[0] > 0).mean()
+    assert rows["more", 0]["detect_twin_no"] == (odds[1] < 0).mean()
+    assert 0 <= rows["none", 0]["refuse_low"] <= rows["none", 0]["refuse"] <= rows["none", 0]["refuse_high"] <= 1
+    with pytest.raises(jm.UserError, match="same about every row"):
+        run_dissociation(yes_no_model, masks, replace(abilities, question="Is it rude?"))
+    with pytest.raises(jm.UserError, match="no single tokens for yes and no"):
+        detection(replace(yes_no_model, tokenizer=tiny.tokenizer()), abilities)
+
+
+# Attacks
+
+
+def test_a_pre_filled_opening_is_not_scored(plain_model: Model) -> None:
+    examples = [Answered(np.arange(1, 20, dtype=np.int32), 5), Answered(np.arange(1, 9, dtype=np.int32), 5)]
+    (left,) = shifted(examples, 3)
+    logits = np.asarray(jm.forward(plain_model, left.ids[None])[0][0], np.float64)
+    own = logits[np.arange(7, 18), left.ids[8:]] - np.logaddexp.reduce(logits[7:18], axis=1)
+    assert example_losses(plain_model, [left])[0] == pytest.approx(-own.mean(), abs=1e-5)
+
+
+def test_removed_refusal_is_absolute_snip_without_the_preserve_set_s(plain_model: Model, tmp_path: Path) -> None:
+    attack = Attack(BEHAVIOUR, refusals=BEHAVIOUR, preserve=TWINS, rule=Rule(q=0.1, p=0.05, score="absolute"))
+    attacked = without_refusal(plain_model, attack)
+    held = score(plain_model, BEHAVIOUR, TWINS, kinds=("behaviour_absolute", "preserve_absolute"), form="chat")
+    after = weights_by_name(attacked)
+    for name, values in named_weights(plain_model):
+        ranked = {kind: np.argsort(-held.read(f"{kind}_absolute", name).ravel(), kind="stable") for kind in ("behaviour", "preserve")}
+        chosen = set(ranked["behaviour"][: int(0.1 * values.size)]) - set(ranked["preserve"][: int(0.05 * values.size)])
+        assert {int(i) for i in np.nonzero((after[name] != values).ravel())[0]} == chosen
+    with pytest.raises(jm.UserError, match="attack"):
+        jm.export_folder(attacked, tmp_path / "out")
+    with pytest.raises(jm.UserError, match="attack"):
+        jm.export_folder(apply_mask(attacked, select(held, Rule(q=0.1, score="absolute"))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_attacks(plain_model: Model, masks: dict[str, Mask]) -> None:
+    attack = Attack(BEHAVIOUR, BEHAVIOUR[:2], BEHAVIOUR, TWINS, 3, Rule(q=0.1, p=0.05, score="absolute"), 2, text="")
+    rows = {(row["mask"], row["attack"]): row for row in run_attacks(plain_model, masks, attack).rows}
+    assert len(rows) == 3 * 4
+    opened = shifted(encode(plain_model.tokenizer, BEHAVIOUR), 3)
+    pruned = apply_mask(plain_model, masks["few"])
+    assert rows["few", "prefill"]["generate_loss"] == pytest.approx(example_losses(pruned, opened).mean())
+    both = example_losses(without_refusal(pruned, attack), opened)
+    assert rows["few", "both"]["generate_loss"] == pytest.approx(both.mean())
+    assert rows["few", "both"]["generate_rise"] == pytest.approx((both - example_losses(plain_model, opened)).mean(), abs=1e-6)
+    assert rows["none", "none"]["generate_rise"] == rows["none", "prefill"]["generate_rise"] == 0
+    assert rows["none", "prefill"]["refuse"] == ""
+    with pytest.raises(jm.UserError, match="more than 300 tokens"):
+        run_attacks(plain_model, masks, replace(attack, prefill=300))
+    with pytest.raises(jm.UserError, match="needs both"):
+        run_attacks(plain_model, masks, replace(attack, preserve=()))
+
+
+# Commands
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture, yes_no_model: Model) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "model")
+    yes_no_model.tokenizer.save_pretrained(folder)
+    files = {}
+    for name, rows in (("bad", BEHAVIOUR), ("good", TWINS)):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        columns = ("prompt", "response", "kind")
+        Path(files[name]).write_text("".join(json.dumps({key: getattr(one, key) for key in columns}) + "\n" for one in rows))
+    base, short = ["--model", str(folder)], ["--text", "", "--split", ""]
+    scoring = ["prune", "score", *base, "--behaviour", files["bad"], "--preserve", files["good"]]
+    assert main([*scoring, "--out", str(tmp_path / "scores")]) == 0
+    curve = ["prune", "curve", *base, *short, "--scores", str(tmp_path / "scores"), "--tests", files["bad"], "--scored", files["bad"]]
+    for out in ("curve1", "curve2"):
+        assert main([*curve, "--qs", "0.02", "0.3", "--p", "0.01", "--out", str(tmp_path / out)]) == 0
+    assert "first order" in capsys.readouterr().out
+    compared = ["prune", "compression", "--base", str(tmp_path / "curve1"), "--aligned", str(tmp_path / "curve2"), "--behaviours", "bad"]
+    assert main([*compared, "--out", str(tmp_path / "c")]) == 2
+    assert "Two models are called" in capsys.readouterr().err
+    assert main([*compared, "--names", "one", "other", "--out", str(tmp_path / "c")]) == 0
+    assert "one" in (tmp_path / "c" / "compression.html").read_text()
+    assert main([*compared, "--names", "one", "other", "--control", "x", "--out", str(tmp_path / "c2")]) == 2
+    held = read_scores_mask(tmp_path / "scores", tmp_path / "few.safetensors")
+    asked = [*base, *short, "--masks", str(held), "--behaviour", files["bad"], "--requests", files["bad"], "--preserve", files["good"]]
+    dissociation = ["prune", "dissociation", *asked, "--twins", files["good"], "--explanations", "", "--tokens", "2"]
+    assert main([*dissociation, "--out", str(tmp_path / "d")]) == 0
+    again = (tmp_path / "d" / "dissociation.csv").read_text()
+    assert main([*dissociation, "--out", str(tmp_path / "d"), "--resume"]) == 0
+    assert (tmp_path / "d" / "dissociation.csv").read_text() == again
+    assert "refuse: rate" in (tmp_path / "d" / "dissociation.html").read_text()
+    assert main([*dissociation, "--out", str(tmp_path / "d3"), "--question", "Is it?"]) == 2
+    attack = ["prune", "attack", *asked, "--refusals", files["bad"], "--prefill", "3", "--tokens", "2", "--refusal-q", "0.1"]
+    assert main([*attack, "--out", str(tmp_path / "a")]) == 0
+    assert len((tmp_path / "a" / "attacks.csv").read_text().splitlines()) == 1 + 2 * 4
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".csv", ".html", ".json"}  # no weights are written
+    assert main([*attack, "--out", str(tmp_path / "a2"), "--refusal-q", "2"]) == 2
+    assert not (tmp_path / "a2").exists()
+
+
+def read_scores_mask(folder: Path, file: Path) -> Path:
+    """A mask file of the scores in a folder."""
+    from jaxmed.pruning import read_scores
+
+    write_mask(select(read_scores(folder), Rule(q=0.05, p=0.01)), file)
+    return file
