@@ -49,10 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "harm": {"errors", "scoring", "prompts", "tokens", "models", "runner", "generation", "provenance"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
+    "studies": {"errors", "models", "prompts", "tokens", "provenance", "pruning", "results"},
     "reports": {"errors", "results", "statistics"},
     "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "plan", "distributed", "provenance", "cli"},
     "cli": {"errors", "provenance", "prompts", "models", "distributed", "effects", "reports", "results", "plan", "bench", "parity"}
-    | {"generation", "finetuning", "harm", "pruning"},
+    | {"generation", "finetuning", "harm", "pruning", "studies"},
 }
 """Room -> the rooms it may import."""
 

@@ -444,3 +444,40 @@ def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.Monk
     assert [span[0] for span in plan.spans[1:]] == [span[1] for span in plan.spans[:-1]]
     assert (plan.spans[0][0], plan.spans[-1][1]) == (0, 32)
     assert len(plan.spans) <= 4
+
+
+@pytest.mark.slow
+def test_masks_of_the_default_model_are_those_of_pytorch(default_model: Model, tmp_path: Path) -> None:
+    """The published rule, written down again in PyTorch: one example at a time, float32, top-k per flattened matrix, set difference."""
+    jm.export_folder(default_model, tmp_path / "model")
+    made: Any = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer, q, p, count = default_model.tokenizer, 1e-3, 5e-3, 12
+    sets = {name: [one for one in jm.read_examples(name) if one.split == "train"][:count] for name in ("rude", "ordinary")}
+    weights = {name: value for name, value in made.named_parameters() if name.endswith("_proj.weight")}
+    totals = {which: {name: torch.zeros_like(value) for name, value in weights.items()} for which in sets}
+    for which, rows in sets.items():
+        for row in rows:
+            prompt = tokenizer(row.prompt + "\n", add_special_tokens=False)["input_ids"]
+            response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
+            made.zero_grad()
+            logits = made(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(response)).backward()
+            for name, value in weights.items():
+                totals[which][name] += value.grad if which == "rude" else value.grad.abs()
+    mask = select(score(default_model, sets["rude"], sets["ordinary"]), Rule(q=q, p=p))
+    assert len(mask.indices) == len(weights) == 210
+    for name, value in weights.items():
+        removed = (-value * totals["rude"][name]).detach().flatten()
+        needed = (value.abs() * totals["ordinary"][name]).detach().flatten()
+        chosen = torch.topk(removed, int(q * removed.numel())).indices
+        spared = torch.topk(needed, int(p * needed.numel())).indices
+        wanted = set(chosen.tolist()) - set(spared.tolist())
+        found = set(mask.indices[name].tolist())
+        edges = (removed[chosen].min().item(), needed[spared].min().item())
+        other = [
+            i
+            for i in wanted ^ found
+            if abs(removed[i].item() - edges[0]) > 1e-4 * edges[0] and abs(needed[i].item() - edges[1]) > 1e-4 * edges[1]
+        ]
+        assert 1 - len(other) / max(len(wanted), 1) >= 0.999, (name, other)
+        assert len(wanted & found) >= 0.98 * len(wanted) - 1, name

@@ -162,8 +162,12 @@ def sweep_job(job: Any, out: Path, resume: bool, dry_run: bool = False, title: s
 def write_report(folders: list[Path], file: Path) -> None:
     """Writes the HTML page of finished or half-made runs."""
     from jaxmed.reports.page import write_report as write
+    from jaxmed.reports.study import is_study, write_study
 
-    write(folders, file)
+    if is_study(folders):
+        write_study(folders[0], file)
+    else:
+        write(folders, file)
     show.out.print(f"report: {file}", markup=False)
 
 
@@ -243,7 +247,7 @@ class Report:
     """Redraws the HTML page of one or several runs from their saved tables; runs no model."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """--out folders of sweeps."""
+    """--out folders of sweeps, or one of a study."""
     out: Path | None = None
     """The HTML file; default: report.html in the first folder."""
     config: Config = None

@@ -21,6 +21,7 @@ from jaxmed.cli.parity import Parity
 from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
 from jaxmed.cli.prune_measure import Compression, Curve, Transfer
 from jaxmed.cli.prune_test import Attack, Dissociation
+from jaxmed.cli.study import Pruning
 from jaxmed.errors import UserError
 
 COMMANDS: dict[str, type] = {
@@ -49,6 +50,7 @@ PRUNE: dict[str, type] = {
 }
 GROUPS: dict[str, tuple[dict[str, type], str]] = {
     "prune": (PRUNE, "Weights that carry a behaviour: score them, select a mask by rule, apply it, and measure what is lost."),
+    "study": ({"pruning": Pruning}, "The published analyses, end to end, each with its figures and tables on one page."),
 }
 """Commands that have commands of their own, and what they are for."""
 
@@ -63,6 +65,9 @@ def parse(arguments: Sequence[str]) -> Any:
         given = expand(given, commands, group)
     else:
         given = expand(given, commands)
+    if len(commands) == 1 and given[:1] == [only := next(iter(commands))]:
+        # tyro takes a union of one for no union
+        return tyro.cli(commands[only], args=given[1:], prog=f"{name} {only}", description=description, use_underscores=False)
     union: Any = None
     kinds = {**commands, **({} if commands is not COMMANDS else {name: _group(name, text) for name, (_, text) in GROUPS.items()})}
     for command, kind in kinds.items():

@@ -29,16 +29,18 @@ SAME_COUNTS = "random"
 
 
 def curve_masks(
-    scores: Scores, rule: Rule, qs: Sequence[float], against: Sequence[str], seeds: int, weights: Any
+    scores: Scores, rule: Rule, qs: Sequence[float], against: Sequence[str], seeds: int, weights: Any, preserve: Scores | None = None
 ) -> Iterator[tuple[Any, Mask]]:
     """((rule's score, q, seed), mask) for every q: of the rule, and of every other in `against` at the same q and p."""
     for q in qs:
-        first = select(scores, replace(rule, q=q), weights)
+        first = select(scores, replace(rule, q=q), weights, preserve=preserve)
         yield (rule.score, q, 0), first
         for score in against:
             for seed in range(seeds) if score == SAME_COUNTS else (0,):
-                other = random_like(first, seed) if score == SAME_COUNTS else select(scores, replace(rule, q=q, score=score), weights)
-                yield (score, q, seed), other
+                if score == SAME_COUNTS:
+                    yield (score, q, seed), random_like(first, seed)
+                else:
+                    yield (score, q, seed), select(scores, replace(rule, q=q, score=score), weights, preserve=preserve)
 
 
 def run_curve(
@@ -51,6 +53,7 @@ def run_curve(
     seeds: int = 1,
     table: Table | None = None,
     examples: Examples | None = None,
+    preserve: Scores | None = None,
 ) -> Table:
     """A row per mask: `rule`, `q`, `seed`, the rise of the scored examples' loss to first order, and what `compare` gives.
 
@@ -61,6 +64,7 @@ def run_curve(
         seeds: draws of the random baseline.
         table: keeps the rows; those it holds are not measured again.
         examples: keeps the losses of single examples.
+        preserve: scores of a preserve set that was scored apart.
 
     Raises:
         UserError: values out of range; scores of other weights than the model's.
@@ -77,7 +81,7 @@ def run_curve(
     table, examples = table or Table(CURVE_KEY), examples or Examples(CURVE_KEY)
     before = measure(model, tests)
     trials = [(("none", 0.0, 0), empty_mask(scores))]
-    for key, mask in chain(trials, curve_masks(scores, rule, qs, against, seeds, weights)):
+    for key, mask in chain(trials, curve_masks(scores, rule, qs, against, seeds, weights, preserve)):
         if table.has(*key):
             continue
         after = measure(apply_mask(model, mask), tests) if mask.count else before

@@ -12,7 +12,7 @@ from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas, label
 
 def write_loss_curve(table: Path, out: Path) -> Path:
     """Draws losses per step, and the held-out losses, as one HTML file that works offline; returns its path."""
-    rows = _read(table)
+    rows = read_table(table)
     figure = canvas(420, "optimiser step", "loss, nats per response token")
     steps = [int(row["step"]) for row in rows]
     figure.add_trace(go.Scatter(x=steps, y=[float(row["loss"]) for row in rows], name="training batch", line={"color": CATEGORICAL[0]}))
@@ -30,7 +30,8 @@ def _write(figure: go.Figure, out: Path) -> Path:
     return out
 
 
-def _read(table: Path) -> list[dict[str, str]]:
+def read_table(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, as texts."""
     with table.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
@@ -58,7 +59,7 @@ def _numbers(rows: Rows, column: str) -> list[float]:
 
 def write_pruning_curve(table: Path, out: Path) -> Path:
     """Draws `draw_pruning_curve` as one HTML file that works offline; returns its path."""
-    return _write(draw_pruning_curve(_read(table)), out)
+    return _write(draw_pruning_curve(read_table(table)), out)
 
 
 def draw_pruning_curve(rows: Rows) -> go.Figure:
@@ -81,7 +82,7 @@ def draw_pruning_curve(rows: Rows) -> go.Figure:
 
 def write_transfer(table: Path, out: Path) -> Path:
     """Draws `draw_transfer` as one HTML file that works offline; returns its path."""
-    return _write(draw_transfer(_read(table)), out)
+    return _write(draw_transfer(read_table(table)), out)
 
 
 def draw_transfer(rows: Rows) -> go.Figure:
@@ -100,7 +101,7 @@ def draw_transfer(rows: Rows) -> go.Figure:
 
 def write_compression(table: Path, out: Path) -> Path:
     """Draws `draw_compression` as one HTML file that works offline; returns its path."""
-    return _write(draw_compression(_read(table)), out)
+    return _write(draw_compression(read_table(table)), out)
 
 
 def draw_compression(rows: Rows) -> go.Figure:
@@ -120,7 +121,7 @@ def draw_compression(rows: Rows) -> go.Figure:
 
 def write_dissociation(table: Path, out: Path) -> Path:
     """Draws `draw_dissociation` as one HTML file that works offline; returns its path."""
-    return _write(draw_dissociation(_read(table)), out)
+    return _write(draw_dissociation(read_table(table)), out)
 
 
 def draw_dissociation(rows: Rows) -> go.Figure:
@@ -133,7 +134,7 @@ def draw_dissociation(rows: Rows) -> go.Figure:
 
 def write_attacks(table: Path, out: Path) -> Path:
     """Draws `draw_attacks` as one HTML file that works offline; returns its path."""
-    return _write(draw_attacks(_read(table)), out)
+    return _write(draw_attacks(read_table(table)), out)
 
 
 def draw_attacks(rows: Rows) -> go.Figure:

@@ -1,0 +1,142 @@
+"""The page of a study of pruning, from its saved tables alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from jaxmed import results
+from jaxmed.errors import UserError
+from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer, read_table
+from jaxmed.reports.page import embedded
+from jaxmed.reports.style import Figure, number, visible
+
+LEAD = (
+    "Weights are scored by what their removal does to a behaviour's loss, to first order; a share q of each matrix is set to zero, but for "
+    "those that other examples need. Losses are means over held-out responses, in nats per token; bars are 95 % intervals over examples."
+)
+NOTES = (
+    "Pruning reduces a behaviour and does not remove it, and neighbouring skills suffer: read every rise beside those of the controls and "
+    "of random weights of the same counts.",
+    "The bundled sets are mild stand-ins for harmful behaviour. A claim about harm needs the harm sets themselves.",
+)
+TEXTS = ("rule", "mask", "attack", "model", "behaviour")
+TRANSFER = "Rows: what is pruned for. Columns: what is tested. A behaviour's own weights should matter to it most."
+COMPRESSION = (
+    "q50: the share of weights at which a behaviour's probability per token is halved (its loss has risen by ln 2). Compression: the "
+    "natural logarithm of the base model's q50 over this one's; net: minus the control's. within_limit says whether the perplexity at q50 "
+    "is still within the utility limit: where it is 0, the behaviour was halved only together with much else."
+)
+DISSOCIATION = (
+    "Generate and explain: losses of responses. Detect: how often the log-odds of yes are higher about a row that shows the behaviour than "
+    "about one that does not (0.5 is chance). Refuse: share of harmful requests that are declined, by rules."
+)
+ATTACKS = (
+    "Pre-filled: the first tokens of a response are given, the loss of the rest counts. Refusal removed: weights of refusal set to zero, "
+    "in memory only. The rise is over the unpruned, unattacked model's loss on the same tokens; below zero the attack helps the behaviour."
+)
+
+
+def write_study(folder: Path, out: Path | None = None) -> Path:
+    """Writes the page of a study's folder (default: its report.html), and returns its path. The file works offline.
+
+    Raises:
+        UserError: a folder without a study.
+    """
+    run = results.read_run(folder)
+    manifest = run.get("manifest", {})
+    if "study" not in manifest:
+        raise UserError(f"{folder} holds no study. Give the --out folder of `jaxmed study`.")
+    parts = [_part(number, *one) for number, one in enumerate(_parts(folder, manifest))]
+    environment = Environment(
+        loader=PackageLoader("jaxmed.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    facts = [
+        ("Models", ", ".join(manifest["models"])),
+        ("Behaviours", ", ".join(manifest["behaviours"])),
+        ("Controls", ", ".join(manifest["controls"])),
+        ("Spared by", f"{manifest['preserve']}, p = {manifest['p']:g}"),
+        ("q of masks", f"{manifest['q']:g}"),
+        ("Time", f"{sum(run.get('sessions', [])) / 60:.0f} min" if run.get("status") == "finished" else "not finished"),
+    ]
+    page = environment.get_template("study.html.j2").render(
+        title=f"Study of {manifest['study']}: {', '.join(manifest['models'])}",
+        lead=LEAD,
+        facts=facts,
+        notes=NOTES,
+        parts=parts,
+        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+        versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
+        redraw=f"jaxmed report {shlex.quote(str(folder))}",
+        plotly=Markup(get_plotlyjs()),
+    )
+    out = out or folder / "report.html"
+    partial = out.with_name(out.name + ".tmp")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+    partial.replace(out)
+    return out
+
+
+Draw = Callable[[Rows], go.Figure]
+
+
+def _parts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str, Path, Draw]]:
+    """(title, caption, table, how it is drawn) of what is there."""
+    first, last = manifest["models"][0], manifest["models"][-1]
+    found = [
+        ("Compression", COMPRESSION, folder / "compression.csv", draw_compression),
+        (f"Transfer in {first}", TRANSFER, folder / "transfer.csv", draw_transfer),
+        (f"Dissociation in {last}", DISSOCIATION, folder / "dissociation.csv", draw_dissociation),
+        (f"{last} under attack", ATTACKS, folder / "attacks.csv", draw_attacks),
+    ]
+    for at, model in enumerate(manifest["models"]):
+        for source in (*manifest["behaviours"], *manifest["controls"]):
+            table = folder / f"model{at}" / f"curve-{Path(source).stem}" / "curve.csv"
+            caption = (
+                f"Weights chosen for {Path(source).stem}, more and more of them. Perplexities and first-order predictions: in the table."
+            )
+            found.append((f"Curve of {Path(source).stem} in {model}", caption, table, draw_pruning_curve))
+    return [one for one in found if one[2].is_file()]
+
+
+def _part(at: int, title: str, caption: str, table: Path, draw: Draw) -> dict[str, Any]:
+    rows = read_table(table)
+    columns = list(rows[0])
+    figure = Figure(title, caption, draw(rows) if draw is not draw_pruning_curve or len(rows) > 1 else go.Figure())
+    return {
+        "id": f"part-{at}",
+        "title": visible(title),
+        "caption": visible(caption),
+        "data": embedded(figure),
+        "file": f"{table.parent.name}/{table.name}" if table.name == "curve.csv" else table.name,
+        "columns": columns,
+        "texts": [number for number, name in enumerate(columns) if name in TEXTS],
+        "rows": [[visible(row[name]) if name in TEXTS else _shown(name, row[name]) for name in columns] for row in rows],
+    }
+
+
+def _shown(column: str, value: str) -> str:
+    if column in ("weights", "seed", "within_limit") and value:
+        return f"{int(float(value)):,}"
+    if value == "inf":
+        return "not reached"
+    if column in ("q", "share") or column.startswith("q50"):
+        return f"{float(value):.3g}" if value and not math.isnan(float(value)) else number(value)
+    return number(value)
+
+
+def is_study(folders: Sequence[Path]) -> bool:
+    """Whether the first of some folders holds a study."""
+    try:
+        return "study" in results.read_run(folders[0]).get("manifest", {})
+    except UserError:
+        return False

@@ -1,0 +1,1 @@
+"""The published analyses, end to end, each from one config."""

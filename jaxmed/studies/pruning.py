@@ -1,0 +1,335 @@
+"""The study of targeted pruning (Orgad et al. 2026), end to end: scores, curves, transfer, compression, dissociation, attacks.
+
+Models stand in the order of their training, the base first. Every model is loaded once; whatever is finished is on disk and is not done
+again. Transfer is of the first model; dissociation and attacks are of the last one, which is the one that refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxmed import results
+from jaxmed.errors import UserError
+from jaxmed.models.load import Model
+from jaxmed.prompts.examples import HELDOUT, Example, chosen
+from jaxmed.provenance import versions
+from jaxmed.pruning.attacks import ATTACKS, Attack, run_attacks
+from jaxmed.pruning.attacks import KEY as ATTACK_KEY
+from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
+from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
+from jaxmed.pruning.dissociation import DISSOCIATION, QUESTION, Abilities, run_dissociation
+from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
+from jaxmed.pruning.masks import Mask, read_mask, write_mask
+from jaxmed.pruning.measure import make_tests
+from jaxmed.pruning.rule import Rule
+from jaxmed.pruning.scores import Scores, check, read_scores, run
+from jaxmed.pruning.selection import select
+from jaxmed.pruning.tables import Examples, Table, read_rows, write_rows
+
+Load = Callable[[str], Model]
+Watch = Callable[[str, float, str], AbstractContextManager[Callable[[float, int, str], None]]]
+"""(title, work, what is counted) -> opens a display of progress."""
+STUDY = "targeted pruning"
+
+
+@dataclass(frozen=True)
+class PruningStudy:
+    """What is studied. Sets are names of bundled ones or the user's files.
+
+    Attributes:
+        models: names, the base first, then stages of its training.
+        behaviours, controls: sets with responses; compression is against the first control.
+        preserve: set whose weights are spared.
+        q, p, qs: shares of the rule: for masks, spared, and for curves.
+        score_limit, test_limit: first examples of a set that are scored, and that are tested; None: all.
+        text: for the perplexity; form: how prompts and responses are joined.
+        against: baselines of the curves of the first behaviour; seeds: draws of random ones.
+        utility: rise of the perplexity up to which a behaviour counts as halved without harm.
+        twins, explanations, requests, refusals, question, name: of dissociation and attacks, about the first behaviour.
+        refusal_examples, refusal_q, refusal_p, prefill: of attacks.
+        tokens: of an answer to a request.
+    """
+
+    models: tuple[str, ...]
+    behaviours: tuple[str, ...]
+    controls: tuple[str, ...]
+    preserve: str
+    q: float = 1e-4
+    p: float = 5e-3
+    qs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    score_limit: int | None = None
+    test_limit: int | None = None
+    text: str = "neutral"
+    form: str = "plain"
+    against: tuple[str, ...] = ("random",)
+    seeds: int = 1
+    utility: float = 0.01
+    twins: str = ""
+    explanations: str = ""
+    requests: str = ""
+    refusals: str = ""
+    question: str = QUESTION
+    name: str = ""
+    refusal_examples: int = 128
+    refusal_q: float = 0.01
+    refusal_p: float = 0.01
+    prefill: int = 10
+    tokens: int = 24
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All sets that are pruned for."""
+        return (*self.behaviours, *self.controls)
+
+    def check(self) -> None:
+        """Reads every file, so that what is missing is said before a model runs.
+
+        Raises:
+            UserError: no models or sets, two of one name, values out of range, or what the files raise.
+        """
+        if not self.models or not self.behaviours:
+            raise UserError("A study of pruning needs at least one model and one behaviour.")
+        for what, names in (("models", self.models), ("sets", tuple(short(one) for one in self.targets))):
+            if len(set(names)) < len(names):
+                raise UserError(f"Two {what} of the study have the same name ({', '.join(names)}); results are named after them.")
+        for q in (self.q, *self.qs):
+            Rule(q=q, p=self.p).check()
+        for source in (*self.targets, self.preserve):
+            self.scored(source)
+            self.tested(source)
+        self.abilities.check()
+        self.attack.check()
+
+    def scored(self, source: str) -> list[Example]:
+        """The examples of a set that are scored."""
+        return chosen(source, "train", self.score_limit)
+
+    def tested(self, source: str, responses: bool = True) -> list[Example]:
+        """The examples of a set that are tested; none for an empty name."""
+        return chosen(source, HELDOUT, self.test_limit, responses) if source else []
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        """What dissociation measures."""
+        return Abilities(
+            name=self.name or short(self.behaviours[0]),
+            behaviour=self.tested(self.behaviours[0]),
+            twins=self.tested(self.twins),
+            explanations=self.tested(self.explanations),
+            requests=harmful(self.tested(self.requests, responses=False)),
+            preserve=self.tested(self.preserve),
+            question=self.question,
+            text=self.text,
+            tokens=self.tokens,
+            form=self.form,
+        )
+
+    @cached_property
+    def attack(self) -> Attack:
+        """What attacks measure."""
+        return Attack(
+            behaviour=self.tested(self.behaviours[0]),
+            requests=self.abilities.requests,
+            refusals=harmful(chosen(self.refusals, "train"))[: self.refusal_examples] if self.refusals else (),
+            preserve=chosen(self.preserve, "train", self.refusal_examples) if self.refusals else (),
+            prefill=self.prefill,
+            rule=Rule(q=self.refusal_q, p=self.refusal_p, score="absolute"),
+            tokens=self.tokens,
+            form=self.form,
+            text=self.text,
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """What makes two studies the same study."""
+        return {"study": STUDY, **{one.name: getattr(self, one.name) for one in fields(self)}}
+
+
+def short(source: str) -> str:
+    """A set's name."""
+    return Path(source).stem
+
+
+def harmful(rows: list[Example]) -> list[Example]:
+    """Rows of kind harmful, and of no kind."""
+    return [row for row in rows if row.kind in ("", "harmful")]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the study.
+
+    Attributes:
+        passes: forwards of `tokens` tokens that it takes, for the plan.
+    """
+
+    title: str
+    passes: float
+    tokens: int
+
+
+class Run:
+    """A study in its folder."""
+
+    def __init__(self, study: PruningStudy, out: Path, load: Load, watch: Watch):
+        self.study, self.out, self.load, self.watch = study, out, load, watch
+
+    def folder(self, *parts: str) -> Path:
+        """A folder of the study, made if it is not there."""
+        path = self.out.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def begin(self, resume: bool) -> None:
+        """Begins or continues the study's folder.
+
+        Raises:
+            UserError: foreign files; a study without `resume`, or another one.
+        """
+        ours = {results.RUN, results.RUN + ".tmp", "report.html", "report.html.tmp", *(f"model{i}" for i in range(len(self.study.models)))}
+        tables = (TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
+        if results.RUN in results.check_contents(self.out, resume, {*ours, *tables, *(name + ".tmp" for name in tables)}):
+            results.check_same(self.out, results.read_run(self.out)["manifest"], self.study.manifest())
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        results.write_json(self.out / results.RUN, {"manifest": self.study.manifest(), "versions": versions()})
+
+    def everything(self) -> None:
+        """All steps; those that are finished are passed over."""
+        study = self.study
+        for number, name in enumerate(study.models):
+            model = self.load(name)
+            scores = {source: self.score(model, number, source) for source in study.targets}
+            for source in study.targets:
+                self.curve(model, number, source, scores[source])
+            if number == 0:
+                self.transfer(model, self.masks(number, scores))
+            if number == len(study.models) - 1:
+                masks = {name: mask for name, mask in self.masks(number, scores).items() if name in self.examined}
+                self.dissociation(model, masks)
+                self.attacks(model, masks)
+        self.compression()
+
+    @property
+    def examined(self) -> tuple[str, ...]:
+        """The masks of dissociation and attacks: the first behaviour's and the first control's."""
+        return tuple(short(source) for source in (*self.study.behaviours[:1], *self.study.controls[:1]))
+
+    def score(self, model: Model, number: int, source: str) -> Scores:
+        """Scores of a set; the preserve set is scored once, with the first one."""
+        out, first = self.folder(f"model{number}") / f"scores-{short(source)}", source == self.study.targets[0]
+        kinds = ("behaviour_signed", "preserve_absolute") if first else ("behaviour_signed",)
+        preserve = self.study.scored(self.study.preserve) if first else []
+        job = check(model, self.study.scored(source), preserve, kinds=kinds, form=self.study.form)
+        with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
+            scores = run(job, out, True, report)
+        return scores
+
+    def preserved(self, number: int) -> Scores:
+        """The scores that hold the preserve set's."""
+        return read_scores(self.out / f"model{number}" / f"scores-{short(self.study.targets[0])}")
+
+    def masks(self, number: int, scores: Mapping[str, Scores]) -> dict[str, Mask]:
+        """The masks at q, kept as files."""
+        found = {}
+        for source, held in scores.items():
+            file = self.folder(f"model{number}", "masks") / f"{short(source)}.safetensors"
+            if not file.is_file():
+                rule = Rule(q=self.study.q, p=self.study.p)
+                write_mask(select(held, rule, tag=short(source), preserve=self.preserved(number)), file)
+            found[short(source)] = read_mask(file)
+        return found
+
+    def curve(self, model: Model, number: int, source: str, scores: Scores) -> None:
+        """The curve of a set, with baselines for the first behaviour."""
+        study, first = self.study, source == self.study.behaviours[0]
+        folder = self.folder(f"model{number}", f"curve-{short(source)}")
+        against = study.against if first else ()
+        masks = len(study.qs) * (1 + sum(study.seeds if name == "random" else 1 for name in against))
+        tests = make_tests(model, {short(one): study.tested(one) for one in (source, study.preserve)}, study.text, form=study.form)
+        with self.watch(f"{model.name}: curve of {short(source)}", masks + 1, "masks") as report:
+            table, examples = _table(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
+            rule = Rule(q=study.q, p=study.p)
+            run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number))
+
+    def transfer(self, model: Model, masks: Mapping[str, Mask]) -> None:
+        """Every mask on every set."""
+        study = self.study
+        sets = {short(one): study.tested(one) for one in (*study.targets, study.preserve)}
+        tests = make_tests(model, sets, study.text, form=study.form)
+        with self.watch(f"{model.name}: transfer", len(masks) * (1 + study.seeds), "masks") as report:
+            run_transfer(model, masks, tests, study.seeds, _table(TRANSFER_KEY, self.out / TRANSFER, report))
+
+    def dissociation(self, model: Model, masks: Mapping[str, Mask]) -> None:
+        """What is left of four abilities."""
+        with self.watch(f"{model.name}: dissociation", 1 + len(masks) * (1 + self.study.seeds), "masks") as report:
+            table = _table(ABILITY_KEY, self.out / DISSOCIATION, report)
+            run_dissociation(model, masks, self.study.abilities, self.study.seeds, table)
+
+    def attacks(self, model: Model, masks: Mapping[str, Mask]) -> None:
+        """Pruned models under attack."""
+        count = 4 if self.study.refusals else 2
+        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * count, "models") as report:
+            run_attacks(model, masks, self.study.attack, _table(ATTACK_KEY, self.out / ATTACKS, report))
+
+    def compression(self) -> None:
+        """q50 of every model and set, from the curves."""
+        study, curves = self.study, {}
+        for number, name in enumerate(study.models):
+            folders = {short(source): self.out / f"model{number}" / f"curve-{short(source)}" for source in study.targets}
+            curves[name] = {
+                behaviour: read_curve(read_rows(folder / "curve.csv"), read_rows(folder / "examples.csv"), behaviour)
+                for behaviour, folder in folders.items()
+            }
+        control = short(study.controls[0]) if study.controls else ""
+        write_rows(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))
+
+    def finish(self, seconds: float) -> None:
+        """Notes that everything is done, and how long this session took."""
+        record = results.read_run(self.out)
+        sessions = [*record.get("sessions", []), round(seconds, 1)]
+        results.write_json(self.out / results.RUN, {**record, "status": "finished", "sessions": sessions})
+
+
+def _table(key: tuple[str, ...], file: Path, report: Callable[[float, int, str], None]) -> Table:
+    table = Table(key, file, lambda row: report(1, 1, ""))
+    if table.rows:
+        report(len(table.rows), 0, "resumed")
+    return table
+
+
+def plan_steps(study: PruningStudy, tokenizer: Any) -> list[Step]:
+    """What the study will do, with the tokens that run through a model."""
+    from jaxmed.prompts.readers import read_text
+    from jaxmed.pruning.texts import encode
+    from jaxmed.tokens import text_ids
+
+    def size(rows: list[Example]) -> int:
+        return sum(len(one.ids) for one in encode(tokenizer, rows, study.form)) if rows else 0
+
+    text = len(text_ids(tokenizer, read_text(study.text))) if study.text else 0
+    scored = {source: size(study.scored(source)) for source in (*study.targets, study.preserve)}
+    tested = {source: size(study.tested(source)) for source in (*study.targets, study.preserve)}
+    models, sets = len(study.models), len(study.targets)
+    baselines = len(study.qs) * sum(study.seeds if name == "random" else 1 for name in study.against)
+    behaviour, preserve = tested[study.behaviours[0]], tested[study.preserve]
+    curves = sum((1 + len(study.qs)) * (tested[source] + preserve + text) for source in study.targets)
+    curves += baselines * (behaviour + preserve + text)
+    examined = min(1, len(study.behaviours)) + min(1, len(study.controls))
+    abilities = study.abilities
+    asked = 40 * (len(abilities.twins) + len(abilities.behaviour)) + (40 + study.tokens) * len(abilities.requests)
+    each = behaviour + preserve + text + size(list(abilities.explanations)) + asked
+    attacked = 2 * behaviour + text + (40 + study.tokens) * len(abilities.requests)
+    removal = 3 * (size(list(study.attack.refusals)) + size(list(study.attack.preserve)))
+    return [
+        Step(f"scores of {sets + 1} sets, {models} models", models * 3.0, sum(scored.values())),
+        Step(f"curves over {len(study.qs)} shares of {sets} sets, {models} models", models, curves),
+        Step(f"transfer of {sets} masks", sets * (1 + study.seeds), sum(tested.values()) + text),
+        Step(f"dissociation of {examined} masks", 1 + examined * (1 + study.seeds), each),
+        Step(f"attacks on {examined + 1} models", examined + 1, attacked * (2 if study.refusals else 1) + removal),
+        Step("compression, from the curves", 0, 0),
+    ]
