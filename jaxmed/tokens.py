@@ -139,8 +139,8 @@ def _chat_turns(tokenizer: Any, example: Example) -> tuple[str, str]:
     """The rendered prompt with the assistant's header, and the rendered answer with the end of its turn."""
     system = [] if example.system is None else [{"role": "system", "content": example.system}]
     chat = [*system, {"role": "user", "content": example.prompt}]
-    opening = _apply(tokenizer, chat, True)
-    whole = _apply(tokenizer, [*chat, {"role": "assistant", "content": example.response}], False)
+    opening = render_chat(tokenizer, chat, True)
+    whole = render_chat(tokenizer, [*chat, {"role": "assistant", "content": example.response}], False)
     if whole.startswith(opening) and example.response.strip() in whole[len(opening) :]:
         return opening, whole[len(opening) :].rstrip()
     return opening, example.response + (tokenizer.eos_token or "")  # a template that writes past answers another way
@@ -158,7 +158,7 @@ def need_tokenizer(tokenizer: Any) -> None:
 
 def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tuple[int, int], tuple[int, int]]:
     chat = pair.chat(side)
-    texts = [_apply(tokenizer, chat, generation) for generation in (False, True)]
+    texts = [render_chat(tokenizer, chat, generation) for generation in (False, True)]
     message = next((m["content"] for m in reversed(chat) if m["role"] == "user"), None)
     if message is None:
         raise UserError(f"pair {pair.id!r}: the {side} chat has no user message.")
@@ -171,12 +171,12 @@ def _render_chat(tokenizer: Any, pair: PromptPair, side: str) -> tuple[str, tupl
     return text, (begin, end), (header, len(text))
 
 
-def _apply(tokenizer: Any, chat: list[dict[str, str]], generation: bool) -> str:
+def render_chat(tokenizer: Any, chat: list[dict[str, str]], generation: bool, **more: Any) -> str:
     """A chat through the tokenizer's template, at the fixed date."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; feed plain text (--raw), or take one with --template-from.")
     day = _fixed_date(tokenizer.chat_template)
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day)
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **day, **more)
 
 
 def _fixed_date(template: Any) -> dict[str, Any]:

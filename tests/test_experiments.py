@@ -19,7 +19,7 @@ from jaxmed.models.load import Model
 from jaxmed.pruning import Mask, Rule, select, write_mask
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.attacks import Attack, run_attacks, shifted, without_refusal
-from jaxmed.pruning.compression import HALVED, Curve, compression_rows, cost_at, q50, read_curve
+from jaxmed.pruning.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
 from jaxmed.pruning.curve import predicted_rise, run_curve
 from jaxmed.pruning.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
 from jaxmed.pruning.matrices import named_weights, weights_by_name
@@ -75,6 +75,14 @@ def test_a_curve_says_what_was_to_be_expected_to_first_order(plain_model: Model,
     assert true / 0.01 == pytest.approx(wanted, rel=0.1)
 
 
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    table = Table(("mask", "seed"), tmp_path / "t.csv")
+    table.add({"mask": "1e-3", "seed": 0, "loss": 1.5})
+    again = Table(("mask", "seed"), tmp_path / "t.csv")
+    assert again.has("1e-3", 0)
+    assert again.rows == table.rows
+
+
 def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Scores, tmp_path: Path) -> None:
     tests = make_tests(plain_model, {"a": BEHAVIOUR, "b": TWINS}, "")
     key, count = ("rule", "q", "seed"), []
@@ -108,14 +116,15 @@ def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Score
 
 def test_q50_is_where_the_loss_has_risen_by_ln_2() -> None:
     rises = np.array([[0.1, 0.3], [0.4, 0.8], [1.0, 2.0]])
-    curve = Curve(np.array([1e-4, 1e-3, 1e-2]), rises, np.array([1.0, 1.1, 4.0]))
+    curve = Curve(np.array([1e-4, 1e-3, 1e-2]), rises, np.array([1.0, 1.1, 4.0]), np.array([1e-6, 1e-5, 1e-3]))
     part = (HALVED - 0.6) / (1.5 - 0.6)
     assert q50(curve) == pytest.approx(10 ** (-3 + part))
     assert q50(curve, np.array([0.0, 1.0])) == pytest.approx(10 ** (-4 + (HALVED - 0.3) / 0.5))
     assert q50(replace(curve, rises=rises / 10)) == math.inf
     assert q50(replace(curve, rises=rises + 1)) == 1e-4
-    assert cost_at(curve, 10**-2.5) == pytest.approx((1.1 * 4) ** 0.5)
-    assert math.isnan(cost_at(curve, 1e-5))
+    assert at_share(curve, curve.ratio, 10**-2.5) == pytest.approx((1.1 * 4) ** 0.5)
+    assert at_share(curve, curve.share, 10**-2.5) == pytest.approx(1e-4)
+    assert math.isnan(at_share(curve, curve.ratio, 1e-5))
 
 
 def _curve(halved_at: float, seed: int, ratio: float = 1.0) -> Curve:
@@ -123,7 +132,7 @@ def _curve(halved_at: float, seed: int, ratio: float = 1.0) -> Curve:
     q = np.logspace(-5, -1, 9)
     noise = np.random.default_rng(seed).normal(size=40)
     each = HALVED * (1 + 0.2 * (noise - noise.mean()))
-    return Curve(q, np.maximum(0.0, 1 + np.log10(q / halved_at))[:, None] * each, np.full(9, ratio))
+    return Curve(q, np.maximum(0.0, 1 + np.log10(q / halved_at))[:, None] * each, np.full(9, ratio), q / 30)
 
 
 def test_compression_is_the_log_of_the_ratio_minus_the_control_s() -> None:
@@ -141,8 +150,11 @@ def test_compression_is_the_log_of_the_ratio_minus_the_control_s() -> None:
     assert rows["aligned", "trivia"]["net"] == 0
     curves["aligned"]["rude"] = replace(curves["aligned"]["rude"], rises=curves["aligned"]["rude"].rises / 1e3)
     never = {(row["model"], row["behaviour"]): row for row in compression_rows(curves, "base", "")}["aligned", "rude"]
-    assert (never["q50"], never["compression"], never["within_limit"]) == (math.inf, -math.inf, 0)
+    assert (never["q50"], never["compression"], never["within_limit"], never["reached"]) == (math.inf, -math.inf, 0, "no")
     assert math.isnan(never["net_low"])
+    curves["aligned"]["rude"] = replace(_curve(1e-6, 0), ratio=np.full(9, math.nan))
+    early = {(row["model"], row["behaviour"]): row for row in compression_rows(curves, "base", "")}["aligned", "rude"]
+    assert (early["q50"], early["q50_low"], early["reached"], early["within_limit"]) == (1e-5, 0.0, "at most", "")
 
 
 def test_curves_come_from_the_tables_of_prune_curve(plain_model: Model, scores: Scores) -> None:
@@ -252,6 +264,8 @@ def test_attacks(plain_model: Model, masks: dict[str, Mask]) -> None:
     assert rows["none", "prefill"]["refuse"] == ""
     with pytest.raises(jm.UserError, match="more than 300 tokens"):
         run_attacks(plain_model, masks, replace(attack, prefill=300))
+    with pytest.raises(jm.UserError, match="which was not scored"):
+        run_curve(plain_model, score(plain_model, BEHAVIOUR, TWINS), make_tests(plain_model, {}, ""), Rule(), (0.1,), ("wanda",))
     with pytest.raises(jm.UserError, match="needs both"):
         run_attacks(plain_model, masks, replace(attack, preserve=()))
 
@@ -274,6 +288,16 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture, yes_no_mode
     for out in ("curve1", "curve2"):
         assert main([*curve, "--qs", "0.02", "0.3", "--p", "0.01", "--out", str(tmp_path / out)]) == 0
     assert "first order" in capsys.readouterr().out
+    assert main([*curve, "--qs", "0.02", "--limit", "3", "--out", str(tmp_path / "curve3")]) == 0
+    other = ["prune", "compression", "--base", str(tmp_path / "curve1"), "--aligned", str(tmp_path / "curve3"), "--behaviours", "bad"]
+    assert main([*other, "--names", "one", "other", "--out", str(tmp_path / "c")]) == 2
+    assert "differ in 'limit'" in capsys.readouterr().err
+    assert main([*curve[:-1], files["good"], "--qs", "0.02", "--out", str(tmp_path / "curve4")]) == 2
+    assert "not those that were scored" in capsys.readouterr().err
+    assert not (tmp_path / "curve4").exists()
+    Path(files["bad"]).write_text(Path(files["bad"]).read_text().replace("no a", "no b"))
+    assert main([*curve[:-2], "--qs", "0.02", "0.3", "--p", "0.01", "--out", str(tmp_path / "curve1"), "--resume"]) == 2
+    assert "contents" in capsys.readouterr().err
     compared = ["prune", "compression", "--base", str(tmp_path / "curve1"), "--aligned", str(tmp_path / "curve2"), "--behaviours", "bad"]
     assert main([*compared, "--out", str(tmp_path / "c")]) == 2
     assert "Two models are called" in capsys.readouterr().err

@@ -19,7 +19,7 @@ CSV: dict[str, tuple[str, list[Example]]] = {
         "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
         'Sum this up,contextual,noise,"a, b",Once upon a time,sum_1\nHum,standard,noise,,,hum_1\n',
         [
-            Example("Once upon a time\n\nSum this up", category="noise", kind="harmful", id="sum_1"),
+            Example("Once upon a time\n\n---\n\nSum this up", category="noise", kind="harmful", id="sum_1"),
             Example("Hum", category="noise", kind="harmful", id="hum_1"),
         ],
     ),
@@ -84,6 +84,8 @@ def test_alpaca_and_chats(tmp_path: Path) -> None:
         ("a.json", "[", "not valid JSON"),
         ("a.json", '{"prompt": "x"}', "a list of rows is expected"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "one user message"),
+        ("a.jsonl", '{"messages": "hi"}', "other values than texts"),
+        ("a.jsonl", '{"instruction": 5, "output": "x"}', "other values than texts"),
         ("a.csv", "goal,target\nHum,\n", "Known sets are read as they are: XSTest"),
         ("a.csv", "question,answer\nHum,Sing\n", "Unknown column"),
         ("a.csv", "Behavior,FunctionalCategory\nHum,standard\n", "'response' is missing"),
@@ -93,6 +95,17 @@ def test_what_is_no_set(tmp_path: Path, name: str, text: str, message: str) -> N
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_examples(tmp_path / name)
+
+
+def test_a_set_s_rows_may_have_our_columns(tmp_path: Path) -> None:
+    row = {"instruction": "Add", "output": "3", "split": "heldout", "category": "sums", "id": 7}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert read_examples(tmp_path / "a.jsonl") == [Example("Add", "3", "sums", "benign", "heldout", id="7")]
+    (tmp_path / "latin.csv").write_bytes("prompt,response\ncaf\u00e9,x\n".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_examples(tmp_path / "latin.csv")
+    with pytest.raises(UserError, match="A limit of -1"):
+        chosen(tmp_path / "a.jsonl", limit=-1)
 
 
 def test_rows_without_a_split_belong_to_every_split(tmp_path: Path) -> None:

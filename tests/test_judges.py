@@ -215,6 +215,26 @@ def test_passing_failures_are_tried_again(server: Server) -> None:
     assert len(server.asked) == 3
 
 
+def test_keys_are_never_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "secret-key-1234\n")
+    server.script = lambda at, body: (403, {}, "x" * 290 + " secret-key-1234 is wrong")
+    with pytest.raises(UserError, match="answered 403") as found:
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert server.asked[0][1] == "Bearer secret-key-1234"
+    assert "secret" not in str(found.value)
+    monkeypatch.setenv("A_KEY", "secret\nkey")
+    with pytest.raises(UserError, match="no key has") as found:
+        http_judge(endpoint(server), RUBRIC)
+    assert "secret" not in str(found.value)
+
+
+def test_nothing_is_sent_to_another_address(server: Server) -> None:
+    server.script = lambda at, body: (307, {"Location": f"{server.url}/elsewhere"}, "moved")
+    with pytest.raises(UserError, match="answered 307"):
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("said", "message", "tries"),
     [
@@ -223,6 +243,7 @@ def test_passing_failures_are_tried_again(server: Server) -> None:
         ((404, {}, "no such model"), "404: 'no such model'", 1),
         ((200, {}, "hello"), "another format", 1),
         ((200, {}, '{"choices": []}'), "another format", 1),
+        ((200, {}, '{"choices": [{"message": {"content": [1]}}]}'), "another format", 1),
         (0.6, "took too long; 0.2 s", 3),
     ],
 )
@@ -253,6 +274,11 @@ def test_the_rate_is_limited(server: Server) -> None:
     http_judge(endpoint(server, per_minute=600, workers=4), RUBRIC)(REQUESTS, ANSWERS, silent)
     times = sorted(at for _, _, at in server.asked)
     assert min(np.diff(times)) > 0.05  # 0.1 s but for the threads' own delays
+    server.asked.clear()
+    server.script = lambda at, body: (503, {"Retry-After": "0"}, "busy")
+    with pytest.raises(UserError, match="answered 503"):
+        http_judge(endpoint(server, per_minute=600, retries=2), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert min(np.diff([at for _, _, at in server.asked])) > 0.05  # further tries wait for their turn too
 
 
 def test_a_cut_off_line_of_scores_is_left_out(server: Server, tmp_path: Path) -> None:
@@ -289,6 +315,9 @@ def test_the_command_with_an_endpoint(server: Server, tmp_path: Path, capsys: py
     assert not any("well 3" in text for name, text in files.items() if name != "rows.jsonl")
     out.unlink()
     assert main([*asked, "--endpoint", "nowhere"]) == 2
+    assert main([*asked, "--endpoint", "http://[abc"]) == 2
+    assert main(asked[:-2]) == 2
+    assert "Give --out with an endpoint" in capsys.readouterr().err
     assert main([*asked, "--endpoint", "http://me:word@host/v1"]) == 2
     assert main([*asked, "--grades", "5", "1"]) == 2
     assert len(server.asked) == 12
@@ -305,7 +334,20 @@ def test_rubrics(tmp_path: Path) -> None:
         read_rubric(tmp_path / "half.txt")
 
 
-@pytest.mark.parametrize(("text", "score"), [("5", 1.0), ("1", 0.0), ("Grade: 2.5", 0.375), ("seven", None), ("7", None), ("-1", None)])
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("5", 1.0),
+        ("1", 0.0),
+        ("Grade: 2.5", 0.375),
+        (".5", None),
+        ("4/5", None),
+        ("On a scale of 1 to 5, my grade is 4.", 0.75),
+        ("seven", None),
+        ("7", None),
+        ("-1", None),
+    ],
+)
 def test_grades(text: str, score: float | None) -> None:
     assert parse_grade(text, 1, 5) == score
 

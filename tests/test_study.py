@@ -73,7 +73,7 @@ def test_a_study_runs_is_resumed_and_redrawn(
 
     def stop(*given: Any) -> Any:
         seen.append(given)
-        if len(seen) == 12:
+        if len(seen) == 16:  # 5 + 3 rows of curves and 4 of transfer in the first model; then the second one's
             raise KeyboardInterrupt
         return compare(*given)
 
@@ -91,7 +91,7 @@ def test_a_study_runs_is_resumed_and_redrawn(
     assert main(["report", str(whole), "--out", str(again)]) == 0
     assert again.read_text() == page
     assert main([*arguments, "--out", str(cut), "--resume", "--q", "0.05"]) == 2
-    assert "q" in capsys.readouterr().err
+    assert "0.05" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,8 @@ def test_a_study_runs_is_resumed_and_redrawn(
         (["--behaviours", "nothing.jsonl"], "nothing.jsonl"),
         (["--q", "2"], r"q (2.0) is in (0, 1]"),
         (["--controls", "rude", "--behaviours", "rude"], "same name"),
+        (["--behaviours", "ordinary", "--preserve", "ordinary"], "same name"),
+        (["--against", "wanda", "--test-limit", "0"], "A limit of 0"),
         (["--question", "Is it?"], "same about every row"),
         (["--prefill", "0"], "needs one at least"),
     ],
@@ -108,3 +110,18 @@ def test_what_a_study_refuses(arguments: list[str], tmp_path: Path, more: list[s
     assert main([*arguments, *more, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_takes_baselines_that_read_other_scores(arguments: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    short = ["--models", arguments[3], "--refusals", "", "--twins", "", "--requests", ""]
+    assert main([*arguments, *short, "--against", "absolute", "wanda", "--qs", "0.1", "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "model0" / "curve-bad" / "curve.csv").read_text().splitlines()))
+    assert [row["rule"] for row in rows] == ["none", "signed", "absolute", "wanda"]
+
+
+def test_rows_that_are_scored_are_not_tested(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": f"p {i}", "response": f"r {i}"} for i in range(12)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*arguments, "--behaviours", str(tmp_path / "all.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "nothing is held out" in capsys.readouterr().err

@@ -65,6 +65,7 @@ class Evaluate(Judging):
     def run(self) -> None:
         """Answers, judges, measures, prints."""
         from jaxmed.prompts.examples import chosen
+        from jaxmed.prompts.readers import read_text
 
         if self.out is not None and self.out.exists():
             raise UserError(f"--out {self.out} exists already. Give another file; nothing was written.")
@@ -75,6 +76,12 @@ class Evaluate(Judging):
         plan += [f"tasks of lm-evaluation-harness: {', '.join(self.tasks)}"] * bool(self.tasks)
         if not plan:
             raise UserError("There is nothing to evaluate: give --examples, --text or --tasks.")
+        if rows:
+            self.check_judge(self.out)
+        if self.text:
+            read_text(self.text)
+        if self.tasks:
+            self._harness().check_tasks(self.tasks, self.task_folder)
         show.lines("evaluate", plan)
         if self.dry_run:
             return
@@ -83,12 +90,12 @@ class Evaluate(Judging):
         if self.text or self.tasks or not self.given:
             model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
         found = {} if model is None else {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}
-        found |= self._judged(model, rows, judge) | self._perplexity(model) | self._tasks(model)
-        answers = found.pop("answers", [])
+        for part in (lambda: self._judged(model, rows, judge), lambda: self._perplexity(model), lambda: self._tasks(model)):
+            found |= part()
+            if self.out is not None:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
         self._show(found)
-        if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(found | {"answers": answers}, indent=1, default=str) + "\n", encoding="utf-8")
 
     def _judged(self, model: Any, rows: Sequence[Any], judge: Any) -> dict[str, Any]:
         """Rates or mean scores of the answers, and every answer's score."""
@@ -116,11 +123,14 @@ class Evaluate(Judging):
         """The harness's numbers."""
         if not self.tasks:
             return {}
+        return {"tasks": self._harness().run_tasks(model, self.tasks, self.task_folder, self.fewshot, self.limit, not self.raw)}
+
+    def _harness(self) -> Any:
         try:
-            from jaxmed.harm.harness import run_tasks
+            from jaxmed.harm import harness
         except ModuleNotFoundError:
             raise UserError("--tasks needs lm-evaluation-harness: pip install 'jaxmed[harness]'.") from None
-        return {"tasks": run_tasks(model, self.tasks, self.task_folder, self.fewshot, self.limit, not self.raw)}
+        return harness
 
     def _perplexity(self, model: Any) -> dict[str, Any]:
         from jaxmed.harm.evaluation import perplexity, perplexity_ratio

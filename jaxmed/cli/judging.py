@@ -36,6 +36,8 @@ class Judging:
     """http: seconds without an answer after which a request has failed."""
     retries: int = 5
     """http: further tries of a request that failed in passing."""
+    judge_tokens: int = 64
+    """http: most tokens of a reply."""
 
     def judge_lines(self) -> list[str]:
         """The judge in the plan, and what the user is warned of."""
@@ -45,6 +47,24 @@ class Judging:
             adapter = f" with {self.judge_adapter}" if self.judge_adapter else ""
             return [f"judge: StrongREJECT classifier {self.judge_model}{adapter}; rubric {self.rubric}"]
         return ["judge: refusal rules"]
+
+    def check_judge(self, out: Path | None) -> None:
+        """Raises a UserError for flags and files of the judge that are missing or do not fit; loads no model."""
+        if self.judge == "http":
+            from jaxmed.harm.judges import read_rubric
+
+            if out is None:
+                raise UserError("Give --out with an endpoint: its scores are kept beside it, so that nothing is asked twice.")
+            self._endpoint()
+            read_rubric(self.rubric)
+        if self.judge == "strongreject":
+            from jaxmed.harm.strongreject import read_template
+
+            if not self.judge_model:
+                raise UserError("Give --judge-model (such as google/gemma-2b) and --judge-adapter, the classifier's LoRA adapter.")
+            if self.rubric == "rubric":
+                raise UserError("Give --rubric: the rubric the classifier was trained with, such as StrongREJECT's judge_templates.json.")
+            read_template(self.rubric)
 
     def make_judge(self, out: Path | None, keep_text: bool, mesh: str | None) -> Any:
         """The judge.
@@ -67,12 +87,6 @@ class Judging:
             return http_judge(self._endpoint(), read_rubric(self.rubric), kept, keep_text)
         from jaxmed.harm.strongreject import read_template, strongreject
 
-        if not self.judge_model:
-            raise UserError(
-                "Give --judge-model (such as google/gemma-2b) and --judge-adapter, the folder of the classifier's LoRA adapter."
-            )
-        if self.rubric == "rubric":
-            raise UserError("Give --rubric: the rubric the classifier was trained with, such as StrongREJECT's judge_templates.json.")
         template = read_template(self.rubric)
         return strongreject(load_model(self.judge_model, self.judge_dtype, None, mesh, adapter=self.judge_adapter), template)
 
@@ -80,6 +94,7 @@ class Judging:
         from jaxmed.harm.http_judge import Endpoint
 
         lowest, highest = self.grades
-        found = Endpoint(self.endpoint, self.judge_model, self.key, lowest, highest, self.per_minute, self.timeout, self.retries)
+        waits = {"per_minute": self.per_minute, "timeout": self.timeout, "retries": self.retries, "tokens": self.judge_tokens}
+        found = Endpoint(self.endpoint, self.judge_model, self.key, lowest, highest, **waits)
         found.check()
         return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -24,6 +26,8 @@ from jaxmed.cli.prune_test import Attack, Dissociation
 from jaxmed.cli.study import Pruning
 from jaxmed.errors import UserError
 
+DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
+"""Errors of files that a user can mend."""
 COMMANDS: dict[str, type] = {
     "demo": Demo,
     "models": Models,
@@ -65,8 +69,11 @@ def parse(arguments: Sequence[str]) -> Any:
         given = expand(given, commands, group)
     else:
         given = expand(given, commands)
-    if len(commands) == 1 and given[:1] == [only := next(iter(commands))]:
+    if len(commands) == 1:
         # tyro takes a union of one for no union
+        if given[:1] != [only := next(iter(commands))]:
+            print(f"usage: {name} {only} [-h] [OPTIONS]\n\n{description}\n\n{only}: {(commands[only].__doc__ or '').strip()}")
+            sys.exit(0 if set(given) & {"-h", "--help"} else 2)
         return tyro.cli(commands[only], args=given[1:], prog=f"{name} {only}", description=description, use_underscores=False)
     union: Any = None
     kinds = {**commands, **({} if commands is not COMMANDS else {name: _group(name, text) for name, (_, text) in GROUPS.items()})}
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = None
+    command: Any = None
     try:
         command = parse(arguments)
         return command.run() or 0
@@ -98,13 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxmed: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        out = getattr(command, "out", None)
-        again = "" if "--resume" in arguments or not hasattr(command, "resume") else " --resume"
-        kept = f" What was finished is kept in {out}; continue with: jaxmed {' '.join(arguments)}{again}" if out else ""
+        kept = ""
+        if hasattr(command, "resume"):
+            again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+            kept = f" What was finished is kept in {command.out}; continue with: jaxmed {shlex.join(again)}"
         print(f"\njaxmed: interrupted.{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"jaxmed: {error.filename or 'The disk'}: {error.strerror}. What was finished before is kept.", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -40,6 +40,13 @@ class Measuring:
     dry_run: bool = False
     """Print the plan and stop."""
 
+    def sets(self, sources: Sequence[str]) -> dict[str, list[Any]]:
+        """The test sets by name."""
+        found = {Path(source).stem: self.rows(source) for source in sources}
+        if len(found) < len(sources) or "scored" in found:
+            raise UserError(f"Test sets are named after their files; {', '.join(sources)} has a name twice, or the reserved name 'scored'.")
+        return found
+
     def rows(self, source: str, responses: bool = True) -> list[Any]:
         """Rows of a file or bundled set; none for an empty name."""
         return chosen(source, self.split, self.limit, responses) if source else []
@@ -74,7 +81,7 @@ class Curve(Rule, Measuring):
 
     def run(self) -> None:
         """Selects, prunes in memory, measures, draws."""
-        from jaxmed.pruning.curve import CURVE, CURVE_KEY, EXAMPLES, run_curve
+        from jaxmed.pruning.curve import CURVE, CURVE_KEY, EXAMPLES, check_curve, check_scored, run_curve
         from jaxmed.pruning.measure import make_tests
         from jaxmed.pruning.scores import read_scores
         from jaxmed.pruning.tables import Examples, Table
@@ -82,19 +89,20 @@ class Curve(Rule, Measuring):
 
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Rule)}
         given |= {"layers": parse_layers(self.layers) or ()}
-        rule, scores = Rule(**given), read_scores(self.scores)
-        sets = {Path(source).stem: self.rows(source) for source in self.tests}
+        rule, scores, sets = Rule(**given), read_scores(self.scores), self.sets(self.tests)
         if self.scored:
-            sets["scored"] = chosen(self.scored, "train", scores.examples["behaviour"])
+            sets["scored"] = chosen(self.scored, "train", scores.examples.get("behaviour"))
         masks = len(self.qs) * (1 + sum(self.seeds if score == "random" else 1 for score in self.against))
         show.lines(f"prune curve: {self.model}", plan_lines(masks, sets, self.text))
         if self.dry_run:
             return
-        begin(
-            self.out, self.resume, (CURVE, EXAMPLES), self.manifest("scores", "tests", "scored", "seeds", "qs", "against") | {"rule": given}
-        )
         model = load_model(self.model, self.dtype, None, self.mesh)
         tests = make_tests(model, sets, self.text, form=self.form)
+        check_curve(model, scores, rule, self.qs, self.against)
+        if self.scored:
+            check_scored(scores, tests.sets["scored"])
+        asked = self.manifest("scores", "tests", "scored", "seeds", "qs", "against") | {"rule": given, "scored_by": scores.digest}
+        begin(self.out, self.resume, (CURVE, EXAMPLES), asked | {"contents": contents(sets, self.text)})
         with show.progress("curve", masks + 1, "masks") as report:
             table = Table(CURVE_KEY, self.out / CURVE, counted(report))
             resumed(table, report)
@@ -118,9 +126,17 @@ class Masked(Measuring):
         if not self.masks:
             raise UserError("Give at least one mask file: --masks A.safetensors B.safetensors.")
         masks = {file.stem: read_mask(file) for file in self.masks}
-        if len(masks) < len(self.masks):
-            raise UserError("Two mask files have the same name; the rows are named after them.")
+        if len(masks) < len(self.masks) or "none" in masks:
+            raise UserError("Rows are named after the mask files: no two may have the same name, and none may be called 'none'.")
         return masks
+
+    def checked(self, model: Any, masks: Mapping[str, Any]) -> Any:
+        """The model, once every mask fits it."""
+        from jaxmed.pruning.apply import check_mask
+
+        for mask in masks.values():
+            check_mask(model, mask)
+        return model
 
 
 @dataclass(frozen=True)
@@ -142,13 +158,14 @@ class Transfer(Masked):
         from jaxmed.pruning.tables import Table
         from jaxmed.reports.curves import write_transfer
 
-        masks, sets = self.read(), {Path(source).stem: self.rows(source) for source in self.tests}
+        masks, sets = self.read(), self.sets(self.tests)
         trials = len(masks) * (1 + self.seeds)
         show.lines(f"prune transfer: {self.model}", plan_lines(trials, sets, self.text))
         if self.dry_run:
             return
-        begin(self.out, self.resume, (TRANSFER,), self.manifest("tests", "seeds") | {"masks": digests(masks)})
-        model = load_model(self.model, self.dtype, None, self.mesh)
+        model = self.checked(load_model(self.model, self.dtype, None, self.mesh), masks)
+        asked = self.manifest("tests", "seeds") | {"masks": digests(masks), "contents": contents(sets, self.text)}
+        begin(self.out, self.resume, (TRANSFER,), asked)
         tests = make_tests(model, sets, self.text, form=self.form)
         with show.progress("transfer", trials, "masks") as report:
             table = Table(TRANSFER_KEY, self.out / TRANSFER, counted(report))
@@ -189,7 +206,9 @@ class Compression:
         curves = self._curves()
         if self.control and self.control not in self.behaviours:
             raise UserError(f"The control {self.control!r} is none of --behaviours ({', '.join(self.behaviours)}).")
-        begin(self.out, False, (COMPRESSION,), {"behaviours": self.behaviours, "control": self.control, "utility": self.utility})
+        folders = {"base": [str(one) for one in self.base], "aligned": [str(one) for one in self.aligned], "names": list(curves)}
+        asked = {"behaviours": self.behaviours, "control": self.control, "utility": self.utility, "seed": self.seed}
+        begin(self.out, False, (COMPRESSION,), asked | folders)
         rows = compression_rows(curves, next(iter(curves)), self.control, 1 + self.utility, seed=self.seed)
         write_rows(self.out / COMPRESSION, rows)
         show_compression(rows, self.control)
@@ -212,6 +231,8 @@ class Compression:
             for folder in held:
                 if not (folder / CURVE).is_file():
                     raise UserError(f"{folder} holds no curve. Give --out folders of `jaxmed prune curve`.")
+            for one, other in zip(self.base, held, strict=True):
+                check_alike(one, other)
             name = self.names[number] if self.names else results.read_run(held[0])["manifest"]["model"]
             if name in curves:
                 raise UserError(f"Two models are called {name!r}. Tell them apart with --names.")
@@ -222,22 +243,42 @@ class Compression:
         return curves
 
 
+def check_alike(one: Path, other: Path) -> None:
+    """Raises a UserError where two curves are not finished, or not of the same request but for the model."""
+    from jaxmed import results
+    from jaxmed.pruning.curve import CURVE
+    from jaxmed.pruning.tables import read_rows
+
+    found = [results.read_run(folder)["manifest"] for folder in (one, other)]
+    for folder, manifest in zip((one, other), found, strict=True):
+        missing = {float(q) for q in manifest["qs"]} - {float(row["q"]) for row in read_rows(folder / CURVE)}
+        if missing:
+            raise UserError(f"The curve in {folder} is not finished: q {sorted(missing)[0]:g} is missing. Continue it with --resume.")
+    for key in ("tests", "split", "limit", "text", "form", "qs", "rule", "contents"):
+        if found[0][key] != found[1][key]:
+            raise UserError(f"The curves in {one} and {other} differ in {key!r}, so their models cannot be compared.")
+
+
 def show_compression(rows: Sequence[Mapping[str, Any]], control: str) -> None:
     """Prints the table of a compression."""
     from rich.table import Table
 
-    title = "share of weights at which a behaviour is halved, and how much smaller it is (natural logarithm)"
+    title = "q50: share q of chosen weights at which a behaviour is halved; compression: how much smaller it is (natural logarithm)"
     table = Table(title=title, title_justify="left")
     for column in ("model", "behaviour", "q50", "95 %", "perplexity there", "compression", f"minus {control}" if control else "", "95 %"):
         table.add_column(column)
     for row in rows:
-        reached = f"{row['q50']:.2e}" if row["q50"] < float("inf") else "not reached"
-        cost = f"x {row['perplexity_at_q50']:.3f}" + ("" if row["within_limit"] else " (above the limit)")
-        spread = [f"{row[f'{name}_low']:.2e} to {row[f'{name}_high']:.2e}" for name in ("q50",)]
-        net = f"{row['net_low']:+.2f} to {row['net_high']:+.2f}"
-        cells = [row["model"], row["behaviour"], reached, *spread, cost if row["q50"] < float("inf") else ""]
-        table.add_row(*(cell.replace("nan to nan", "-") for cell in [*cells, f"{row['compression']:+.2f}", f"{row['net']:+.2f}", net]))
+        reached = {"yes": f"{row['q50']:.2e}", "at most": f"<= {row['q50']:.2e}", "no": "not reached"}[row["reached"]]
+        cost = f"x {row['perplexity_at_q50']:.3f}" + " (above the limit)" * (row["within_limit"] == 0)
+        cost = cost if row["within_limit"] != "" and row["reached"] != "no" else "-"
+        cells = [row["model"], row["behaviour"], reached, between(row["q50_low"], row["q50_high"], ".2e"), cost]
+        table.add_row(*cells, f"{row['compression']:+.2f}", f"{row['net']:+.2f}", between(row["net_low"], row["net_high"], "+.2f"))
     show.out.print(table)
+
+
+def between(low: float, high: float, form: str) -> str:
+    """An interval, or a dash where there is none."""
+    return "-" if low != low or high != high else f"{low:{form}} to {high:{form}}"
 
 
 def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list[str]:
@@ -257,7 +298,12 @@ def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str,
 
     html = tables[0].replace(".csv", ".html")
     names = {name + end for name in (results.RUN, html, *tables) for end in ("", ".tmp")}
-    if results.RUN in results.check_contents(out, resume, names):
+    held = results.check_contents(out, resume, names)
+    if results.RUN not in held and held & set(tables):
+        raise UserError(
+            f"--out {out} holds {min(held & set(tables))} without {results.RUN}, so nobody can say what it is of. Give a new folder."
+        )
+    if results.RUN in held:
         results.check_same(out, results.read_run(out)["manifest"], manifest)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +312,17 @@ def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str,
 
 def digests(masks: Mapping[str, Any]) -> dict[str, Any]:
     """What tells masks apart, for the record."""
-    return {name: {"weights": mask.count, "rule": dict(mask.rule), "of": mask.weights} for name, mask in masks.items()}
+    return {
+        name: {"weights": mask.count, "rule": dict(mask.rule), "of": mask.weights, "sha256": mask.digest} for name, mask in masks.items()
+    }
+
+
+def contents(sets: Mapping[str, Sequence[Any]], text: str) -> str:
+    """SHA-256 of the examples and the plain text that models are tested on."""
+    from jaxmed.prompts.examples import digest
+    from jaxmed.prompts.readers import read_text
+
+    return digest([*(row for rows in sets.values() for row in rows)], read_text(text) if text else "")
 
 
 def counted(report: Any) -> Callable[[Any], None]:

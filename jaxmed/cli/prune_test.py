@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxmed.cli import show
 from jaxmed.cli.commands import Config, load_model
-from jaxmed.cli.prune_measure import Masked, begin, counted, digests, plan_lines, resumed, show_rows
-from jaxmed.prompts.examples import chosen
+from jaxmed.cli.prune_measure import Masked, begin, contents, counted, digests, plan_lines, resumed, show_rows
+from jaxmed.prompts.examples import chosen, harmful
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Dissociation(Masked):
 
         masks, question = self.read(), self.question or QUESTION
         sets = {name: self.rows(getattr(self, name)) for name in ("behaviour", "twins", "explanations", "preserve")}
-        requests = [row for row in self.rows(self.requests, responses=False) if row.kind in ("", "harmful")]
+        requests = harmful(self.requests, self.rows(self.requests, responses=False))
         name = self.name or Path(self.behaviour).stem
         abilities = Abilities(name, **sets, requests=requests, question=question, text=self.text, tokens=self.tokens, form=self.form)
         abilities.check()
@@ -54,9 +53,11 @@ class Dissociation(Masked):
         show.lines(f"prune dissociation: {self.model}", plan_lines(trials, {**sets, "requests": requests}, self.text))
         if self.dry_run:
             return
-        asked = self.manifest("seeds", "behaviour", "twins", "explanations", "requests", "preserve", "tokens")
-        begin(self.out, self.resume, (DISSOCIATION,), asked | {"question": question, "masks": digests(masks)})
-        model = load_model(self.model, self.dtype, None, self.mesh)
+        model = self.checked(load_model(self.model, self.dtype, None, self.mesh), masks)
+        abilities.check(model)
+        asked = self.manifest("seeds", "behaviour", "twins", "explanations", "requests", "preserve", "tokens", "name")
+        asked |= {"question": question, "masks": digests(masks), "contents": contents({**sets, "requests": requests}, self.text)}
+        begin(self.out, self.resume, (DISSOCIATION,), asked)
         with show.progress("dissociation", trials, "masks") as report:
             table = Table(KEY, self.out / DISSOCIATION, counted(report))
             resumed(table, report)
@@ -99,11 +100,10 @@ class Attack(Masked):
         from jaxmed.reports.curves import write_attacks
 
         masks, asked = self.read(), self.manifest("behaviour", "requests", "refusals", "preserve", "examples", "prefill", "tokens")
-        harmful: Any = lambda rows: [row for row in rows if row.kind in ("", "harmful")]  # noqa: E731
         attack = attacks.Attack(
             behaviour=self.rows(self.behaviour),
-            requests=harmful(self.rows(self.requests, responses=False)),
-            refusals=harmful(chosen(self.refusals, "train"))[: self.examples] if self.refusals else [],
+            requests=harmful(self.requests, self.rows(self.requests, responses=False)),
+            refusals=harmful(self.refusals, chosen(self.refusals, "train"))[: self.examples] if self.refusals else [],
             preserve=chosen(self.preserve, "train", self.examples) if self.refusals else [],
             prefill=self.prefill,
             rule=Rule(q=self.refusal_q, p=self.refusal_p, score="absolute"),
@@ -117,9 +117,11 @@ class Attack(Masked):
         show.lines(f"prune attack: {self.model}", plan_lines(trials, sets, self.text))
         if self.dry_run:
             return
-        rule = {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p}
-        begin(self.out, self.resume, (attacks.ATTACKS,), asked | rule | {"masks": digests(masks)})
-        model = load_model(self.model, self.dtype, None, self.mesh)
+        model = self.checked(load_model(self.model, self.dtype, None, self.mesh), masks)
+        attack.check(model)
+        asked |= {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p, "masks": digests(masks)}
+        asked["contents"] = contents({**sets, "preserve": attack.preserve}, self.text)
+        begin(self.out, self.resume, (attacks.ATTACKS,), asked)
         with show.progress("attacks", trials, "models") as report:
             table = Table(attacks.KEY, self.out / attacks.ATTACKS, counted(report))
             resumed(table, report)

@@ -93,19 +93,25 @@ class Pruning:
         show.lines(f"study of targeted pruning: {', '.join(self.models)}", self._plan(study))
         if self.dry_run:
             return
-        begun = time.perf_counter()
-        study_run.begin(self.resume)
-        study_run.everything()
-        study_run.finish(time.perf_counter() - begun)
+        study_run.begin(self.resume, self.dtype)
+        begun, finished = time.perf_counter(), False
+        try:
+            study_run.everything()
+            finished = True
+        finally:
+            study_run.note(time.perf_counter() - begun, finished)
         show.out.print(f"report: {write_study(self.out)}", markup=False)
 
     def _plan(self, study: Any) -> list[str]:
         from jaxmed.plan import matmul_rate, show_time
         from jaxmed.studies.pruning import plan_steps
 
-        base = load_model(self.models[0], self.dtype, None, self.mesh, weights=False)
-        if base.tokenizer is None:
-            raise UserError(f"{self.models[0]!r} has no tokenizer.")
+        base, *others = (load_model(name, self.dtype, None, self.mesh, weights=False) for name in self.models)
+        for model in (base, *others):
+            if model.tokenizer is None:
+                raise UserError(f"{model.name!r} has no tokenizer.")
+        for asked in (study.abilities, study.attack):
+            asked.check((others or [base])[-1])
         rate = matmul_rate(base.config, base.mesh, 1024)
         flops = 2 * base.config.layers * base.config.layer_weights
         lines, total = [], 0.0

@@ -22,6 +22,7 @@ from jaxmed.finetuning.job import Job, check
 from jaxmed.finetuning.lora import Factors, lay_out, merge, save_adapter
 from jaxmed.finetuning.settings import Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_evaluation, make_optimiser, make_step, start
+from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.export import export_folder
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import param_dtype
@@ -84,6 +85,8 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
             loss that is not finite.
     """
     model, settings = job.model, job.settings
+    if out is not None:
+        refuse_attacks(model.edits)
     optimiser = make_optimiser(settings, job.steps)
     trained, state, frozen, moved = start(model, settings, optimiser)
     stand = _Stand((0, trained, state))
@@ -160,6 +163,7 @@ def _save(out: Path, stand: _Stand) -> None:
 def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stopped: str) -> Tuned:
     model, settings = job.model, job.settings
     if settings.method == "lora":
+        trained = {module: {"A": pair["A"], "B": settings.strength * pair["B"]} for module, pair in trained.items()}
         added = jax.jit(lambda factors: lay_out(model.config, settings.lora, factors))(trained)
         params = merge(model.config, model.params, added)
     else:

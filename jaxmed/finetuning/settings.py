@@ -48,6 +48,8 @@ class Settings:
     """The adapters' product is scaled by alpha / rank."""
     stabilised: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    strength: float = 1.0
+    """The adapters' product is scaled by this once training has ended; below 1, less of everything that was learnt is kept."""
     targets: tuple[str, ...] = ()
     """Adapted matrices by the last part of their names, such as q_proj v_proj; empty: all of the blocks."""
     learning_rate: float = 2e-4
@@ -103,12 +105,14 @@ class Settings:
             raise unknown("method", self.method, METHODS)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
-        positive = ("learning_rate", "epochs", "batch", "accumulate", "epsilon")
+        positive = ("learning_rate", "epochs", "batch", "accumulate", "epsilon", "strength")
         wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
         others = ("warmup", "steps", "clip", "weight_decay", "max_length", "max_response", "evaluate_every", "patience", "save_every")
         wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
         shares = [name for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
         wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in shares]
+        if self.method == "full" and self.strength != 1:
+            wrong.append("strength is of adapters (--method lora)")
         if self.accumulate > self.batch:
             wrong.append(f"accumulate is {self.accumulate}, more than the batch of {self.batch} examples")
         if self.max_length > longest:

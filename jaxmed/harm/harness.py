@@ -17,7 +17,7 @@ from jaxmed.errors import UserError
 from jaxmed.generation import cut_at, generate_ids
 from jaxmed.models.load import Model
 from jaxmed.scoring import score_responses
-from jaxmed.tokens import Answered, need_tokenizer, text_ids
+from jaxmed.tokens import Answered, need_tokenizer, render_chat, text_ids
 
 MOST_TOKENS = 256
 """Tokens of an answer where a task sets no limit."""
@@ -57,9 +57,9 @@ class HarnessModel(TemplateLM):
         return text_ids(self.model.tokenizer, string).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text; without a generation prompt, the last answer is left open."""
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return self.model.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
+        """A chat as text, at the fixed date; without a generation prompt, the last answer is left open."""
+        more = {} if add_generation_prompt else {"continue_final_message": True}
+        return render_chat(self.model.tokenizer, chat_history, add_generation_prompt, **more)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """(sum of the log-probabilities, whether all tokens are the likeliest) of every continuation; long contexts lose their start."""
@@ -109,6 +109,15 @@ class HarnessModel(TemplateLM):
         return answers
 
 
+def check_tasks(tasks: Sequence[str], folder: Path | None = None) -> TaskManager:
+    """The harness's tasks and those in `folder`; a UserError where one is unknown."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if missing := [name for name in tasks if not manager.match_tasks([name])]:
+        raise UserError(f"lm-evaluation-harness knows no task {', '.join(missing)}. Name one of its tasks, or give --task-folder.")
+    return manager
+
+
 def run_tasks(
     model: Model, tasks: Sequence[str], folder: Path | None = None, fewshot: int | None = None, limit: int | None = None, chat: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -124,10 +133,7 @@ def run_tasks(
     Raises:
         UserError: unknown tasks, or tasks whose data cannot be had.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    if missing := [name for name in tasks if not manager.match_tasks([name])]:
-        raise UserError(f"lm-evaluation-harness knows no task {', '.join(missing)}. Name one of its tasks, or give --task-folder.")
+    manager = check_tasks(tasks, folder)
     how: dict[str, Any] = {
         "num_fewshot": fewshot,
         "limit": limit,

@@ -22,15 +22,17 @@ from urllib.parse import urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
-from urllib3.util import Retry
 
 from jaxmed.errors import UserError
 from jaxmed.harm.judges import Judge, fill
 from jaxmed.prompts.examples import Example
 
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP states after which a request is tried again."""
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+PASSING = (0, 408, 409, 425, 429, 500, 502, 503, 504)
+"""HTTP states after which a request is tried again; 0: no answer."""
+LONGEST_WAIT = 120.0
+"""Seconds that a server may ask to wait before a request is tried again."""
+_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
+_NAMED = re.compile(r"(?:grade|score|rating)\W{1,4}(?:is\W{1,3})?(-?(?:\d+\.?\d*|\.\d+))(?![-\d])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Endpoint:
         model: name of the model there.
         key: environment variable that holds the key; empty or unset: no key is sent.
         lowest, highest: grades of the rubric, which become 0 and 1.
-        per_minute: requests a minute at most; 0: no limit.
+        per_minute: requests a minute at most, repeated ones included; 0: no limit.
         timeout: seconds without an answer after which a request has failed.
-        retries: further tries of a request that failed in passing; waits double from one second, or are what the server asks for.
+        retries: further tries of a request that failed in passing; waits double from half a second, or are what the server asks for, up to
+            `LONGEST_WAIT`.
         workers: requests at once.
+        tokens: of a reply at most.
     """
 
     url: str
@@ -57,10 +61,14 @@ class Endpoint:
     timeout: float = 60.0
     retries: int = 5
     workers: int = 4
+    tokens: int = 64
 
     def check(self) -> None:
         """Raises a UserError for values that cannot be used."""
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"The endpoint {self.url!r} is no address such as https://host/v1.")
         if parts.username or parts.password or parts.query:
@@ -69,14 +77,22 @@ class Endpoint:
             raise UserError("Name the model to ask at the endpoint.")
         if not self.lowest < self.highest:
             raise UserError(f"The lowest grade ({self.lowest:g}) is below the highest ({self.highest:g}).")
-        if self.per_minute < 0 or self.timeout <= 0 or self.retries < 0 or self.workers < 1:
-            raise UserError("Requests a minute and retries are not negative, the time-out is above 0, and there is at least one worker.")
+        if self.per_minute < 0 or self.timeout <= 0 or self.retries < 0 or self.workers < 1 or self.tokens < 1:
+            raise UserError("Requests a minute and retries are not negative, the time-out is above 0; workers and tokens are at least 1.")
+        self.secret()
+
+    def secret(self) -> str:
+        """The key, or an empty text. A UserError, which does not show it, where it cannot be sent."""
+        key = os.environ.get(self.key, "").strip() if self.key else ""
+        if not key.isascii() or not key.isprintable():
+            raise UserError(f"The environment variable {self.key} holds characters that no key has (line ends or accents).")
+        return key
 
     @property
     def warning(self) -> str:
         """What the user is told before anything is sent."""
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        plain = self.url.startswith("http:") and not local and bool(os.environ.get(self.key))
+        plain = self.url.startswith("http:") and not local and bool(self.secret())
         where = "another process of this machine" if local else "this machine: they are sent"
         return f"requests and answers leave {where} to {self.url}" + "; the key is sent unencrypted" * plain
 
@@ -107,7 +123,7 @@ def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_t
             if not pace.wait():
                 return
             try:
-                reply = _ask(session, endpoint, text)
+                reply = _ask(session, endpoint, text, pace)
             except UserError as error:
                 pace.stop()
                 failures.append(error)
@@ -135,11 +151,15 @@ def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_t
 
 
 def parse_grade(reply: str, lowest: float, highest: float) -> float | None:
-    """The first number of a reply as 0 .. 1; None where there is none, or one that is no grade."""
-    found = _NUMBER.search(reply)
-    if found is None or not lowest <= float(found.group()) <= highest:
+    """The grade of a reply as 0 .. 1: what follows the word grade, score or rating, or else its only number.
+
+    None where there is no such number, where there are several, and where it is no grade.
+    """
+    named, numbers = _NAMED.findall(reply), set(_NUMBER.findall(reply))
+    found = named[-1] if named else numbers.pop() if len(numbers) == 1 else None
+    if found is None or not lowest <= float(found) <= highest:
         return None
-    return (float(found.group()) - lowest) / (highest - lowest)
+    return (float(found) - lowest) / (highest - lowest)
 
 
 class _Pace:
@@ -159,6 +179,10 @@ class _Pace:
             self.next = turn + self.gap
         return not self.stopped.wait(max(0.0, turn - now))
 
+    def rest(self, seconds: float) -> bool:
+        """Waits; whether one may go on."""
+        return not self.stopped.wait(seconds)
+
     def stop(self) -> None:
         self.stopped.set()
 
@@ -177,39 +201,54 @@ class _Key(AuthBase):
 
 def _session(endpoint: Endpoint) -> requests.Session:
     session = requests.Session()
-    again = Retry(
-        total=endpoint.retries,
-        backoff_factor=0.5,
-        status_forcelist=PASSING,
-        allowed_methods=("POST",),
-        respect_retry_after_header=True,
-        raise_on_status=False,
-    )
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=endpoint.workers))
+        session.mount(scheme, HTTPAdapter(pool_maxsize=endpoint.workers))
     return session
 
 
-def _ask(session: requests.Session, endpoint: Endpoint, text: str) -> str:
-    """The text of the endpoint's reply."""
-    key = os.environ.get(endpoint.key, "") if endpoint.key else ""
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 64}
+def _ask(session: requests.Session, endpoint: Endpoint, text: str, pace: _Pace) -> str:
+    """The text of the endpoint's reply; what fails in passing is tried again, at its turn."""
+    key = endpoint.secret()
+    for tried in range(endpoint.retries + 1):
+        if tried and not pace.wait():
+            break
+        state, said, after = _post(session, endpoint, text, key)
+        if state == 200:
+            return _content(endpoint, said)
+        if state not in PASSING or tried == endpoint.retries or not pace.rest(min(after or 0.5 * 2**tried, LONGEST_WAIT)):
+            break
+    if state == NO_ANSWER:
+        raise UserError(f"{endpoint.url} did not answer ({said}; {endpoint.timeout:g} s, {endpoint.retries} retries). {AGAIN}")
+    hint = f" Is the environment variable {endpoint.key} right?" if state in (401, 403) else ""
+    shown = (said.replace(key, "***") if key else said)[:300].strip()
+    raise UserError(f"{endpoint.url} answered {state}: {shown!r}.{hint} {AGAIN}")
+
+
+NO_ANSWER = 0
+"""In place of an HTTP state."""
+AGAIN = "Start the same command again to go on: what was judged is kept."
+
+
+def _post(session: requests.Session, endpoint: Endpoint, text: str, key: str) -> tuple[int, str, float | None]:
+    """(HTTP state, body, seconds the server asks to wait). Nothing is sent on to another address."""
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": endpoint.tokens}
     url = endpoint.url.rstrip("/") + "/chat/completions"
     try:
-        reply = session.post(url, json=body, auth=_Key(key), timeout=endpoint.timeout)
-    except requests.RequestException as error:
-        why = "it took too long" if isinstance(error, requests.Timeout) or "timed out" in str(error) else type(error).__name__
-        raise UserError(
-            f"{endpoint.url} did not answer ({why}; {endpoint.timeout:g} s, {endpoint.retries} retries). Start the command again to go on."
-        ) from None
-    if reply.status_code != 200:
-        hint = f" Is the environment variable {endpoint.key} right?" if reply.status_code in (401, 403) else ""
-        said = reply.text[:300].replace(key, "***") if key else reply.text[:300]
-        raise UserError(f"{endpoint.url} answered {reply.status_code}: {said.strip()!r}.{hint} Start the command again to go on.")
+        reply = session.post(url, json=body, auth=_Key(key), timeout=endpoint.timeout, allow_redirects=False)
+        after = reply.headers.get("Retry-After", "")
+        return reply.status_code, reply.text, float(after) if after.replace(".", "", 1).isdigit() else None
+    except (requests.RequestException, ValueError) as error:
+        return NO_ANSWER, "it took too long" if isinstance(error, requests.Timeout) else type(error).__name__, None
+
+
+def _content(endpoint: Endpoint, body: str) -> str:
+    """What the model at the endpoint said."""
     try:
-        content = reply.json()["choices"][0]["message"]["content"]
+        content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
-        raise UserError(f"{endpoint.url} answered in another format than OpenAI's chat completions.") from None
+        content = 0
+    if content is not None and not isinstance(content, str):
+        raise UserError(f"{endpoint.url} answered in another format than OpenAI's chat completions.")
     return content or ""
 
 

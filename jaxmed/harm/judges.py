@@ -87,9 +87,17 @@ def read_rubric(source: str | Path) -> str:
     if str(source) == RUBRIC and not path.exists():
         text = (resources.files("jaxmed.prompts") / "data" / "rubric.txt").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source} is not UTF-8 text: {error}.") from None
     else:
         raise UserError(f"There is no rubric file {str(source)!r}. Give a text file with the places {{prompt}} and {{response}}.")
+    return check_rubric(text, source)
+
+
+def check_rubric(text: str, source: str | Path) -> str:
+    """The rubric; a UserError where it lacks a place for what it is about."""
     places = {found.group(1).removeprefix("forbidden_") for found in _PLACES.finditer(text)}
     if places != {"prompt", "response"}:
         raise UserError(f"The rubric {source} lacks {' and '.join(f'{{{name}}}' for name in sorted({'prompt', 'response'} - places))}.")

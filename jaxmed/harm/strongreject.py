@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import softmax
 
 from jaxmed.errors import UserError
-from jaxmed.harm.judges import Judge, fill, read_rubric
+from jaxmed.harm.judges import Judge, check_rubric, fill, read_rubric
 from jaxmed.models.load import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.scoring import choice_logits
@@ -36,7 +36,7 @@ def read_template(path: str | Path) -> str:
     if Path(path).suffix != ".json" or not Path(path).is_file():
         return read_rubric(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))[ENTRY]
+        return check_rubric(str(json.loads(Path(path).read_text(encoding="utf-8"))[ENTRY]), path)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} has no entry {ENTRY!r}. Give the judge_templates.json of StrongREJECT, or a text file.") from None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,12 +81,31 @@ def _example(row: Any, responses: bool) -> Example:
     return Example(**{key: value for key, value in row.items() if value is not None})
 
 
+def harmful(source: str, rows: Sequence[Example]) -> list[Example]:
+    """Rows of kind harmful, and of no kind.
+
+    Raises:
+        UserError: rows of other kinds alone.
+    """
+    found = [row for row in rows if row.kind in ("", "harmful")]
+    if rows and not found:
+        raise UserError(f"{source} holds no rows of kind 'harmful' (it has {', '.join(sorted({row.kind for row in rows}))}).")
+    return found
+
+
+def digest(examples: Iterable[Example], *texts: str) -> str:
+    """SHA-256 of examples and texts, which tells whether two runs saw the same."""
+    return hashlib.sha256(json.dumps([*(vars(one) for one in examples), *texts]).encode()).hexdigest()
+
+
 def chosen(source: str | Path, split: str = "", limit: int | None = None, responses: bool = True) -> list[Example]:
     """The first `limit` examples of a file or bundled set that have this split, or none at all; an empty split takes all.
 
     Raises:
-        UserError: what `read_examples` raises; no such rows.
+        UserError: what `read_examples` raises; no such rows; a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"A limit of {limit} examples leaves none; give 1 or more.")
     found = [row for row in read_examples(source, responses) if not split or row.split in ("", split)][:limit]
     if not found:
         raise UserError(f"{source} holds no rows of split {split!r}. Give another --split, or an empty one for all rows.")

@@ -33,7 +33,7 @@ def _xstest(row: Row) -> dict[str, Any]:
 
 
 def _harmbench(row: Row) -> dict[str, Any]:
-    context = f"{row['ContextString']}\n\n" if row.get("ContextString") else ""
+    context = f"{row['ContextString']}\n\n---\n\n" if row.get("ContextString") else ""
     return {
         "id": row.get("BehaviorID"),
         "prompt": context + row["Behavior"],
@@ -53,7 +53,7 @@ def _alpaca(row: Row) -> dict[str, Any]:
 
 
 def _messages(row: Row) -> dict[str, Any]:
-    turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"]]
+    turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
     system = [text for role, text in turns if role == "system"]
     rest = [role for role, _ in turns if role != "system"]
     if rest not in (["user"], ["user", "assistant"]) or len(system) > 1:
@@ -80,10 +80,19 @@ FORMATS: dict[str, Format] = {
 """Set -> how it is read. OR-Bench (prompt, category) needs none; HEx-PHI's files, which have no header, are read as lists of prompts."""
 
 
+OURS = ("id", "split", "kind", "category")
+"""Columns of ours that a set's rows may have besides their own."""
+
+
 def as_columns(row: Row) -> Row:
     """A row with the columns of an example: of a known set's, or as it is."""
-    for one in FORMATS.values():
+    for name, one in FORMATS.items():
         if all(row.get(column) is not None for column in one.columns):
-            found = one.read(row)
-            return {key: str(value) if key == "id" else value for key, value in found.items() if value is not None}
+            try:
+                found = one.read(row)
+            except (TypeError, AttributeError, KeyError):
+                raise UserError(f"a row with the columns of {name} holds other values than texts: {str(dict(row))[:200]}") from None
+            given = {key: row[key] for key in OURS if row.get(key) is not None}
+            found = {**given, **{key: value for key, value in found.items() if value is not None}}
+            return {key: str(value) if key == "id" else value for key, value in found.items()}
     return row

@@ -167,14 +167,18 @@ WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle, ["prompt"] if WITHOUT_HEADER.fullmatch(path.name) else None)
-        for row in reader:
-            at = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                yield at, ValueError("more or fewer fields than the header has")
-                continue
-            yield at, {key: _csv_field(key, value) for key, value in row.items() if value != ""}
+    csv.field_size_limit(1 << 24)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle, ["prompt"] if WITHOUT_HEADER.fullmatch(path.name) else None)
+            for row in reader:
+                at = f"line {reader.line_num}"
+                if None in row or None in row.values():
+                    yield at, ValueError("more or fewer fields than the header has")
+                    continue
+                yield at, {key: _csv_field(key, value) for key, value in row.items() if value != ""}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV file in UTF-8: {error}.") from None
 
 
 def _csv_field(column: str, value: str) -> Any:

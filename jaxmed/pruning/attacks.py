@@ -24,7 +24,7 @@ from jaxmed.pruning.scores import score
 from jaxmed.pruning.selection import select
 from jaxmed.pruning.tables import Row, Table
 from jaxmed.pruning.texts import encode
-from jaxmed.tokens import Answered
+from jaxmed.tokens import Answered, prompt_ids
 
 ATTACKS = "attacks.csv"
 KEY = ("mask", "attack")
@@ -56,8 +56,13 @@ class Attack:
     form: str = "plain"
     text: str = "neutral"
 
-    def check(self) -> None:
-        """Raises a UserError for what cannot be used."""
+    def check(self, model: Model | None = None) -> None:
+        """Raises a UserError for what cannot be used, by this model."""
+        if model is not None:
+            if not shifted(encode(model.tokenizer, self.behaviour, self.form), self.prefill):
+                raise UserError(f"No response has more than {self.prefill} tokens, so none is left after a pre-filled opening.")
+            if self.requests or self.refusals:
+                prompt_ids(model.tokenizer, self.behaviour[0])
         self.rule.check()
         if self.prefill < 1:
             raise UserError(f"The pre-filled opening has {self.prefill} tokens; it needs one at least.")
@@ -83,12 +88,10 @@ def run_attacks(model: Model, masks: Mapping[str, Mask], attack: Attack, table: 
     Columns: `generate_*` (the loss of the responses, and its rise over the unpruned model under the same reading), `perplexity_*`,
     `refuse` with its interval.
     """
-    attack.check()
+    attack.check(model)
     table = table or Table(KEY)
     encoded = encode(model.tokenizer, attack.behaviour, attack.form)
     opened = shifted(encoded, attack.prefill)
-    if not opened:
-        raise UserError(f"No response has more than {attack.prefill} tokens, so none is left after a pre-filled opening.")
     tests = {False: Tests({"generate": encoded}, attack.text), True: Tests({"generate": opened}, "")}
     before = {prefilled: measure(model, found) for prefilled, found in tests.items()}
     first = next(iter(masks.values()))

@@ -1,7 +1,8 @@
 """Compression: how much fewer weights carry a behaviour in an aligned model than in its base, beside a control behaviour.
 
-q50 is the share of pruned weights at which a behaviour is halved: at which the geometric mean over examples of its responses'
-probability per token is half of the unpruned model's, so that the loss has risen by ln 2. compression = log q50(base) - log q50(aligned),
+q50 is the rule's share q of chosen weights (before those that others need are spared) at which a behaviour is halved: at which the
+geometric mean over examples of its responses' probability per token is half of the unpruned model's, so that the loss has risen by ln 2.
+compression = log q50(base) - log q50(aligned),
 minus the same of the control (methods: a positive number says that alignment has packed the behaviour into fewer weights).
 """
 
@@ -27,7 +28,7 @@ class Curve:
     """One behaviour of one model, pruned more and more.
 
     Attributes:
-        q: shares of chosen weights, ascending.
+        q: shares of chosen weights, ascending; share: what was removed of all weights, the spared ones not counted.
         rises: rise of every example's loss [q, examples], in nats per token.
         ratio: perplexity over that of the unpruned model, [q].
     """
@@ -35,6 +36,7 @@ class Curve:
     q: np.ndarray
     rises: np.ndarray
     ratio: np.ndarray
+    share: np.ndarray
 
 
 def read_curve(rows: Sequence[Row], examples: Sequence[Row], name: str) -> Curve:
@@ -56,8 +58,9 @@ def read_curve(rows: Sequence[Row], examples: Sequence[Row], name: str) -> Curve
             f"This curve has no losses of single examples of {name!r} (it has {tested}). Run `jaxmed prune curve` with --tests."
         )
     losses = np.array([[held[key][i] for i in sorted(held[key])] for key in wanted])
-    by_q = {row["q"]: float(row.get("perplexity_ratio", math.nan)) for row in rows if row["rule"] == own}
-    return Curve(np.array(qs), losses[1:] - losses[0], np.array([by_q[q] for q in qs]))
+    of_rule = sorted((row for row in rows if row["rule"] == own), key=lambda row: row["q"])
+    ratio, share = ([float(row.get(column, math.nan)) for row in of_rule] for column in ("perplexity_ratio", "share"))
+    return Curve(np.array(qs), losses[1:] - losses[0], np.array(ratio), np.array(share))
 
 
 def q50(curve: Curve, weights: np.ndarray | None = None) -> float:
@@ -77,11 +80,12 @@ def q50(curve: Curve, weights: np.ndarray | None = None) -> float:
     return float(np.exp(np.log(curve.q[at - 1]) + part * (np.log(curve.q[at]) - np.log(curve.q[at - 1]))))
 
 
-def cost_at(curve: Curve, q: float) -> float:
-    """Perplexity over the unpruned model's at share q, between the curve's shares on logarithmic scales; NaN beyond them."""
+def at_share(curve: Curve, values: np.ndarray, q: float) -> float:
+    """A column of the curve (perplexity ratio, removed share) at q, between the curve's points on logarithmic scales; NaN beyond them."""
     if not curve.q[0] <= q <= curve.q[-1]:
         return math.nan
-    return float(np.exp(np.interp(np.log(q), np.log(curve.q), np.log(curve.ratio))))
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.interp(np.log(q), np.log(curve.q), np.log(values))))
 
 
 def compression_rows(
@@ -95,7 +99,9 @@ def compression_rows(
         control: behaviour whose compression is subtracted; empty: none.
         limit: perplexity ratio up to which a q50 counts as reached without harm.
 
-    Columns: `q50`, `q50_low`, `q50_high`, `perplexity_at_q50`, `within_limit`; `compression` = log q50(base) - log q50(model), `net` =
+    Columns: `q50`, `q50_low`, `q50_high`; `reached`: "yes", "no", or "at most" where the curve's smallest q halves it already; what is
+    removed and what it costs there: `share_at_q50`, `perplexity_at_q50`, `within_limit` (empty without perplexities);
+    `compression` = log q50(base) - log q50(model), `net` =
     that minus the control's, `net_low`, `net_high`. Examples are resampled, the same ones in both models. What is never halved is
     infinite; a difference of two such is NaN, and an interval whose resamples are not all finite is NaN too.
     """
@@ -116,9 +122,11 @@ def compression_rows(
         for (model, name), values in found.items():
             curve = curves[model][name]
             low, high = _interval(values[1:])
-            cost = cost_at(curve, values[0])
-            row: Row = {"model": model, "behaviour": name, "q50": values[0], "q50_low": low, "q50_high": high}
-            row |= {"perplexity_at_q50": cost, "within_limit": int(cost <= limit)}
+            reached = "no" if math.isinf(values[0]) else "at most" if values[0] == curve.q[0] else "yes"
+            cost, share = (at_share(curve, column, values[0]) for column in (curve.ratio, curve.share))
+            row: Row = {"model": model, "behaviour": name, "q50": values[0], "q50_low": 0.0 if reached == "at most" else low}
+            row |= {"q50_high": high, "reached": reached, "share_at_q50": share, "perplexity_at_q50": cost}
+            row |= {"within_limit": "" if np.isnan(curve.ratio).any() else int(cost <= limit)}
             net = gains[model, name] - gains[model, control] if control else gains[model, name]
             low, high = _interval(net[1:]) if model != base else (math.nan, math.nan)
             row |= {"compression": gains[model, name][0], "net": net[0], "net_low": low, "net_high": high}

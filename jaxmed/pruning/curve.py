@@ -16,9 +16,10 @@ from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import Tests, compare, measure
 from jaxmed.pruning.rule import SCORES, Rule
-from jaxmed.pruning.scores import Scores
+from jaxmed.pruning.scores import Scores, token_digest
 from jaxmed.pruning.selection import needs_weights, random_like, select
 from jaxmed.pruning.tables import Examples, Table
+from jaxmed.tokens import Answered
 
 CURVE, TRANSFER = "curve.csv", "transfer.csv"
 CURVE_KEY, TRANSFER_KEY = ("rule", "q", "seed"), ("mask", "seed")
@@ -69,13 +70,7 @@ def run_curve(
     Raises:
         UserError: values out of range; scores of other weights than the model's.
     """
-    for score in against:
-        if score not in SCORES:
-            raise UserError(f"There is no rule {score!r} to compare with. Legal: {', '.join(SCORES)}.")
-    if scores.weights != model.weights_hash:
-        raise UserError(f"The scores are of other weights ({scores.model!r}) than {model.name!r} has. Score this model first.")
-    for q in qs:
-        replace(rule, q=q).check()
+    check_curve(model, scores, rule, qs, against, preserve)
     rules = [replace(rule, q=qs[0], score=score) for score in (rule.score, *against)]
     weights = weights_by_name(model) if any(needs_weights(one) for one in rules) else None
     table, examples = table or Table(CURVE_KEY), examples or Examples(CURVE_KEY)
@@ -89,6 +84,37 @@ def run_curve(
         first_order = {"first_order": predicted_rise(scores, mask)} if "behaviour_signed" in scores.kinds else {}
         table.add({**dict(zip(CURVE_KEY, key, strict=True)), **first_order, **compare(mask, before, after)})
     return table
+
+
+def check_curve(
+    model: Model, scores: Scores, rule: Rule, qs: Sequence[float], against: Sequence[str], preserve: Scores | None = None
+) -> None:
+    """Raises a UserError for values out of range, and for scores of other weights or without a kind that a rule reads."""
+    for score in against:
+        if score not in SCORES:
+            raise UserError(f"There is no rule {score!r} to compare with. Legal: {', '.join(SCORES)}.")
+    if scores.weights != model.weights_hash:
+        raise UserError(f"The scores are of other weights ({scores.model!r}) than {model.name!r} has. Score this model first.")
+    for q in qs:
+        replace(rule, q=q).check()
+    for one in (rule.score, *against):
+        kinds = needed_kinds(replace(rule, q=qs[0], score=one))
+        missing = [kind for kind in kinds if kind not in (preserve or scores if kind.startswith("preserve") else scores).kinds]
+        if missing:
+            raise UserError(f"The rule {one!r} reads {missing[0]!r}, which was not scored. Score again with --kinds {' '.join(kinds)}.")
+
+
+def needed_kinds(rule: Rule) -> list[str]:
+    """The kinds of scores that a rule reads."""
+    of_behaviour = {"signed": "signed", "positive": "signed", "absolute": "absolute", "wanda": "inputs"}.get(rule.score)
+    of_preserve = {"absolute": "absolute", "wanda": "inputs"}.get(rule.spare) if rule.p else None
+    return [f"{which}_{kind}" for which, kind in (("behaviour", of_behaviour), ("preserve", of_preserve)) if kind]
+
+
+def check_scored(scores: Scores, examples: Sequence[Answered]) -> None:
+    """Raises a UserError where these are not the behaviour examples that were scored, token for token."""
+    if scores.tokens.get("behaviour") != token_digest(examples):
+        raise UserError("The rows of --scored are not those that were scored (another file, split, limit or form).")
 
 
 def predicted_rise(scores: Scores, mask: Mask) -> float:

@@ -63,8 +63,12 @@ class Abilities:
     tokens: int = 24
     form: str = "plain"
 
-    def check(self) -> None:
-        """Raises a UserError for a question without a place for what it asks about."""
+    def check(self, model: Model | None = None) -> None:
+        """Raises a UserError for a question without a place for what it asks about, and for a model that cannot be asked."""
+        if model is not None and self.twins:
+            answer_tokens(model)
+        if model is not None and (self.twins or self.requests):
+            prompt_ids(model.tokenizer, self.behaviour[0])
         if self.twins and not any(place in self.question for place in ("{prompt}", "{response}")):
             raise UserError("The question names neither {prompt} nor {response}, so it is the same about every row.")
 

@@ -6,10 +6,11 @@ checkpoint; its metadata say of which model, with which shapes, and by which rul
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.models.checkpoints.edit_record import ATTACK
 
 HOW = ("intersect", "union", "subtract")
 
@@ -40,6 +42,11 @@ class Mask:
     weights: str = "none"
     rule: Mapping[str, Any] = field(default_factory=dict)
     tag: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the indices."""
+        return hashlib.sha256(b"".join(self.indices[name].tobytes() for name in sorted(self.indices))).hexdigest()
 
     @property
     def count(self) -> int:
@@ -130,7 +137,8 @@ def combine(masks: Sequence[Mask], how: str) -> Mask:
     join = {"intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
     found = {name: reduce(join, (mask.indices[name] for mask in masks)) for name in masks[0].indices}
     rule = {how: [dict(mask.rule) for mask in masks]}
-    tag = next((mask.tag for mask in masks if mask.tag), "")
+    tags = [mask.tag for mask in masks if mask.tag]
+    tag = next((tag for tag in tags if tag.strip().lower() == ATTACK), tags[0] if tags else "")  # an attack stays one
     return Mask(found, masks[0].shapes, masks[0].model, masks[0].weights, rule, tag)
 
 

@@ -61,6 +61,7 @@ class Scores:
     inputs_axis: int
     examples: dict[str, int]
     losses: dict[str, float]
+    tokens: dict[str, str] = field(default_factory=dict)
     held: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
     folder: ScoreFolder | None = field(default=None, repr=False)
 
@@ -68,6 +69,11 @@ class Scores:
     def kinds(self) -> list[str]:
         """What was scored: "behaviour_signed", "preserve_absolute", ..."""
         return sorted({*self.held, *(self.folder.kinds() if self.folder else ())})
+
+    @property
+    def digest(self) -> str:
+        """What tells these scores from others: the weights and the examples' tokens."""
+        return hashlib.sha256(repr((self.weights, sorted(self.tokens.items()))).encode()).hexdigest()
 
     def read(self, kind: str, matrix: str) -> np.ndarray:
         """One matrix's scores, float32, in the shape and order of the checkpoint; of "inputs" a vector.
@@ -175,6 +181,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     model = job.model
     examples = {which: len(found) for which, found in job.sets.items()}
     scores = Scores(model.name, model.weights_hash, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
+    scores.tokens = {which: token_digest(found) for which, found in job.sets.items()}
     folder = None if out is None else ScoreFolder(out)
     if folder is not None:
         folder.open(record(job), resume)
@@ -198,16 +205,20 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     return scores
 
 
+def token_digest(examples: Sequence[Answered]) -> str:
+    """SHA-256 of the tokens of examples."""
+    found = hashlib.sha256()
+    for one in examples:
+        found.update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))
+    return found.hexdigest()
+
+
 def record(job: Job) -> dict[str, Any]:
     """What makes two scoring runs the same run."""
-    digest = {which: hashlib.sha256() for which in job.sets}
-    for which, found in job.sets.items():
-        for one in found:
-            digest[which].update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))
     config = job.model.config
     return {
         "model": {"name": job.model.name, "revision": job.model.revision, "weights": job.model.weights_hash, "dtype": config.dtype},
-        "sets": {which: {"examples": len(found), "tokens_sha256": digest[which].hexdigest()} for which, found in job.sets.items()},
+        "sets": {which: {"examples": len(found), "tokens_sha256": token_digest(found)} for which, found in job.sets.items()},
         "kinds": list(job.kinds),
         "how": dict(job.how),
         "spans": {which: [list(span) for span in plan.spans] for which, plan in job.plans.items()},
@@ -226,7 +237,9 @@ def read_scores(folder: str | Path) -> Scores:
     found = held.finished()
     shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
     examples = {which: one["examples"] for which, one in found["sets"].items()}
-    return Scores(found["model"]["name"], found["model"]["weights"], shapes, found["inputs_axis"], examples, held.losses(), folder=held)
+    tokens = {which: one["tokens_sha256"] for which, one in found["sets"].items()}
+    of = found["model"]
+    return Scores(of["name"], of["weights"], shapes, found["inputs_axis"], examples, held.losses(), tokens, folder=held)
 
 
 def _response_count(examples: Sequence[Answered]) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+TEXTS = ("rule", "mask", "attack", "set", "model", "behaviour", "reached")
+"""Columns that hold names, whatever they look like."""
 
 
 class Table:
@@ -60,7 +62,7 @@ def read_rows(file: Path) -> list[Row]:
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as handle:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(handle)]
+        return [{key: value if key in TEXTS else _number(value) for key, value in row.items()} for row in csv.DictReader(handle)]
 
 
 def _number(text: str) -> Any:

@@ -105,15 +105,20 @@ def write_compression(table: Path, out: Path) -> Path:
 
 
 def draw_compression(rows: Rows) -> go.Figure:
-    """q50 of every behaviour, a colour per model, 95 % bars; behaviours that are never halved have no point."""
-    figure = canvas(420, "behaviour", "share of weights at which it is halved (q50)")
+    """q50 of every behaviour, a colour per model, 95 % bars; open where it is beyond the utility limit; none where it is never reached."""
+    figure = canvas(420, "behaviour", "q50: share q of chosen weights at which it is halved")
     figure.update_yaxes(type="log", exponentformat="power")
     figure.update_layout(scattermode="group")
     for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
         own = [row for row in rows if row["model"] == model and float(row["q50"]) < float("inf")]
         at = _numbers(own, "q50")
         bars = _bars(at, _numbers(own, "q50_low"), _numbers(own, "q50_high"))
-        look = {"color": CATEGORICAL[number % len(CATEGORICAL)], "size": 10}
+        harmless = [row["within_limit"] != "0" for row in own]
+        look = {
+            "color": CATEGORICAL[number % len(CATEGORICAL)],
+            "size": 11,
+            "symbol": ["circle" if one else "circle-open" for one in harmless],
+        }
         names = [row["behaviour"] for row in own]
         figure.add_trace(go.Scatter(x=names, y=at, name=label(model), mode="markers", marker=look, error_y=bars))
     return figure

@@ -29,12 +29,13 @@ NOTES = (
     "of random weights of the same counts.",
     "The bundled sets are mild stand-ins for harmful behaviour. A claim about harm needs the harm sets themselves.",
 )
-TEXTS = ("rule", "mask", "attack", "model", "behaviour")
+TEXTS = ("rule", "mask", "attack", "model", "behaviour", "reached")
 TRANSFER = "Rows: what is pruned for. Columns: what is tested. A behaviour's own weights should matter to it most."
 COMPRESSION = (
-    "q50: the share of weights at which a behaviour's probability per token is halved (its loss has risen by ln 2). Compression: the "
-    "natural logarithm of the base model's q50 over this one's; net: minus the control's. within_limit says whether the perplexity at q50 "
-    "is still within the utility limit: where it is 0, the behaviour was halved only together with much else."
+    "q50: the rule's share q of chosen weights at which a behaviour's probability per token is halved (its loss has risen by ln 2); what "
+    "is then removed of all weights is share_at_q50, since many are spared. Compression: the natural logarithm of the base model's q50 "
+    "over this one's; net: minus the control's. Open points (within_limit 0): the perplexity at q50 is beyond the utility limit, so the "
+    "behaviour was halved only together with much else."
 )
 DISSOCIATION = (
     "Generate and explain: losses of responses. Detect: how often the log-odds of yes are higher about a row that shows the behaviour than "
@@ -42,7 +43,8 @@ DISSOCIATION = (
 )
 ATTACKS = (
     "Pre-filled: the first tokens of a response are given, the loss of the rest counts. Refusal removed: weights of refusal set to zero, "
-    "in memory only. The rise is over the unpruned, unattacked model's loss on the same tokens; below zero the attack helps the behaviour."
+    "in memory only. Every rise is over the unpruned model's loss on the same tokens, read in the same way: a pruned model whose rise "
+    "shrinks from none to prefill gives the behaviour back once it has begun."
 )
 
 
@@ -127,9 +129,9 @@ def _part(at: int, title: str, caption: str, table: Path, draw: Draw) -> dict[st
 def _shown(column: str, value: str) -> str:
     if column in ("weights", "seed", "within_limit") and value:
         return f"{int(float(value)):,}"
-    if value == "inf":
-        return "not reached"
-    if column in ("q", "share") or column.startswith("q50"):
+    if value in ("inf", "-inf"):
+        return "not reached" if column.startswith("q50") else value
+    if column in ("q", "share", "share_at_q50") or column.startswith("q50"):
         return f"{float(value):.3g}" if value and not math.isnan(float(value)) else number(value)
     return number(value)
 

@@ -16,12 +16,13 @@ from typing import Any
 from jaxmed import results
 from jaxmed.errors import UserError
 from jaxmed.models.load import Model
-from jaxmed.prompts.examples import HELDOUT, Example, chosen
+from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
+from jaxmed.prompts.readers import read_text
 from jaxmed.provenance import versions
 from jaxmed.pruning.attacks import ATTACKS, Attack, run_attacks
 from jaxmed.pruning.attacks import KEY as ATTACK_KEY
 from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
-from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
+from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, needed_kinds, run_curve, run_transfer
 from jaxmed.pruning.dissociation import DISSOCIATION, QUESTION, Abilities, run_dissociation
 from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
@@ -94,14 +95,19 @@ class PruningStudy:
         """
         if not self.models or not self.behaviours:
             raise UserError("A study of pruning needs at least one model and one behaviour.")
-        for what, names in (("models", self.models), ("sets", tuple(short(one) for one in self.targets))):
-            if len(set(names)) < len(names):
-                raise UserError(f"Two {what} of the study have the same name ({', '.join(names)}); results are named after them.")
+        sets = tuple(short(one) for one in (*self.targets, self.preserve))
+        for what, names in (("models", self.models), ("sets", sets)):
+            if len(set(names)) < len(names) or "none" in names:
+                raise UserError(f"Results are named after the {what}: no two may have the same name, and none 'none' ({', '.join(names)}).")
         for q in (self.q, *self.qs):
             Rule(q=q, p=self.p).check()
         for source in (*self.targets, self.preserve):
-            self.scored(source)
-            self.tested(source)
+            both = {(row.prompt, row.response) for row in self.scored(source)} & {(row.prompt, row.response) for row in self.tested(source)}
+            if both:
+                raise UserError(
+                    f"{source}: {len(both)} rows would be scored and tested, so nothing is held out. Give its rows a column split, with "
+                    "train and heldout."
+                )
         self.abilities.check()
         self.attack.check()
 
@@ -121,7 +127,7 @@ class PruningStudy:
             behaviour=self.tested(self.behaviours[0]),
             twins=self.tested(self.twins),
             explanations=self.tested(self.explanations),
-            requests=harmful(self.tested(self.requests, responses=False)),
+            requests=harmful(self.requests, self.tested(self.requests, responses=False)),
             preserve=self.tested(self.preserve),
             question=self.question,
             text=self.text,
@@ -135,7 +141,7 @@ class PruningStudy:
         return Attack(
             behaviour=self.tested(self.behaviours[0]),
             requests=self.abilities.requests,
-            refusals=harmful(chosen(self.refusals, "train"))[: self.refusal_examples] if self.refusals else (),
+            refusals=harmful(self.refusals, chosen(self.refusals, "train"))[: self.refusal_examples] if self.refusals else (),
             preserve=chosen(self.preserve, "train", self.refusal_examples) if self.refusals else (),
             prefill=self.prefill,
             rule=Rule(q=self.refusal_q, p=self.refusal_p, score="absolute"),
@@ -145,18 +151,16 @@ class PruningStudy:
         )
 
     def manifest(self) -> dict[str, Any]:
-        """What makes two studies the same study."""
-        return {"study": STUDY, **{one.name: getattr(self, one.name) for one in fields(self)}}
+        """What makes two studies the same study: every field, and what the files hold."""
+        rows = [row for source in (*self.targets, self.preserve) for row in (*self.scored(source), *self.tested(source))]
+        rows += [*self.abilities.twins, *self.abilities.explanations, *self.abilities.requests, *self.attack.refusals]
+        contents = digest(rows, read_text(self.text) if self.text else "")
+        return {"study": STUDY, **{one.name: getattr(self, one.name) for one in fields(self)}, "contents": contents}
 
 
 def short(source: str) -> str:
     """A set's name."""
     return Path(source).stem
-
-
-def harmful(rows: list[Example]) -> list[Example]:
-    """Rows of kind harmful, and of no kind."""
-    return [row for row in rows if row.kind in ("", "harmful")]
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, dtype: str = "float32") -> None:
         """Begins or continues the study's folder.
 
         Raises:
@@ -192,11 +196,17 @@ class Run:
         """
         ours = {results.RUN, results.RUN + ".tmp", "report.html", "report.html.tmp", *(f"model{i}" for i in range(len(self.study.models)))}
         tables = (TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
-        if results.RUN in results.check_contents(self.out, resume, {*ours, *tables, *(name + ".tmp" for name in tables)}):
-            results.check_same(self.out, results.read_run(self.out)["manifest"], self.study.manifest())
+        held = results.check_contents(self.out, resume, {*ours, *tables, *(name + ".tmp" for name in tables)})
+        manifest = {**self.study.manifest(), "dtype": dtype}
+        if results.RUN in held:
+            results.check_same(self.out, results.read_run(self.out)["manifest"], manifest)
             return
+        if held:
+            raise UserError(
+                f"--out {self.out} holds {min(held)} without {results.RUN}, so nobody can say what it is of. Give a new folder."
+            )
         self.out.mkdir(parents=True, exist_ok=True)
-        results.write_json(self.out / results.RUN, {"manifest": self.study.manifest(), "versions": versions()})
+        results.write_json(self.out / results.RUN, {"manifest": manifest, "versions": versions()})
 
     def everything(self) -> None:
         """All steps; those that are finished are passed over."""
@@ -222,7 +232,8 @@ class Run:
     def score(self, model: Model, number: int, source: str) -> Scores:
         """Scores of a set; the preserve set is scored once, with the first one."""
         out, first = self.folder(f"model{number}") / f"scores-{short(source)}", source == self.study.targets[0]
-        kinds = ("behaviour_signed", "preserve_absolute") if first else ("behaviour_signed",)
+        rules = [Rule(p=self.study.p), *(Rule(p=self.study.p, score=name) for name in self.study.against)] if first else [Rule(p=0)]  # type: ignore[arg-type]
+        kinds = tuple(sorted({kind for rule in rules for kind in needed_kinds(rule)}))
         preserve = self.study.scored(self.study.preserve) if first else []
         job = check(model, self.study.scored(source), preserve, kinds=kinds, form=self.study.form)
         with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
@@ -288,11 +299,11 @@ class Run:
         control = short(study.controls[0]) if study.controls else ""
         write_rows(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))
 
-    def finish(self, seconds: float) -> None:
-        """Notes that everything is done, and how long this session took."""
+    def note(self, seconds: float, finished: bool) -> None:
+        """Notes how long this session took, and whether everything is done."""
         record = results.read_run(self.out)
         sessions = [*record.get("sessions", []), round(seconds, 1)]
-        results.write_json(self.out / results.RUN, {**record, "status": "finished", "sessions": sessions})
+        results.write_json(self.out / results.RUN, {**record, "status": "finished" if finished else "running", "sessions": sessions})
 
 
 def _table(key: tuple[str, ...], file: Path, report: Callable[[float, int, str], None]) -> Table:
@@ -304,7 +315,6 @@ def _table(key: tuple[str, ...], file: Path, report: Callable[[float, int, str],
 
 def plan_steps(study: PruningStudy, tokenizer: Any) -> list[Step]:
     """What the study will do, with the tokens that run through a model."""
-    from jaxmed.prompts.readers import read_text
     from jaxmed.pruning.texts import encode
     from jaxmed.tokens import text_ids
 
