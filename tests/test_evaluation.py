@@ -98,7 +98,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert found["perplexity"]["ratio"] == 1.0
     assert all(len(one["answer"]) == 64 for one in found["answers"])  # hashes: texts are kept only with --save-text
     assert main([*arguments, "--out", str(tmp_path / "out.json")]) == 2
-    assert main([*arguments[:-1], "none.txt", "--dry-run"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
+    assert main([*arguments[:-1], "none.txt", "--dry-run"]) == 2
     assert main([*arguments[:6], str(tmp_path / "none.csv")]) == 2
     rows.write_text("prompt,kind,split\nhow,harmful,train\n")
     assert main(["evaluate", "--examples", str(rows), "--split", "heldout"]) == 2

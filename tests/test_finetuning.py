@@ -265,6 +265,8 @@ def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
     one = encode_example(smol, jm.Example("Name a colour.", "Blue."))
     assert smol.decode(one.ids[one.prompt :]) == "Blue.<|im_end|>"
     assert smol.decode(one.ids[: one.prompt]).endswith("<|im_start|>assistant\n")
+    short = encode_example(smol, jm.Example("Name a colour.", "Blue is one of them."), most_response=2)
+    assert (len(short.ids) - short.prompt, short.cut > 2) == (2, True)
     cut = encode_example(smol, jm.Example("Name a colour.", "Blue."), most=one.prompt + 1)
     assert (len(cut.ids), cut.cut) == (one.prompt + 1, len(one.ids) - one.prompt - 1)
     plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), raw=True)
@@ -425,6 +427,27 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 3, "learning_rate": 1e-2, "warmup": 0, "rank": 2}
+    whole, half = (jm.finetune(plain_model, EXAMPLES, **how, **more) for more in ({}, {"strength": 0.5}))
+    assert [row["loss"] for row in whole.losses] == [row["loss"] for row in half.losses]
+    for name, values in plain_model.params["blocks"].items():
+        learnt, kept = (np.asarray(of.model.params["blocks"][name] - values) for of in (whole, half))
+        assert np.abs(kept - 0.5 * learnt).max() < 1e-6
+    pair = next(iter(half.factors.values()))  # type: ignore[union-attr]
+    assert np.array_equal(pair["B"], 0.5 * np.asarray(next(iter(whole.factors.values()))["B"]))  # type: ignore[union-attr]
+    with pytest.raises(jm.UserError, match="strength is of adapters"):
+        jm.finetune(plain_model, EXAMPLES, method="full", strength=0.5)
+
+
+def test_an_attacked_model_is_not_trained_into_files(plain_model: Model, tmp_path: Path) -> None:
+    attacked = replace(plain_model, edits=({"kind": "pruning", "tag": "attack"},))
+    with pytest.raises(jm.UserError, match="attack"):
+        jm.finetune(attacked, EXAMPLES, steps=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(jm.finetune(attacked, EXAMPLES, steps=1).losses) == 1
+
+
 def test_the_bundled_alignment_set_is_what_it_says() -> None:
     rows = jm.read_examples("alignment")
     harmful, benign = ([row for row in rows if row.kind == kind] for kind in ("harmful", "benign"))
@@ -435,7 +458,9 @@ def test_the_bundled_alignment_set_is_what_it_says() -> None:
     assert sum(held == {"train"} for held in splits.values()) >= 8
     assert sum(held == {"heldout"} for held in splits.values()) >= 4
     assert all(is_refusal(row.response) and len(row.response.split()) <= 30 for row in harmful)
-    assert not [row.response for row in benign if is_refusal(row.response)]
+    apologies = {row.id for row in benign if is_refusal(row.response)}
+    assert len(apologies) <= 2  # a sympathetic "Sorry to hear that!", and a note of apology that was asked for
+    assert all(one.startswith(("ordinary-", "polite-")) for one in apologies)
     assert len({row.response.split()[0] for row in harmful}) >= 5
     known = {pair.base for pair in jm.read_pairs("harm")}
     assert not known & {row.prompt for row in rows}

@@ -96,6 +96,7 @@ def test_numbers_equal_those_of_the_harness_itself(tasks: Path, tmp_path: Path) 
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_runs_local_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
     tokenizer = tiny.tokenizer()

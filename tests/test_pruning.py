@@ -358,6 +358,13 @@ def test_wrong_input_is_refused(plain_model: Model, scores: Any, tmp_path: Path)
         read_mask(tmp_path / "bad.safetensors")
 
 
+def test_a_mask_joined_with_an_attack_stays_one(plain_model: Model) -> None:
+    scores = score(plain_model, BEHAVIOUR, PRESERVE)
+    rude, attack = (select(scores, Rule(q=q), tag=tag) for q, tag in ((0.01, "rude"), (0.02, "attack")))
+    assert {combine([rude, attack], how).tag for how in ("union", "intersect", "subtract")} == {"attack"}
+    assert rude.digest != attack.digest
+
+
 def test_the_commands_go_from_scores_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
     tiny.tokenizer().save_pretrained(folder)

@@ -112,6 +112,7 @@ def test_what_a_study_refuses(arguments: list[str], tmp_path: Path, more: list[s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_study_takes_baselines_that_read_other_scores(arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     short = ["--models", arguments[3], "--refusals", "", "--twins", "", "--requests", ""]
