@@ -429,7 +429,7 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 3, "learning_rate": 1e-2, "warmup": 0, "rank": 2}
-    whole, half = (jm.finetune(plain_model, EXAMPLES, **how, **more) for more in ({}, {"strength": 0.5}))
+    whole, half = (jm.finetune(plain_model, EXAMPLES, **how, strength=strength) for strength in (1.0, 0.5))
     assert [row["loss"] for row in whole.losses] == [row["loss"] for row in half.losses]
     for name, values in plain_model.params["blocks"].items():
         learnt, kept = (np.asarray(of.model.params["blocks"][name] - values) for of in (whole, half))
