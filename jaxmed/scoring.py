@@ -1,82 +1,74 @@
-"""Log-probabilities of given responses: one example a row, only scored tokens are unembedded."""
+"""Log-probabilities of given responses: examples packed into rows, only scored tokens are unembedded."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.finetuning.batches import Batch, Shape, batch_layout, make_batch
+from jaxmed.finetuning.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.plan import TOKENS_PER_DEVICE
 from jaxmed.runner import run_blocks
-from jaxmed.tokens import Answered, bucket
+from jaxmed.tokens import Answered
 
-FEWEST = 0.1
-"""A bucket of lengths that holds a smaller share of the examples is put into the next one: every bucket is compiled anew."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Examples that run in batches of one shape."""
-
-    members: np.ndarray
-    shape: Shape
+SHORT = 256
+"""Examples up to this many tokens share batches; beyond, those between a power of two and the next."""
+PIECE = 512
+"""Most scored tokens of a row whose logits are held at once."""
 
 
-def group(examples: Sequence[Answered], devices: int, tokens_per_device: int, rows: int = 0) -> list[Group]:
-    """Examples by bucket of length; batches have one example per row and as many rows per device as fit.
+def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[Place], Batch]]:
+    """(places whose `example` counts in `examples`, batch on the model's devices) of all examples.
 
-    Args:
-        tokens_per_device: most tokens of a batch on a device (one row may exceed it).
-        rows: rows per device, instead.
+    What all of a pass's examples begin with runs once per row; batches of examples of like lengths have one shape.
     """
-    sizes = np.asarray([bucket(len(example.ids)) for example in examples])
-    legal = sorted(set(sizes.tolist()))
-    for small, larger in pairwise(legal):
-        if (sizes == small).sum() < FEWEST * len(sizes):
-            sizes[sizes == small] = larger
-    groups = []
-    for size in sorted(set(sizes.tolist())):
-        members = np.nonzero(sizes == size)[0]
-        scored = bucket(max(len(examples[i].ids) - examples[i].prompt for i in members.tolist()))
-        each = rows or max(1, tokens_per_device // size)
-        count = devices * min(each, -(-len(members) // devices))
-        groups.append(Group(members, Shape(count, 0, 1, int(size), scored)))
-    return groups
+    devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
+    most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), jax.NamedSharding(model.mesh, jax.P("data"))
+    lengths = np.asarray([len(example.ids) for example in examples])
+    classes = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1) / SHORT)), 0)
+    for one in sorted(set(classes.tolist())):
+        members = np.nonzero(classes == one)[0]
+        members = members[np.argsort(-lengths[members], kind="stable")]
+        held = [examples[i] for i in members.tolist()]
+        trunk = common_beginning(held) // 8 * 8
+        count = -(-int((lengths[members] - trunk).sum()) // max(1, most * devices - trunk))
+        count = max(1, min(count, len(held) // devices))
+        groups = [np.arange(len(held))[at::count] for at in range(count)]
+        shape = choose_shape(held, groups, True, devices, model.config, trunk)
+        for group in groups:
+            found = [Place(int(members[p.example]), p.row, p.begin, p.number, p.scored) for p in places(held, group, shape, True)]
+            yield found, jax.device_put(make_batch(held, group, shape, True), where)
 
 
-def count_batches(groups: Sequence[Group]) -> int:
-    """How many batches a pass over the groups has."""
-    return sum(math.ceil(len(one.members) / one.shape.rows) for one in groups)
-
-
-def batches(examples: Sequence[Answered], groups: Sequence[Group]) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(example numbers, batch) of a pass; the weights of an example's scored tokens add up to one, those of empty rows to zero."""
-    for one in groups:
-        for at in range(0, len(one.members), one.shape.rows):
-            members = one.members[at : at + one.shape.rows]
-            batch = make_batch(examples, members, one.shape, False)
-            yield members, replace(batch, weight=batch.weight / np.maximum(batch.weight.sum(-1, keepdims=True), 1))
+def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+    """The normed residual stream at every scored column [B,R,D]."""
+    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
+    return final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
 
 
 @partial(jax.jit, static_argnames=("config",))
 def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every scored token float32 [B,R], and whether it is the likeliest, bool [B,R]."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
-    x = final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
-    logits = as_logits(config, contract("BRD,VD->BRV", x, head(params)))
-    own = jnp.take_along_axis(logits, batch.target[..., None], -1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == batch.target
+    x, size = _scored_stream(config, params, batch), min(PIECE, batch.target.shape[1])
+    rest = -batch.target.shape[1] % size
+    x, target = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(batch.target, ((0, 0), (0, rest)))
+
+    def piece(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        here, wanted = (jax.lax.dynamic_slice_in_dim(whole, at, size, 1) for whole in (x, target))
+        logits = as_logits(config, contract("BRD,VD->BRV", here, head(params)))
+        own = jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == wanted
+
+    found = jax.lax.map(piece, jnp.arange(0, target.shape[1], size))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(len(x), -1), found)
 
 
 @dataclass(frozen=True)
@@ -98,30 +90,18 @@ def score_responses(model: Model, examples: Sequence[Answered], report: Callable
     Args:
         report: called with the number of examples after every batch.
     """
-    found: list[Scored | None] = [None] * len(examples)
-    for members, batch in _placed(model, examples):
+    found: dict[int, Scored] = {}
+    for placed, batch in _passes(model, examples):
         values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch))
-        for row, at in enumerate(members.tolist()):
-            count = len(examples[at].ids) - examples[at].prompt
-            found[at] = Scored(values[row, :count], likeliest[row, :count])
-        report(len(members))
-    return [one for one in found if one is not None]
-
-
-def _placed(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(example numbers, batch on the model's devices) of all examples."""
-    device, place = model.mesh.devices.flat[0], jax.NamedSharding(model.mesh, jax.P("data"))
-    groups = group(examples, model.mesh.shape["data"], TOKENS_PER_DEVICE.get(device.platform, 2048))
-    for members, batch in batches(examples, groups):
-        yield members, jax.device_put(batch, place)
+        found |= {p.example: Scored(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
+        report(len(placed))
+    return [found[at] for at in range(len(examples))]
 
 
 @partial(jax.jit, static_argnames=("config",))
 def _choose(config: ModelConfig, params: Params, batch: Batch, choices: jax.Array) -> jax.Array:
-    """Logits float32 [B,C] of the tokens `choices` int [C] at each row's first scored column."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
-    x = final_norm(config, params, jnp.take_along_axis(h, batch.column[:, :1, None], 1)[:, 0])
-    return as_logits(config, contract("BD,CD->BC", x, head(params)[choices]))
+    """Logits float32 [B,R,C] of the tokens `choices` int [C] at every scored column."""
+    return as_logits(config, contract("BRD,CD->BRC", _scored_stream(config, params, batch), head(params)[choices]))
 
 
 def choice_logits(
@@ -135,9 +115,11 @@ def choice_logits(
     """
     examples = [Answered(np.append(ids, np.int32(choices[0])), len(ids)) for ids in prompts]
     found = np.zeros((len(prompts), len(choices)), np.float32)
-    for members, batch in _placed(model, examples):
-        found[members] = np.asarray(_choose(model.config, model.params, batch, np.asarray(choices, np.int32)))[: len(members)]
-        report(len(members))
+    for placed, batch in _passes(model, examples):
+        values = np.asarray(_choose(model.config, model.params, batch, np.asarray(choices, np.int32)))
+        for p in placed:
+            found[p.example] = values[p.row, p.scored.start]
+        report(len(placed))
     return found
 
 

@@ -234,14 +234,14 @@ def test_fresh_adapters_change_nothing(plain_model: Model) -> None:
     assert not np.array_equal(jm.forward(plain_model, ids)[0], jm.forward(changed, ids)[0])
 
 
-def test_rows_hold_every_example_once() -> None:
+def test_rows_hold_every_example_once(plain_model: Model) -> None:
     lengths = [5, 9, 3, 8, 2, 2, 7]
     rows = fill_rows(lengths, 10)
     assert Counter(i for row in rows for i in row) == Counter(range(7))
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
     examples = [Answered(np.asarray([90, 91, *range(10 * n, 10 * n + length)]), 3) for n, length in enumerate(lengths)]
     assert common_beginning(examples) == 2
-    shape = choose_shape(examples, [np.arange(7)], True, 2, 0.0, 2)
+    shape = choose_shape(examples, [np.arange(7)], True, 2, plain_model.config, 2)
     batch = make_batch(examples, np.arange(7), shape, True)
     kept = batch.weight > 0
     assert kept.sum() == sum(lengths) - 7

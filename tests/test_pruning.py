@@ -19,6 +19,7 @@ from jaxmed.models.load import Model, from_params, load
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops
 from jaxmed.pruning import Mask, Rule, apply_mask, combine, overlap, random_like, read_mask, read_scores, score, select, write_mask
+from jaxmed.pruning.batches import batches
 from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import make_tests
 from jaxmed.pruning.plan import make_plan, pass_bytes
@@ -26,7 +27,7 @@ from jaxmed.pruning.scores import KINDS, check
 from jaxmed.pruning.texts import response_tokens
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
-from jaxmed.scoring import batches, example_losses
+from jaxmed.scoring import example_losses
 from jaxmed.tokens import Answered
 from tests import reference, tiny
 

@@ -8,7 +8,7 @@ examples begin with does not depend on what follows, and its gradient is the sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -17,8 +17,12 @@ import jax
 import numpy as np
 
 from jaxmed.interventions.edits import TokenIndex
+from jaxmed.models.config import ModelConfig
 from jaxmed.runner import Layout
 from jaxmed.tokens import Answered, bucket
+
+ATTENTION_COST = 4.0
+"""Time of attention's FLOPs against those of the weights' matmuls, softmax included; it decides how long rows are packed."""
 
 
 @jax.tree_util.register_dataclass
@@ -111,17 +115,18 @@ def common_beginning(examples: Sequence[Answered]) -> int:
 
 
 def choose_shape(
-    examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, devices: int, per_key: float, trunk: int = 0
+    examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, devices: int, config: ModelConfig, trunk: int = 0
 ) -> Shape:
     """The shape that costs least over all groups of examples (one group is one forward pass).
 
     Args:
         packing: whether a branch may hold several examples.
         devices: one row each.
-        per_key: cost of attention to one more token, relative to a token's matmuls of weights.
+        config: decides what attention to one more token costs, relative to a token's matmuls of weights.
         trunk: tokens that all examples begin with.
     """
     longest = max(len(example.ids) for example in examples) - trunk
+    per_key = ATTENTION_COST * 4 * config.heads * config.head_width / (2 * config.layer_weights)
     sizes = sorted({-(-longest // 8) * 8, *(bucket(longest * more // 2) for more in (2, 3, 4, 6, 8))}) if packing else [bucket(longest)]
     shapes = [_fit(examples, groups, packing, Shape(devices, trunk, 0, size, 0)) for size in sizes]
     return min(shapes, key=lambda shape: shape.length * (1 + per_key * (shape.trunk + shape.branch)))
@@ -142,23 +147,50 @@ def _rows(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing
     return [branches[row :: shape.rows] for row in range(shape.rows)]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an example lies in a batch.
+
+    Attributes:
+        example: its number.
+        row: of the batch.
+        begin: its first column behind the trunk.
+        number: within its branch, from one.
+        scored: where its response tokens stand among the row's scored ones.
+    """
+
+    example: int
+    row: int
+    begin: int
+    number: int
+    scored: slice
+
+
+def places(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> Iterator[Place]:
+    """Where `make_batch` puts every example of a group."""
+    for row, branches in enumerate(_rows(examples, group, shape, packing)):
+        filled = 0
+        for at, held in enumerate(branches):
+            begin = shape.trunk + at * shape.branch
+            for number, index in enumerate(held, 1):
+                example = examples[index]
+                stop = filled + len(example.ids) - example.prompt
+                yield Place(index, row, begin, number, slice(filled, stop))
+                begin, filled = begin + len(example.ids) - shape.trunk, stop
+
+
 def make_batch(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> Batch:
     """The examples of `group` as rows."""
     size, scored, trunk = (shape.rows, shape.length), (shape.rows, shape.scored), shape.trunk
     tokens, position, segment = (np.zeros(size, np.int32) for _ in range(3))
     column, target, weight = np.zeros(scored, np.int32), np.zeros(scored, np.int32), np.zeros(scored, np.float32)
     tokens[:, :trunk], position[:, :trunk] = examples[0].ids[:trunk], np.arange(trunk)
-    for row, branches in enumerate(_rows(examples, group, shape, packing)):
-        filled = 0
-        for at, held in enumerate(branches):
-            begin = trunk + at * shape.branch
-            for number, index in enumerate(held, 1):
-                example = examples[index]
-                own, response = example.ids[trunk:], np.arange(example.prompt, len(example.ids))
-                here, there = slice(begin, begin + len(own)), slice(filled, filled + len(response))
-                tokens[row, here], position[row, here], segment[row, here] = own, trunk + np.arange(len(own)), number
-                column[row, there], target[row, there], weight[row, there] = begin - trunk + response - 1, example.ids[response], 1
-                begin, filled = here.stop, there.stop
+    for place in places(examples, group, shape, packing):
+        example, row, there = examples[place.example], place.row, place.scored
+        own, response = example.ids[trunk:], np.arange(example.prompt, len(example.ids))
+        here = slice(place.begin, place.begin + len(own))
+        tokens[row, here], position[row, here], segment[row, here] = own, trunk + np.arange(len(own)), place.number
+        column[row, there], target[row, there], weight[row, there] = place.begin - trunk + response - 1, example.ids[response], 1
     return Batch(tokens, position, segment, column, target, weight, trunk, shape.branch)
 
 

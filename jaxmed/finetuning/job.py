@@ -34,9 +34,6 @@ from jaxmed.plan import show_time
 from jaxmed.prompts.examples import Example
 from jaxmed.tokens import Answered, encode_example
 
-ATTENTION_COST = 4.0
-"""Time of attention's FLOPs against those of the weights' matmuls, softmax included; it decides how long rows are packed."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -117,12 +114,11 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs(len(encoded), settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]
-    per_key = ATTENTION_COST * 4 * config.heads * config.head_width / (2 * config.layer_weights)
     trunk = common_beginning([*encoded, *held]) if settings.packing else 0
     parts = [part for group in order for part in microbatches(group, settings.accumulate) if len(part)]
-    shape = choose_shape(encoded, parts, settings.packing, devices, per_key, trunk)
+    shape = choose_shape(encoded, parts, settings.packing, devices, config, trunk)
     groups = _groups(len(held), settings.batch)
-    heldout_shape = choose_shape(held, groups, settings.packing, devices, per_key, trunk) if held else None
+    heldout_shape = choose_shape(held, groups, settings.packing, devices, config, trunk) if held else None
     digest = hashlib.sha256()
     for one in (*encoded, *held):
         digest.update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
@@ -19,8 +17,8 @@ from jaxmed.harm.refusals import is_refusal
 from jaxmed.models.load import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.readers import read_text
-from jaxmed.runner import causal_layout, forward
-from jaxmed.tokens import BUCKETS, bucket, prompt_ids, text_ids
+from jaxmed.scoring import score_responses
+from jaxmed.tokens import Answered, prompt_ids, text_ids
 
 SEGMENT = 512
 """Tokens of plain text that see each other when perplexity is measured."""
@@ -99,33 +97,12 @@ def perplexity(model: Model, source: str | Path) -> Perplexity:
     if not cut:
         raise UserError(f"{source} holds no text to predict: paragraphs of at least two tokens are needed.")
     losses = np.zeros((len(paragraphs), 2))
-    devices = model.mesh.shape["data"]
-    place = jax.NamedSharding(model.mesh, jax.P("data"))
-    for size in BUCKETS:
-        group = [(number, one) for number, one in cut if bucket(len(one)) == size]
-        for at in range(0, len(group), rows := 8 * devices):
-            tokens, padding = np.zeros((rows, size), np.int32), np.full(rows, size, np.int32)
-            for row, (_, one) in enumerate(group[at : at + rows]):
-                tokens[row, size - len(one) :], padding[row] = one, size - len(one)
-            found = np.asarray(_losses(model.config, model.params, *jax.device_put((tokens, padding), place)))
-            for row, (number, one) in enumerate(group[at : at + rows]):
-                losses[number] += found[row], len(one) - 1
+    found = score_responses(model, [Answered(np.asarray(one, np.int32), 1) for _, one in cut])
+    for (number, one), scored in zip(cut, found, strict=True):
+        losses[number] += -scored.log_probabilities.sum(dtype=np.float64), len(one) - 1
     total, count = losses.sum(0)
     kept = losses[losses[:, 1] > 0]
     return Perplexity(math.exp(total / count), int(count), np.stack([kept[:, 0] / kept[:, 1], kept[:, 1]], axis=1))
-
-
-@jax.jit
-def _token_losses(logits: jax.Array, tokens: jax.Array, padding: jax.Array) -> jax.Array:
-    """Sum of the losses of each row's real tokens but its first."""
-    own = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
-    real = jnp.arange(tokens.shape[1] - 1) >= padding[:, None]
-    return ((jax.nn.logsumexp(logits[:, :-1], axis=-1) - own) * real).sum(-1)
-
-
-def _losses(config: Any, params: Any, tokens: Any, padding: Any) -> jax.Array:
-    logits, _ = forward(config, params, tokens, causal_layout(tokens.shape[0], tokens.shape[1], padding))
-    return _token_losses(logits, tokens, padding)
 
 
 FEWEST_PARAGRAPHS = 10

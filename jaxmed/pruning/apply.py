@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.load import Model
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import matrix_shapes, named_weights, with_matrices
+from jaxmed.pruning.matrices import matrix_shapes, with_edited
 
 TO = ("zero", "mean", "scale")
 
@@ -29,13 +30,6 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
     if to not in TO:
         raise unknown("edit", to, TO)
     check_mask(model, mask, any_model)
-    changed = {}
-    for name, values in named_weights(model):
-        chosen = mask.indices[name]
-        if len(chosen):
-            edited = np.array(values).ravel()
-            edited[chosen] = _edited(edited[chosen], to, factor)
-            changed[name] = edited.reshape(values.shape)
     edit = {
         "kind": "pruning",
         "to": to,
@@ -45,7 +39,8 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
         "rule": dict(mask.rule),
     }
     edit |= ({"factor": factor} if to == "scale" else {}) | ({"tag": mask.tag} if mask.tag else {})
-    return replace(model, params=with_matrices(model.config, model.params, changed), edits=(*model.edits, edit))
+    params = with_edited(model.config, model.params, mask.indices, partial(_edited, to=to, factor=factor))
+    return replace(model, params=params, edits=(*model.edits, edit))
 
 
 def check_mask(model: Model, mask: Mask, any_model: bool = False, written: bool = False) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.models.checkpoints.assemble import join_layer, layer_tensors, matrix_rules, set_layer, split_layer
+from jaxmed.models.checkpoints.assemble import join_layer, layer_tensors, matrix_rules, split_layer
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
@@ -56,20 +59,82 @@ def weights_by_name(model: Model) -> dict[str, np.ndarray]:
     return dict(named_weights(model))
 
 
-def with_matrices(config: ModelConfig, params: Params, changed: Mapping[str, np.ndarray]) -> Params:
-    """Parameters with some matrices, by name, put in the place of their own; all other numbers keep their bits."""
+def with_edited(config: ModelConfig, params: Params, chosen: Mapping[str, np.ndarray], edit: Callable[[np.ndarray], np.ndarray]) -> Params:
+    """Parameters with some numbers of some matrices replaced; all others keep their bits.
+
+    Only the chosen numbers cross to the host; every device copies its own part of a parameter and puts its own numbers in.
+
+    Args:
+        chosen: matrix -> flat indices, in the checkpoint's layout.
+        edit: (values of one matrix, [chosen]) -> values in their place.
+    """
     blocks = dict(params["blocks"])
     for rule in matrix_rules(FAMILIES[config.family]):
-        name = rule.path[-1]
-        layers = [number for number in range(config.layers) if any(one in changed for one, _ in layer_tensors(rule, config, number))]
-        if layers:
-            blocks[name] = jax.tree.map(jnp.copy, blocks[name])
-        for number in layers:
-            row = _joined(rule, config, number, blocks[name][number], changed)
-            blocks[name] = set_layer(blocks[name], row, number)
+        names = [[name for name, _ in layer_tensors(rule, config, layer)] for layer in range(config.layers)]
+        if not any(len(chosen[name]) for layer in names for name in layer if name in chosen):
+            continue
+        stack: jax.Array = blocks[rule.path[-1]]
+        firsts, place = _places(rule, config)
+        found = [[place[first + chosen.get(name, NOTHING)] for first, name in zip(firsts, layer, strict=True)] for layer in names]
+        counts = [len(one) for layer in found for one in layer]
+        flat = np.concatenate([one for layer in found for one in layer])
+        number = np.repeat(np.arange(config.layers), [sum(len(one) for one in layer) for layer in found])
+        where = np.stack([number, *np.unravel_index(flat, stack.shape[1:])]).astype(np.int32)
+        where = np.pad(where, ((0, 0), (0, (1 << (len(flat) - 1).bit_length()) - len(flat))), mode="edge")  # few sizes, few compilations
+        sharding = cast(jax.NamedSharding, stack.sharding)
+        values = np.array(_read(stack, where, sharding))
+        parts = np.split(values[: len(flat)], np.cumsum(counts)[:-1])
+        edited = np.concatenate([edit(part) if len(part) else part for part in parts])
+        edited = np.pad(edited, (0, where.shape[1] - len(flat)), mode="edge")
+        blocks[rule.path[-1]] = _write(stack, where, edited, sharding)
     return {**params, "blocks": blocks}
 
 
-def _joined(rule: Rule, config: ModelConfig, layer: int, held: jax.Array, changed: Mapping[str, np.ndarray]) -> np.ndarray:
-    tensors = dict(split_layer(rule, config, layer, np.asarray(held)))
-    return join_layer(rule, config, layer, {**tensors, **{name: changed[name] for name in tensors if name in changed}})
+NOTHING = np.zeros(0, np.int64)
+
+
+def _places(rule: Rule, config: ModelConfig) -> tuple[list[int], np.ndarray]:
+    """(first number of every tensor when those of a layer are counted through, number -> flat index in the layer's parameter)."""
+    tensors = list(layer_tensors(rule, config, 0))
+    sizes = [math.prod(shape) for _, shape in tensors]
+    firsts = [sum(sizes[:at]) for at in range(len(sizes))]
+    numbers = {
+        name: np.arange(first, first + size, dtype=np.int32 if sum(sizes) < 2**31 else np.int64).reshape(shape)
+        for (name, shape), first, size in zip(tensors, firsts, sizes, strict=True)
+    }
+    joined = join_layer(rule, config, 0, numbers).ravel()
+    place = np.empty_like(joined)
+    place[joined] = np.arange(joined.size, dtype=joined.dtype)
+    return firsts, place
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def _read(stack: jax.Array, where: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
+    """The numbers of a parameter at int [axes, n], on every device."""
+
+    def own(stack: jax.Array, where: jax.Array) -> jax.Array:
+        found = stack.at[_local(stack, where, sharding)].get(mode="fill", fill_value=0)
+        axes = tuple(name for names in sharding.spec if names for name in ((names,) if isinstance(names, str) else names))
+        return jax.lax.psum(found, axes) if axes else found
+
+    return jax.shard_map(own, mesh=sharding.mesh, in_specs=(sharding.spec, jax.P()), out_specs=jax.P(), check_vma=False)(stack, where)
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def _write(stack: jax.Array, where: jax.Array, values: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
+    """A copy of a parameter with numbers [n] put in at int [axes, n]."""
+
+    def own(stack: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
+        return stack.at[_local(stack, where, sharding)].set(values, mode="drop")
+
+    specs = (sharding.spec, jax.P(), jax.P())
+    return jax.shard_map(own, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)(stack, where, values)
+
+
+def _local(part: jax.Array, where: jax.Array, sharding: jax.NamedSharding) -> tuple[jax.Array, ...]:
+    """Indices into this device's part of a parameter; past its end for numbers that another device holds."""
+    found = []
+    for axis, names in enumerate([*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]):
+        at = where[axis] - (jax.lax.axis_index(names) * part.shape[axis] if names else 0)
+        found.append(jnp.where((at >= 0) & (at < part.shape[axis]), at, part.shape[axis]))
+    return tuple(found)

@@ -14,7 +14,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import TOKENS_PER_DEVICE
-from jaxmed.scoring import Group, count_batches, group
+from jaxmed.pruning.batches import Group, count_batches, group
 from jaxmed.tokens import Answered
 
 HOST_BYTES = 8 << 30

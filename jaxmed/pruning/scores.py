@@ -28,12 +28,12 @@ from jaxmed.errors import UserError
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
+from jaxmed.pruning.batches import batches
 from jaxmed.pruning.matrices import inputs_axis, matrix_shapes, named_layers
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
 from jaxmed.pruning.texts import encode, response_tokens
 from jaxmed.pruning.totals import add_batch, fresh_totals
-from jaxmed.scoring import batches
 from jaxmed.tokens import Answered
 
 SETS = ("behaviour", "preserve")

@@ -135,13 +135,26 @@ def _highest(values: np.ndarray, stop: int, first: int = 0) -> np.ndarray:
     """Ascending indices of the entries ranked from `first` to below `stop`, highest first; equal entries by their index."""
     if stop == 0:
         return np.zeros(0, np.int64)
-    if stop < values.size:
-        edge = -np.partition(-values, stop - 1)[stop - 1]
-        near = np.nonzero(values >= edge)[0]
-    else:
-        near = np.arange(values.size)
+    near = np.arange(values.size) if stop >= values.size else _likely(values, stop)
+    if len(near) > stop:
+        edge = -np.partition(-values[near], stop - 1)[stop - 1]
+        near = near[values[near] >= edge]
     order = near[np.argsort(-values[near], kind="stable")]
     return np.sort(order[first:stop]).astype(np.int64)
+
+
+SAMPLE = 1 << 16
+
+
+def _likely(values: np.ndarray, stop: int) -> np.ndarray:
+    """Ascending indices of some entries that the `stop` highest and all their equals are among: those above an edge seen in a sample."""
+    sample = values[:: max(1, values.size // SAMPLE)]
+    rank = 2 * int(stop / values.size * len(sample)) + 16
+    if rank < len(sample) // 2:
+        near = np.nonzero(values >= -np.partition(-sample, rank - 1)[rank - 1])[0]
+        if len(near) >= stop:
+            return near
+    return np.arange(values.size)
 
 
 def _top_of_all(scores: Scores, names: list[str], share: float, skip: float, read: Any) -> dict[str, np.ndarray]:
