@@ -112,8 +112,9 @@ class Pruning:
                 raise UserError(f"{model.name!r} has no tokenizer.")
         for asked in (study.abilities, study.attack):
             asked.check((others or [base])[-1])
-        rate = matmul_rate(base.config, base.mesh, 1024)
-        flops = 2 * base.config.layers * base.config.layer_weights
+        config = base.config
+        rate = matmul_rate(config, base.mesh, 1024)
+        flops = 2 * (config.layers * config.layer_weights + config.vocabulary * config.width)
         lines, total = [], 0.0
         for step in plan_steps(study, base.tokenizer):
             seconds = step.passes * step.tokens * flops / rate

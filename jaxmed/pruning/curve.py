@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxmed.models.load import Model
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import weights_by_name
-from jaxmed.pruning.measure import Tests, compare, measure
+from jaxmed.pruning.measure import Measured, Tests, compare, measure
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores, token_digest
 from jaxmed.pruning.selection import needs_weights, random_like, select
@@ -55,6 +56,7 @@ def run_curve(
     table: Table | None = None,
     examples: Examples | None = None,
     preserve: Scores | None = None,
+    before: Callable[[], Measured] | None = None,
 ) -> Table:
     """A row per mask: `rule`, `q`, `seed`, the rise of the scored examples' loss to first order, and what `compare` gives.
 
@@ -66,6 +68,7 @@ def run_curve(
         table: keeps the rows; those it holds are not measured again.
         examples: keeps the losses of single examples.
         preserve: scores of a preserve set that was scored apart.
+        before: what the model as it is measures on the test sets, and perhaps on more.
 
     Raises:
         UserError: values out of range; scores of other weights than the model's.
@@ -74,15 +77,15 @@ def run_curve(
     rules = [replace(rule, q=qs[0], score=score) for score in (rule.score, *against)]
     weights = weights_by_name(model) if any(needs_weights(one) for one in rules) else None
     table, examples = table or Table(CURVE_KEY), examples or Examples(CURVE_KEY)
-    before = measure(model, tests)
+    first = _first(model, tests, before)
     trials = [(("none", 0.0, 0), empty_mask(scores))]
     for key, mask in chain(trials, curve_masks(scores, rule, qs, against, seeds, weights, preserve)):
         if table.has(*key):
             continue
-        after = measure(apply_mask(model, mask), tests) if mask.count else before
+        after = measure(apply_mask(model, mask), tests) if mask.count else first()
         examples.add(key, after.losses)
         first_order = {"first_order": predicted_rise(scores, mask)} if "behaviour_signed" in scores.kinds else {}
-        table.add({**dict(zip(CURVE_KEY, key, strict=True)), **first_order, **compare(mask, before, after)})
+        table.add({**dict(zip(CURVE_KEY, key, strict=True)), **first_order, **compare(mask, first(), after)})
     return table
 
 
@@ -128,13 +131,24 @@ def empty_mask(scores: Scores) -> Mask:
     return Mask({name: np.zeros(0, np.int64) for name in scores.shapes}, scores.shapes, scores.model, scores.weights)
 
 
-def run_transfer(model: Model, masks: Mapping[str, Mask], tests: Tests, seeds: int = 1, table: Table | None = None) -> Table:
-    """A row per mask: prune by it, test on every set; random masks of the same counts beside each."""
-    table = table or Table(TRANSFER_KEY)
-    before = measure(model, tests)
+def run_transfer(
+    model: Model,
+    masks: Mapping[str, Mask],
+    tests: Tests,
+    seeds: int = 1,
+    table: Table | None = None,
+    before: Callable[[], Measured] | None = None,
+) -> Table:
+    """A row per mask: prune by it, test on every set; random masks of the same counts beside each. `before` as in `run_curve`."""
+    table, first = table or Table(TRANSFER_KEY), _first(model, tests, before)
     for name, mask in masks.items():
         trials = [(name, 0, mask), *((f"random like {name}", seed, random_like(mask, seed)) for seed in range(seeds))]
         for label, seed, one in trials:
             if not table.has(label, seed):
-                table.add({"mask": label, "seed": seed, **compare(one, before, measure(apply_mask(model, one), tests))})
+                table.add({"mask": label, "seed": seed, **compare(one, first(), measure(apply_mask(model, one), tests))})
     return table
+
+
+def _first(model: Model, tests: Tests, before: Callable[[], Measured] | None) -> Callable[[], Measured]:
+    """What the model as it is measures, found out when it is first asked for."""
+    return cache(lambda: (before() if before else measure(model, tests)).part(tests.sets))

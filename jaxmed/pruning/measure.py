@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -52,6 +52,10 @@ class Measured:
 
     losses: Mapping[str, np.ndarray]
     perplexity: Perplexity | None
+
+    def part(self, sets: Iterable[str]) -> Measured:
+        """The same of fewer sets."""
+        return Measured({name: self.losses[name] for name in sets}, self.perplexity)
 
 
 def measure(model: Model, tests: Tests) -> Measured:

@@ -6,10 +6,10 @@ again. Transfer is of the first model; dissociation and attacks are of the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, needed_kinds
 from jaxmed.pruning.dissociation import DISSOCIATION, QUESTION, Abilities, run_dissociation
 from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
-from jaxmed.pruning.measure import make_tests
+from jaxmed.pruning.measure import Measured, Tests, make_tests, measure
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores, check, read_scores, run
 from jaxmed.pruning.selection import select
@@ -213,11 +213,12 @@ class Run:
         study = self.study
         for number, name in enumerate(study.models):
             model = self.load(name)
+            before = cache(partial(self.measure_all, model))
             scores = {source: self.score(model, number, source) for source in study.targets}
             for source in study.targets:
-                self.curve(model, number, source, scores[source])
+                self.curve(model, number, source, scores[source], before)
             if number == 0:
-                self.transfer(model, self.masks(number, scores))
+                self.transfer(model, self.masks(number, scores), before)
             if number == len(study.models) - 1:
                 masks = {name: mask for name, mask in self.masks(number, scores).items() if name in self.examined}
                 self.dissociation(model, masks)
@@ -255,25 +256,32 @@ class Run:
             found[short(source)] = read_mask(file)
         return found
 
-    def curve(self, model: Model, number: int, source: str, scores: Scores) -> None:
+    def tests(self, model: Model, sources: Sequence[str]) -> Tests:
+        """The held-out rows of some sets and of the preserve set, and the text."""
+        sets = {short(one): self.study.tested(one) for one in (*sources, self.study.preserve)}
+        return make_tests(model, sets, self.study.text, form=self.study.form)
+
+    def measure_all(self, model: Model) -> Measured:
+        """A model as it is, on everything."""
+        return measure(model, self.tests(model, self.study.targets))
+
+    def curve(self, model: Model, number: int, source: str, scores: Scores, before: Callable[[], Measured]) -> None:
         """The curve of a set, with baselines for the first behaviour."""
         study, first = self.study, source == self.study.behaviours[0]
         folder = self.folder(f"model{number}", f"curve-{short(source)}")
         against = study.against if first else ()
         masks = len(study.qs) * (1 + sum(study.seeds if name == "random" else 1 for name in against))
-        tests = make_tests(model, {short(one): study.tested(one) for one in (source, study.preserve)}, study.text, form=study.form)
+        tests = self.tests(model, [source])
         with self.watch(f"{model.name}: curve of {short(source)}", masks + 1, "masks") as report:
             table, examples = _table(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
             rule = Rule(q=study.q, p=study.p)
-            run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number))
+            run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number), before)
 
-    def transfer(self, model: Model, masks: Mapping[str, Mask]) -> None:
+    def transfer(self, model: Model, masks: Mapping[str, Mask], before: Callable[[], Measured]) -> None:
         """Every mask on every set."""
-        study = self.study
-        sets = {short(one): study.tested(one) for one in (*study.targets, study.preserve)}
-        tests = make_tests(model, sets, study.text, form=study.form)
+        study, tests = self.study, self.tests(model, self.study.targets)
         with self.watch(f"{model.name}: transfer", len(masks) * (1 + study.seeds), "masks") as report:
-            run_transfer(model, masks, tests, study.seeds, _table(TRANSFER_KEY, self.out / TRANSFER, report))
+            run_transfer(model, masks, tests, study.seeds, _table(TRANSFER_KEY, self.out / TRANSFER, report), before)
 
     def dissociation(self, model: Model, masks: Mapping[str, Mask]) -> None:
         """What is left of four abilities."""
@@ -327,7 +335,7 @@ def plan_steps(study: PruningStudy, tokenizer: Any) -> list[Step]:
     models, sets = len(study.models), len(study.targets)
     baselines = len(study.qs) * sum(study.seeds if name == "random" else 1 for name in study.against)
     behaviour, preserve = tested[study.behaviours[0]], tested[study.preserve]
-    curves = sum((1 + len(study.qs)) * (tested[source] + preserve + text) for source in study.targets)
+    curves = sum(tested.values()) + text + len(study.qs) * sum(tested[source] + preserve + text for source in study.targets)
     curves += baselines * (behaviour + preserve + text)
     examined = min(1, len(study.behaviours)) + min(1, len(study.controls))
     abilities = study.abilities
