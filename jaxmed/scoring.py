@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmed.finetuning.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract
+from jaxmed.models.layers import contract, largest, log_total
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.plan import TOKENS_PER_DEVICE
@@ -56,7 +56,7 @@ def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Arr
 
 @partial(jax.jit, static_argnames=("config",))
 def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every scored token float32 [B,R], and whether it is the likeliest, bool [B,R]."""
+    """Log-probability of every scored token float32 [B,R], and whether none is likelier, bool [B,R]."""
     x, size = _scored_stream(config, params, batch), min(PIECE, batch.target.shape[1])
     rest = -batch.target.shape[1] % size
     x, target = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(batch.target, ((0, 0), (0, rest)))
@@ -65,7 +65,7 @@ def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array
         here, wanted = (jax.lax.dynamic_slice_in_dim(whole, at, size, 1) for whole in (x, target))
         logits = as_logits(config, contract("BRD,VD->BRV", here, head(params)))
         own = jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == wanted
+        return own - log_total(logits), own >= largest(logits)
 
     found = jax.lax.map(piece, jnp.arange(0, target.shape[1], size))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(len(x), -1), found)
@@ -77,7 +77,7 @@ class Scored:
 
     Attributes:
         log_probabilities: float32 [R], of every response token after all before it, in nats.
-        likeliest: bool [R], whether the token is the most likely one.
+        likeliest: bool [R], whether no token is more likely.
     """
 
     log_probabilities: np.ndarray

@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model, parse_layers
+from jaxmed.cli.commands import Config, load_model, parse_layers
+from jaxmed.cli.measuring import Masked, Measuring, begin, contents, digests, measure_table, plan_lines
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import DEFAULT
 from jaxmed.prompts.examples import chosen
 from jaxmed.pruning.rule import Rule
 
 ScoreName = Literal["positive", "absolute", "wanda", "magnitude", "random", "signed"]
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """How pruned models are measured."""
-
-    split: str = "heldout"
-    """Rows of this split, where a file has splits; empty: all."""
-    limit: int | None = None
-    """The first so many examples of each set only."""
-    text: str = "neutral"
-    """Plain text file for the perplexity, or the bundled one: neutral. Empty: none."""
-    form: Literal["plain", "space", "qa", "chat"] = "plain"
-    """How prompt and response are joined, as in `prune score`."""
-    model: str = DEFAULT
-    """The scored model: known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
-    dtype: Dtype = "float32"
-    """Weights and matmuls."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
-    resume: bool = False
-    """Go on with what --out holds."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-
-    def sets(self, sources: Sequence[str]) -> dict[str, list[Any]]:
-        """The test sets by name."""
-        found = {Path(source).stem: self.rows(source) for source in sources}
-        if len(found) < len(sources) or "scored" in found:
-            raise UserError(f"Test sets are named after their files; {', '.join(sources)} has a name twice, or the reserved name 'scored'.")
-        return found
-
-    def rows(self, source: str, responses: bool = True) -> list[Any]:
-        """Rows of a file or bundled set; none for an empty name."""
-        return chosen(source, self.split, self.limit, responses) if source else []
-
-    def manifest(self, *more: str) -> dict[str, Any]:
-        """What makes two runs the same run: the values of these fields."""
-        same = ("model", "dtype", "split", "limit", "text", "form", *more)
-        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in same}
 
 
 @dataclass(frozen=True)
@@ -84,7 +44,7 @@ class Curve(Rule, Measuring):
         from jaxmed.pruning.curve import CURVE, CURVE_KEY, EXAMPLES, check_curve, check_scored, run_curve
         from jaxmed.pruning.measure import make_tests
         from jaxmed.pruning.scores import read_scores
-        from jaxmed.pruning.tables import Examples, Table
+        from jaxmed.pruning.tables import Examples
         from jaxmed.reports.curves import write_pruning_curve
 
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Rule)}
@@ -103,40 +63,9 @@ class Curve(Rule, Measuring):
             check_scored(scores, tests.sets["scored"])
         asked = self.manifest("scores", "tests", "scored", "seeds", "qs", "against") | {"rule": given, "scored_by": scores.digest}
         begin(self.out, self.resume, (CURVE, EXAMPLES), asked | {"contents": contents(sets, self.text)})
-        with show.progress("curve", masks + 1, "masks") as report:
-            table = Table(CURVE_KEY, self.out / CURVE, counted(report))
-            resumed(table, report)
-            examples = Examples(CURVE_KEY, self.out / EXAMPLES)
-            run_curve(model, scores, tests, rule, self.qs, self.against, self.seeds, table, examples)
-        show_rows(table.rows, CURVE_KEY, f"95 % intervals: {self.out / CURVE}")
-        show.out.print(f"curve: {write_pruning_curve(self.out / CURVE, self.out / 'curve.html')}", markup=False)
-
-
-@dataclass(frozen=True)
-class Masked(Measuring):
-    """Several masks."""
-
-    masks: tuple[Path, ...] = ()
-    """Mask files; their names name the rows."""
-
-    def read(self) -> dict[str, Any]:
-        """The masks by name."""
-        from jaxmed.pruning import read_mask
-
-        if not self.masks:
-            raise UserError("Give at least one mask file: --masks A.safetensors B.safetensors.")
-        masks = {file.stem: read_mask(file) for file in self.masks}
-        if len(masks) < len(self.masks) or "none" in masks:
-            raise UserError("Rows are named after the mask files: no two may have the same name, and none may be called 'none'.")
-        return masks
-
-    def checked(self, model: Any, masks: Mapping[str, Any]) -> Any:
-        """The model, once every mask fits it."""
-        from jaxmed.pruning.apply import check_mask
-
-        for mask in masks.values():
-            check_mask(model, mask)
-        return model
+        examples = Examples(CURVE_KEY, self.out / EXAMPLES)
+        work = lambda table: run_curve(model, scores, tests, rule, self.qs, self.against, self.seeds, table, examples)  # noqa: E731
+        measure_table("curve", masks + 1, "masks", CURVE_KEY, self.out / CURVE, work, write_pruning_curve)
 
 
 @dataclass(frozen=True)
@@ -155,7 +84,6 @@ class Transfer(Masked):
         """Prunes in memory, measures, draws."""
         from jaxmed.pruning.curve import TRANSFER, TRANSFER_KEY, run_transfer
         from jaxmed.pruning.measure import make_tests
-        from jaxmed.pruning.tables import Table
         from jaxmed.reports.curves import write_transfer
 
         masks, sets = self.read(), self.sets(self.tests)
@@ -167,12 +95,8 @@ class Transfer(Masked):
         asked = self.manifest("tests", "seeds") | {"masks": digests(masks), "contents": contents(sets, self.text)}
         begin(self.out, self.resume, (TRANSFER,), asked)
         tests = make_tests(model, sets, self.text, form=self.form)
-        with show.progress("transfer", trials, "masks") as report:
-            table = Table(TRANSFER_KEY, self.out / TRANSFER, counted(report))
-            resumed(table, report)
-            run_transfer(model, masks, tests, self.seeds, table)
-        show_rows(table.rows, TRANSFER_KEY, f"95 % intervals: {self.out / TRANSFER}")
-        show.out.print(f"transfer: {write_transfer(self.out / TRANSFER, self.out / 'transfer.html')}", markup=False)
+        work = lambda table: run_transfer(model, masks, tests, self.seeds, table)  # noqa: E731
+        measure_table("transfer", trials, "masks", TRANSFER_KEY, self.out / TRANSFER, work, write_transfer)
 
 
 @dataclass(frozen=True)
@@ -279,80 +203,3 @@ def show_compression(rows: Sequence[Mapping[str, Any]], control: str) -> None:
 def between(low: float, high: float, form: str) -> str:
     """An interval, or a dash where there is none."""
     return "-" if low != low or high != high else f"{low:{form}} to {high:{form}}"
-
-
-def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list[str]:
-    """What will be measured, in words."""
-    each = ", ".join(f"{len(found)} of {name}" for name, found in sets.items() if found)
-    return [f"{masks} masks, each applied in memory; examples: {each}" + (f"; perplexity on {text}" if text else "")]
-
-
-def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str, Any]) -> None:
-    """Begins or continues a folder of tables and their figure.
-
-    Raises:
-        UserError: foreign files; a run without --resume, or of another request.
-    """
-    from jaxmed import results
-    from jaxmed.provenance import versions
-
-    html = tables[0].replace(".csv", ".html")
-    names = {name + end for name in (results.RUN, html, *tables) for end in ("", ".tmp")}
-    held = results.check_contents(out, resume, names)
-    if results.RUN not in held and held & set(tables):
-        raise UserError(
-            f"--out {out} holds {min(held & set(tables))} without {results.RUN}, so nobody can say what it is of. Give a new folder."
-        )
-    if results.RUN in held:
-        results.check_same(out, results.read_run(out)["manifest"], manifest)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / results.RUN, {"manifest": dict(manifest), "versions": versions()})
-
-
-def digests(masks: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells masks apart, for the record."""
-    return {
-        name: {"weights": mask.count, "rule": dict(mask.rule), "of": mask.weights, "sha256": mask.digest} for name, mask in masks.items()
-    }
-
-
-def contents(sets: Mapping[str, Sequence[Any]], text: str) -> str:
-    """SHA-256 of the examples and the plain text that models are tested on."""
-    from jaxmed.prompts.examples import digest
-    from jaxmed.prompts.readers import read_text
-
-    return digest([*(row for rows in sets.values() for row in rows)], read_text(text) if text else "")
-
-
-def counted(report: Any) -> Callable[[Any], None]:
-    """Advances a progress bar by one for every row."""
-    return lambda row: report(1, 1, "")
-
-
-def resumed(table: Any, report: Any) -> None:
-    """Tells a progress bar what an earlier run has done."""
-    if table.rows:
-        report(len(table.rows), 0, "resumed")
-
-
-def show_rows(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], note: str) -> None:
-    """Prints a table of the rows: keys, weights, the rise of every loss, the perplexity's ratio, rates."""
-    from rich.table import Table
-
-    names = [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
-    others = {"first_order": "first order", "perplexity_ratio": "perplexity x", "detect_auc": "detect (AUC)", "refuse": "refuse"}
-    others = {column: title for column, title in others.items() if column in rows[0]}
-    table = Table(title=f"rise of the loss, nats per response token ({note})", title_justify="left")
-    for column in (*keys, "weights", *names, *others.values()):
-        table.add_column(column, justify="left" if column in keys else "right")
-    for row in rows:
-        cells = [f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
-        more = [f"{row[column]:+.3f}" if column == "first_order" else number(row[column]) for column in others]
-        table.add_row(*cells, f"{int(row['weights']):,}", *(f"{row[f'{name}_rise']:+.3f}" for name in names), *more)
-    show.out.print(table)
-
-
-def number(value: Any) -> str:
-    """Three decimals, or a dash where there is none."""
-    return f"{value:.3f}" if isinstance(value, float) else "-"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxmed.cli import show
 from jaxmed.cli.commands import Config, load_model
-from jaxmed.cli.prune_measure import Masked, begin, contents, counted, digests, plan_lines, resumed, show_rows
+from jaxmed.cli.measuring import Masked, begin, contents, digests, measure_table, plan_lines
 from jaxmed.prompts.examples import chosen, harmful
 
 
@@ -40,7 +40,6 @@ class Dissociation(Masked):
     def run(self) -> None:
         """Prunes in memory, measures, draws."""
         from jaxmed.pruning.dissociation import DISSOCIATION, KEY, QUESTION, Abilities, run_dissociation
-        from jaxmed.pruning.tables import Table
         from jaxmed.reports.curves import write_dissociation
 
         masks, question = self.read(), self.question or QUESTION
@@ -58,12 +57,8 @@ class Dissociation(Masked):
         asked = self.manifest("seeds", "behaviour", "twins", "explanations", "requests", "preserve", "tokens", "name")
         asked |= {"question": question, "masks": digests(masks), "contents": contents({**sets, "requests": requests}, self.text)}
         begin(self.out, self.resume, (DISSOCIATION,), asked)
-        with show.progress("dissociation", trials, "masks") as report:
-            table = Table(KEY, self.out / DISSOCIATION, counted(report))
-            resumed(table, report)
-            run_dissociation(model, masks, abilities, self.seeds, table)
-        show_rows(table.rows, KEY, f"intervals: {self.out / DISSOCIATION}")
-        show.out.print(f"dissociation: {write_dissociation(self.out / DISSOCIATION, self.out / 'dissociation.html')}", markup=False)
+        work = lambda table: run_dissociation(model, masks, abilities, self.seeds, table)  # noqa: E731
+        measure_table("dissociation", trials, "masks", KEY, self.out / DISSOCIATION, work, write_dissociation)
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,6 @@ class Attack(Masked):
         """Prunes and attacks in memory, measures, draws."""
         from jaxmed.pruning import attacks
         from jaxmed.pruning.rule import Rule
-        from jaxmed.pruning.tables import Table
         from jaxmed.reports.curves import write_attacks
 
         masks, asked = self.read(), self.manifest("behaviour", "requests", "refusals", "preserve", "examples", "prefill", "tokens")
@@ -122,9 +116,5 @@ class Attack(Masked):
         asked |= {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p, "masks": digests(masks)}
         asked["contents"] = contents({**sets, "preserve": attack.preserve}, self.text)
         begin(self.out, self.resume, (attacks.ATTACKS,), asked)
-        with show.progress("attacks", trials, "models") as report:
-            table = Table(attacks.KEY, self.out / attacks.ATTACKS, counted(report))
-            resumed(table, report)
-            attacks.run_attacks(model, masks, attack, table)
-        show_rows(table.rows, attacks.KEY, f"intervals: {self.out / attacks.ATTACKS}")
-        show.out.print(f"attacks: {write_attacks(self.out / attacks.ATTACKS, self.out / 'attacks.html')}", markup=False)
+        work = lambda table: attacks.run_attacks(model, masks, attack, table)  # noqa: E731
+        measure_table("attacks", trials, "models", attacks.KEY, self.out / attacks.ATTACKS, work, write_attacks)

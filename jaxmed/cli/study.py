@@ -83,7 +83,8 @@ class Pruning:
         """Plans, runs, draws."""
         from jaxmed.pruning.dissociation import QUESTION
         from jaxmed.reports.study import write_study
-        from jaxmed.studies.pruning import PruningStudy, Run
+        from jaxmed.studies.pruning import PruningStudy
+        from jaxmed.studies.pruning_run import Run
 
         given: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(PruningStudy)}
         given["question"] = self.question or QUESTION

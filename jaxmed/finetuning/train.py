@@ -16,7 +16,7 @@ from jaxmed.finetuning.batches import Batch, batch_layout
 from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract
+from jaxmed.models.layers import contract, log_total
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import MATRICES, Params, as_logits, final_norm, head, param_dtype, with_transposes
 from jaxmed.runner import run_blocks
@@ -55,7 +55,7 @@ def token_losses(config: ModelConfig, params: Params, h: jax.Array, batch: Batch
     x = final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
     logits = as_logits(config, contract("BRD,VD->BRV", x, head(params)))
     own = as_logits(config, contract("BRD,BRD->BR", x, head(params)[batch.target]))
-    return jax.nn.logsumexp(logits, axis=-1) - own
+    return log_total(logits) - own
 
 
 def trained_params(config: ModelConfig, settings: Settings, trained: Any, frozen: Params) -> Params:

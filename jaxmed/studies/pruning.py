@@ -6,35 +6,18 @@ again. Transfer is of the first model; dissociation and attacks are of the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from functools import cache, cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxmed import results
 from jaxmed.errors import UserError
-from jaxmed.models.load import Model
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
 from jaxmed.prompts.readers import read_text
-from jaxmed.provenance import versions
-from jaxmed.pruning.attacks import ATTACKS, Attack, run_attacks
-from jaxmed.pruning.attacks import KEY as ATTACK_KEY
-from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
-from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, needed_kinds, run_curve, run_transfer
-from jaxmed.pruning.dissociation import DISSOCIATION, QUESTION, Abilities, run_dissociation
-from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
-from jaxmed.pruning.masks import Mask, read_mask, write_mask
-from jaxmed.pruning.measure import Measured, Tests, make_tests, measure
+from jaxmed.pruning.attacks import Attack
+from jaxmed.pruning.dissociation import QUESTION, Abilities
 from jaxmed.pruning.rule import Rule
-from jaxmed.pruning.scores import Scores, check, read_scores, run
-from jaxmed.pruning.selection import select
-from jaxmed.pruning.tables import Examples, Table, read_rows, write_rows
 
-Load = Callable[[str], Model]
-Watch = Callable[[str, float, str], AbstractContextManager[Callable[[float, int, str], None]]]
-"""(title, work, what is counted) -> opens a display of progress."""
 STUDY = "targeted pruning"
 
 
@@ -174,151 +157,6 @@ class Step:
     title: str
     passes: float
     tokens: int
-
-
-class Run:
-    """A study in its folder."""
-
-    def __init__(self, study: PruningStudy, out: Path, load: Load, watch: Watch):
-        self.study, self.out, self.load, self.watch = study, out, load, watch
-
-    def folder(self, *parts: str) -> Path:
-        """A folder of the study, made if it is not there."""
-        path = self.out.joinpath(*parts)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def begin(self, resume: bool, dtype: str = "float32") -> None:
-        """Begins or continues the study's folder.
-
-        Raises:
-            UserError: foreign files; a study without `resume`, or another one.
-        """
-        ours = {results.RUN, results.RUN + ".tmp", "report.html", "report.html.tmp", *(f"model{i}" for i in range(len(self.study.models)))}
-        tables = (TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
-        held = results.check_contents(self.out, resume, {*ours, *tables, *(name + ".tmp" for name in tables)})
-        manifest = {**self.study.manifest(), "dtype": dtype}
-        if results.RUN in held:
-            results.check_same(self.out, results.read_run(self.out)["manifest"], manifest)
-            return
-        if held:
-            raise UserError(
-                f"--out {self.out} holds {min(held)} without {results.RUN}, so nobody can say what it is of. Give a new folder."
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        results.write_json(self.out / results.RUN, {"manifest": manifest, "versions": versions()})
-
-    def everything(self) -> None:
-        """All steps; those that are finished are passed over."""
-        study = self.study
-        for number, name in enumerate(study.models):
-            model = self.load(name)
-            before = cache(partial(self.measure_all, model))
-            scores = {source: self.score(model, number, source) for source in study.targets}
-            for source in study.targets:
-                self.curve(model, number, source, scores[source], before)
-            if number == 0:
-                self.transfer(model, self.masks(number, scores), before)
-            if number == len(study.models) - 1:
-                masks = {name: mask for name, mask in self.masks(number, scores).items() if name in self.examined}
-                self.dissociation(model, masks)
-                self.attacks(model, masks)
-        self.compression()
-
-    @property
-    def examined(self) -> tuple[str, ...]:
-        """The masks of dissociation and attacks: the first behaviour's and the first control's."""
-        return tuple(short(source) for source in (*self.study.behaviours[:1], *self.study.controls[:1]))
-
-    def score(self, model: Model, number: int, source: str) -> Scores:
-        """Scores of a set; the preserve set is scored once, with the first one."""
-        out, first = self.folder(f"model{number}") / f"scores-{short(source)}", source == self.study.targets[0]
-        rules = [Rule(p=self.study.p), *(Rule(p=self.study.p, score=name) for name in self.study.against)] if first else [Rule(p=0)]  # type: ignore[arg-type]
-        kinds = tuple(sorted({kind for rule in rules for kind in needed_kinds(rule)}))
-        preserve = self.study.scored(self.study.preserve) if first else []
-        job = check(model, self.study.scored(source), preserve, kinds=kinds, form=self.study.form)
-        with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
-            scores = run(job, out, True, report)
-        return scores
-
-    def preserved(self, number: int) -> Scores:
-        """The scores that hold the preserve set's."""
-        return read_scores(self.out / f"model{number}" / f"scores-{short(self.study.targets[0])}")
-
-    def masks(self, number: int, scores: Mapping[str, Scores]) -> dict[str, Mask]:
-        """The masks at q, kept as files."""
-        found = {}
-        for source, held in scores.items():
-            file = self.folder(f"model{number}", "masks") / f"{short(source)}.safetensors"
-            if not file.is_file():
-                rule = Rule(q=self.study.q, p=self.study.p)
-                write_mask(select(held, rule, tag=short(source), preserve=self.preserved(number)), file)
-            found[short(source)] = read_mask(file)
-        return found
-
-    def tests(self, model: Model, sources: Sequence[str]) -> Tests:
-        """The held-out rows of some sets and of the preserve set, and the text."""
-        sets = {short(one): self.study.tested(one) for one in (*sources, self.study.preserve)}
-        return make_tests(model, sets, self.study.text, form=self.study.form)
-
-    def measure_all(self, model: Model) -> Measured:
-        """A model as it is, on everything."""
-        return measure(model, self.tests(model, self.study.targets))
-
-    def curve(self, model: Model, number: int, source: str, scores: Scores, before: Callable[[], Measured]) -> None:
-        """The curve of a set, with baselines for the first behaviour."""
-        study, first = self.study, source == self.study.behaviours[0]
-        folder = self.folder(f"model{number}", f"curve-{short(source)}")
-        against = study.against if first else ()
-        masks = len(study.qs) * (1 + sum(study.seeds if name == "random" else 1 for name in against))
-        tests = self.tests(model, [source])
-        with self.watch(f"{model.name}: curve of {short(source)}", masks + 1, "masks") as report:
-            table, examples = _table(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
-            rule = Rule(q=study.q, p=study.p)
-            run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number), before)
-
-    def transfer(self, model: Model, masks: Mapping[str, Mask], before: Callable[[], Measured]) -> None:
-        """Every mask on every set."""
-        study, tests = self.study, self.tests(model, self.study.targets)
-        with self.watch(f"{model.name}: transfer", len(masks) * (1 + study.seeds), "masks") as report:
-            run_transfer(model, masks, tests, study.seeds, _table(TRANSFER_KEY, self.out / TRANSFER, report), before)
-
-    def dissociation(self, model: Model, masks: Mapping[str, Mask]) -> None:
-        """What is left of four abilities."""
-        with self.watch(f"{model.name}: dissociation", 1 + len(masks) * (1 + self.study.seeds), "masks") as report:
-            table = _table(ABILITY_KEY, self.out / DISSOCIATION, report)
-            run_dissociation(model, masks, self.study.abilities, self.study.seeds, table)
-
-    def attacks(self, model: Model, masks: Mapping[str, Mask]) -> None:
-        """Pruned models under attack."""
-        count = 4 if self.study.refusals else 2
-        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * count, "models") as report:
-            run_attacks(model, masks, self.study.attack, _table(ATTACK_KEY, self.out / ATTACKS, report))
-
-    def compression(self) -> None:
-        """q50 of every model and set, from the curves."""
-        study, curves = self.study, {}
-        for number, name in enumerate(study.models):
-            folders = {short(source): self.out / f"model{number}" / f"curve-{short(source)}" for source in study.targets}
-            curves[name] = {
-                behaviour: read_curve(read_rows(folder / "curve.csv"), read_rows(folder / "examples.csv"), behaviour)
-                for behaviour, folder in folders.items()
-            }
-        control = short(study.controls[0]) if study.controls else ""
-        write_rows(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))
-
-    def note(self, seconds: float, finished: bool) -> None:
-        """Notes how long this session took, and whether everything is done."""
-        record = results.read_run(self.out)
-        sessions = [*record.get("sessions", []), round(seconds, 1)]
-        results.write_json(self.out / results.RUN, {**record, "status": "finished" if finished else "running", "sessions": sessions})
-
-
-def _table(key: tuple[str, ...], file: Path, report: Callable[[float, int, str], None]) -> Table:
-    table = Table(key, file, lambda row: report(1, 1, ""))
-    if table.rows:
-        report(len(table.rows), 0, "resumed")
-    return table
 
 
 def plan_steps(study: PruningStudy, tokenizer: Any) -> list[Step]:
