@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxmed.cli import show
 from jaxmed.cli.commands import parse_layers
 from jaxmed.cli.main import COMMANDS, main
 from jaxmed.errors import UserError
@@ -77,6 +78,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert main(_sweep(folder, pairs, tmp_path / "run", "--dry-run")) == 0
     assert "restarted passes" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("count", "seconds", "said"), [(300, 2.0, "150 per second"), (5, 100.0, "20.0 s each"), (0, 0.0, "0 per second")])
+def test_speeds_are_said_as_people_count(count: int, seconds: float, said: str) -> None:
+    assert show.speed(count, seconds) == said
 
 
 def test_config_files_fill_in_and_flags_win(folder: Path, pairs: Path, tmp_path: Path) -> None:

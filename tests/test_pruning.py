@@ -24,6 +24,7 @@ from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import make_tests
 from jaxmed.pruning.plan import make_plan, pass_bytes
 from jaxmed.pruning.scores import KINDS, check
+from jaxmed.pruning.selection import _highest
 from jaxmed.pruning.texts import response_tokens
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
@@ -230,6 +231,38 @@ def test_exactly_the_named_weights_are_edited(plain_model: Model, scores: Any, t
     same = {name: plain_model.params[name] is edited.params[name] for name in ("embedding", "final_norm")}
     assert all(same.values())
     assert (edited.edits[-1]["weights"], edited.edits[-1]["kind"]) == (mask.count, "pruning")
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
+@pytest.mark.parametrize("name", ["llama3.2", "gpt2", "phi3", "qwen3-moe"])
+def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(name: str, mesh: str, tmp_path: Path) -> None:
+    made = reference.save(name, tmp_path)
+    model, rng = load(str(tmp_path), mesh=jm.make_mesh(mesh)), np.random.default_rng(3)
+    before = weights_by_name(model)
+    shapes = {name: held.shape for name, held in before.items()}
+    chosen = {name: np.sort(rng.choice(held.size, held.size // 7, replace=False)) for name, held in before.items()}
+    chosen[next(iter(chosen))] = np.zeros(0, np.int64)
+    edited = apply_mask(model, Mask(chosen, shapes, model.name, model.weights_hash), "scale", 0.5)
+    after = weights_by_name(edited)
+    for name, held in made.state_dict().items():
+        if name in after and not name.endswith("gate_up_proj"):
+            wanted = held.numpy().copy().ravel()
+            wanted[chosen[name]] *= 0.5
+            assert np.array_equal(after[name].ravel(), wanted), name
+    for path, leaf in jax.tree.leaves_with_path(edited.params):
+        assert leaf.sharding == dict(jax.tree.leaves_with_path(model.params))[path].sharding, path
+
+
+def test_the_highest_are_found_whatever_the_scores_look_like() -> None:
+    rng = np.random.default_rng(0)
+    many = 300_000
+    smooth = rng.normal(size=many)
+    cases = [smooth, rng.integers(0, 5, many) * 1.0, np.zeros(many), np.sort(smooth), smooth**9]
+    cases.append(np.where(np.arange(many) % (many >> 16) == 0, 0.0, rng.normal(size=many)))  # a sample that sees nothing
+    for values in (case.astype(np.float32) for case in cases):
+        for stop in (0, 1, 30, 3_000, 299_999, many):
+            wanted = np.sort(np.argsort(-values, kind="stable")[:stop])
+            assert np.array_equal(_highest(values, stop), wanted)
 
 
 def test_exported_models_have_zeros_there_and_nothing_else_changed(tmp_path: Path) -> None:

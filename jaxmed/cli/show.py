@@ -49,14 +49,21 @@ def progress(title: str, total: float, what_counts: str = "effects") -> Iterator
                 bar.update(task, total=(bar.tasks[task].total or 0) - work)
                 return
             effects += count
-            rate = effects / max(time.perf_counter() - begun, 1e-9)
-            bar.update(task, advance=work, description=f"{title} {what}", rate=f"{rate:,.0f} {what_counts}/s")
+            pace = speed(effects, time.perf_counter() - begun, what_counts)
+            bar.update(task, advance=work, description=f"{title} {what}", rate=pace)
 
         yield report
     if effects:
         seconds = time.perf_counter() - begun
         what = "exact effects" if what_counts == "effects" else what_counts
-        err.print(f"{title}: {effects:,} {what} in {seconds:,.1f} s, {effects / seconds:,.0f} per second")
+        err.print(f"{title}: {effects:,} {what} in {seconds:,.1f} s, {speed(effects, seconds)}")
+
+
+def speed(count: int, seconds: float, what: str = "") -> str:
+    """How many in a second, or how many seconds each where that is less than one."""
+    if 0 < count < seconds:
+        return f"{seconds / count:,.1f} s each"
+    return f"{count / max(seconds, 1e-9):,.0f} {what}/s" if what else f"{count / max(seconds, 1e-9):,.0f} per second"
 
 
 COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "right", "mean": "right", "share": "right", "p": "right"}

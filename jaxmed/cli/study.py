@@ -11,6 +11,7 @@ from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
+from jaxmed.results import check_space
 
 
 @dataclass(frozen=True)
@@ -123,4 +124,8 @@ class Pruning:
                 f"{step.title}: {step.passes:g} x {step.tokens:,} tokens, about {show_time(seconds)}" if step.tokens else step.title
             )
             total += seconds
+        needed = study.disk_bytes(config)
+        if not self.resume:
+            check_space(self.out, needed)
+        lines.append(f"scores on disk: {needed / 1e9:.1f} GB")
         return [*lines, f"about {show_time(total)} in all, besides loading and compiling"]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError
+from jaxmed.models.config import ModelConfig
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
 from jaxmed.prompts.readers import read_text
 from jaxmed.pruning.attacks import Attack
+from jaxmed.pruning.curve import needed_kinds
 from jaxmed.pruning.dissociation import QUESTION, Abilities
 from jaxmed.pruning.rule import Rule
 
@@ -97,6 +99,18 @@ class PruningStudy:
     def scored(self, source: str) -> list[Example]:
         """The examples of a set that are scored."""
         return chosen(source, "train", self.score_limit)
+
+    def kinds(self, source: str) -> tuple[str, ...]:
+        """The kinds of scores of a set; those of the preserve set, and what baselines read, come with the first one."""
+        rules = [Rule(p=0)]
+        if source == self.targets[0]:
+            rules = [Rule(p=self.p, score=name) for name in ("signed", *self.against)]  # type: ignore[arg-type]
+        return tuple(sorted({kind for rule in rules for kind in needed_kinds(rule)}))
+
+    def disk_bytes(self, config: ModelConfig) -> int:
+        """What the scores of all models take: float32 for every weight of the blocks and kind."""
+        arrays = sum(not kind.endswith("inputs") for source in self.targets for kind in self.kinds(source))
+        return len(self.models) * arrays * 4 * config.layers * config.layer_weights
 
     def tested(self, source: str, responses: bool = True) -> list[Example]:
         """The examples of a set that are tested; none for an empty name."""

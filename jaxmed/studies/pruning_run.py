@@ -14,7 +14,7 @@ from jaxmed.provenance import versions
 from jaxmed.pruning.attacks import ATTACKS, run_attacks
 from jaxmed.pruning.attacks import KEY as ATTACK_KEY
 from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
-from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, needed_kinds, run_curve, run_transfer
+from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
 from jaxmed.pruning.dissociation import DISSOCIATION, run_dissociation
 from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
@@ -86,11 +86,9 @@ class Run:
 
     def score(self, model: Model, number: int, source: str) -> Scores:
         """Scores of a set; the preserve set is scored once, with the first one."""
-        out, first = self.folder(f"model{number}") / f"scores-{short(source)}", source == self.study.targets[0]
-        rules = [Rule(p=self.study.p), *(Rule(p=self.study.p, score=name) for name in self.study.against)] if first else [Rule(p=0)]  # type: ignore[arg-type]
-        kinds = tuple(sorted({kind for rule in rules for kind in needed_kinds(rule)}))
-        preserve = self.study.scored(self.study.preserve) if first else []
-        job = check(model, self.study.scored(source), preserve, kinds=kinds, form=self.study.form)
+        out = self.folder(f"model{number}") / f"scores-{short(source)}"
+        preserve = self.study.scored(self.study.preserve) if source == self.study.targets[0] else []
+        job = check(model, self.study.scored(source), preserve, kinds=self.study.kinds(source), form=self.study.form)
         with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
             scores = run(job, out, True, report)
         return scores

@@ -1,0 +1,72 @@
+"""Log-probabilities of given responses, packed, against forward passes of one example after the other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.models.layers import largest, log_total
+from jaxmed.scoring import _score, choice_logits, score_responses
+from jaxmed.tokens import Answered
+from tests import tiny
+
+
+def _examples(rng: np.random.Generator, lengths: list[int], beginning: int) -> list[Answered]:
+    opening = rng.integers(0, 200, beginning)
+    found = []
+    for length in lengths:
+        prompt = int(rng.integers(beginning + 1, length)) if beginning + 1 < length else beginning + 1
+        own = rng.integers(0, 200, max(length, prompt + 1) - beginning)
+        found.append(Answered(np.concatenate([opening, own]).astype(np.int32), prompt))
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "data=1"])
+@pytest.mark.parametrize("beginning", [0, 19])
+def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
+    model, rng = tiny.model("llama", mesh=mesh), np.random.default_rng(beginning)
+    examples = _examples(rng, [25, 2, 140, 31, 300, 60, 22, 45, 333, 28, 90], beginning)
+    seen: list[int] = []
+    found = score_responses(model, examples, seen.append)
+    assert sum(seen) == len(examples)
+    for example, scored in zip(examples, found, strict=True):
+        logits = np.asarray(jm.forward(model, example.ids[None])[0][0], np.float64)[example.prompt - 1 : -1]
+        response = example.ids[example.prompt :]
+        own = logits[np.arange(len(response)), response] - np.logaddexp.reduce(logits, axis=1)
+        assert np.abs(scored.log_probabilities - own).max() < 3e-5
+        assert np.array_equal(scored.likeliest, logits.argmax(1) == response)
+    picked = choice_logits(model, [one.ids[: one.prompt] for one in examples], [7, 90, 33])
+    for example, values in zip(examples, picked, strict=True):
+        logits = np.asarray(jm.forward(model, example.ids[None])[0][0])[example.prompt - 1]
+        assert np.abs(values - logits[[7, 90, 33]]).max() < 3e-5
+
+
+def test_fewer_examples_than_devices() -> None:
+    model, examples = tiny.model("llama", mesh="data=2"), _examples(np.random.default_rng(0), [12], 0)
+    (scored,) = score_responses(model, examples)
+    assert len(scored.log_probabilities) == len(examples[0].ids) - examples[0].prompt
+    assert score_responses(model, []) == []
+
+
+def test_a_common_beginning_runs_once_and_alike_passes_share_a_program(plain_model: jm.Model) -> None:
+    rng = np.random.default_rng(0)
+    examples = _examples(rng, [int(n) for n in rng.integers(40, 60, 400)], 24)
+    before = _score._cache_size()  # type: ignore[attr-defined]
+    seen: list[int] = []
+    score_responses(plain_model, examples, seen.append)
+    assert _score._cache_size() == before + 1  # type: ignore[attr-defined]
+    own = sum(len(one.ids) - 24 for one in examples)
+    passes = -(-own // (2 * (2048 - 24)))
+    assert len(seen) <= passes + 1
+
+
+@pytest.mark.parametrize("size", [256, 264, 5])
+def test_sums_over_the_vocabulary(size: int) -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 30, (3, 4, size)), jnp.float32)
+    assert np.allclose(log_total(logits), jax.nn.logsumexp(logits, -1), rtol=1e-6)
+    assert np.array_equal(largest(logits), logits.max(-1))
+    ours, theirs = (jax.grad(lambda x, f=f: (f(x) ** 2).sum())(logits) for f in (log_total, lambda x: jax.nn.logsumexp(x, -1)))
+    assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
