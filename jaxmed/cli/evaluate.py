@@ -37,7 +37,7 @@ class Evaluate(Judging):
     given: bool = False
     """Judge the file's own responses instead of the model's answers."""
     text: str = "neutral"
-    """Plain text file for the perplexity, or the bundled one: neutral. Empty: none."""
+    """Plain text file for the perplexity, or a bundled one: neutral, neutral-short. Empty: none."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, such as arc_easy (needs jaxmed[harness]; their data comes from the hub), or of --task-folder."""
     task_folder: Path | None = None

@@ -11,7 +11,7 @@ from jaxmed.cli import show
 from jaxmed.cli.commands import Dtype
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
-from jaxmed.prompts.examples import chosen
+from jaxmed.prompts.examples import chosen, harmful
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Measuring:
     limit: int | None = None
     """The first so many examples of each set only."""
     text: str = "neutral"
-    """Plain text file for the perplexity, or the bundled one: neutral. Empty: none."""
+    """Plain text file for the perplexity, or a bundled one: neutral, neutral-short. Empty: none."""
     form: Literal["plain", "space", "qa", "chat"] = "plain"
     """How prompt and response are joined, as in `prune score`."""
     model: str = DEFAULT
@@ -44,9 +44,13 @@ class Measuring:
             raise UserError(f"Test sets are named after their files; {', '.join(sources)} has a name twice, or the reserved name 'scored'.")
         return found
 
-    def rows(self, source: str, responses: bool = True) -> list[Any]:
-        """Rows of a file or bundled set; none for an empty name."""
-        return chosen(source, self.split, self.limit, responses) if source else []
+    def rows(self, source: str) -> list[Any]:
+        """Rows of a file or bundled set, with responses; none for an empty name."""
+        return chosen(source, self.split, self.limit) if source else []
+
+    def requests_of(self, source: str) -> list[Any]:
+        """The harmful requests among the rows of a file or bundled set; none for an empty name."""
+        return harmful(source, chosen(source, self.split, None, False))[: self.limit] if source else []
 
     def manifest(self, *more: str) -> dict[str, Any]:
         """What makes two runs the same run: the values of these fields."""

@@ -44,7 +44,7 @@ class Dissociation(Masked):
 
         masks, question = self.read(), self.question or QUESTION
         sets = {name: self.rows(getattr(self, name)) for name in ("behaviour", "twins", "explanations", "preserve")}
-        requests = harmful(self.requests, self.rows(self.requests, responses=False))
+        requests = self.requests_of(self.requests)
         name = self.name or Path(self.behaviour).stem
         abilities = Abilities(name, **sets, requests=requests, question=question, text=self.text, tokens=self.tokens, form=self.form)
         abilities.check()
@@ -96,7 +96,7 @@ class Attack(Masked):
         masks, asked = self.read(), self.manifest("behaviour", "requests", "refusals", "preserve", "examples", "prefill", "tokens")
         attack = attacks.Attack(
             behaviour=self.rows(self.behaviour),
-            requests=harmful(self.requests, self.rows(self.requests, responses=False)),
+            requests=self.requests_of(self.requests),
             refusals=harmful(self.refusals, chosen(self.refusals, "train"))[: self.examples] if self.refusals else [],
             preserve=chosen(self.preserve, "train", self.examples) if self.refusals else [],
             prefill=self.prefill,

@@ -37,7 +37,7 @@ class Pruning:
     test_limit: int | None = None
     """First held-out examples of each set that are tested."""
     text: str = "neutral"
-    """Plain text file for the perplexity, or the bundled one: neutral."""
+    """Plain text file for the perplexity, or a bundled one: neutral, neutral-short."""
     form: Literal["plain", "space", "qa", "chat"] = "plain"
     """How prompt and response are joined."""
     against: tuple[Literal["positive", "absolute", "wanda", "magnitude", "random"], ...] = ("random",)

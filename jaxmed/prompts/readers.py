@@ -59,19 +59,20 @@ def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection
     return str(path), readers[path.suffix](path)
 
 
-TEXTS = ("neutral",)
+TEXTS = ("neutral", "neutral-short")
 
 
 def read_text(source: str | Path) -> str:
-    """A plain text file, or the bundled text "neutral".
+    """A plain text file, or the bundled text "neutral"; "neutral-short" is every other paragraph of that.
 
     Raises:
         UserError: no such file, or one that is not UTF-8 text.
     """
-    path: Any = Path(source)
+    path = Path(source)
     if str(source) in TEXTS and not path.exists():
-        path = resources.files("jaxmed.prompts") / "data" / f"{source}.txt"
-    elif not path.is_file():
+        text = (resources.files("jaxmed.prompts") / "data" / "neutral.txt").read_text(encoding="utf-8")
+        return "\n\n".join(text.split("\n\n")[::2]) if str(source) == "neutral-short" else text
+    if not path.is_file():
         raise unknown("text file", str(source), TEXTS, "Give one of these bundled names, or a path to a plain text file.")
     try:
         return path.read_text(encoding="utf-8")

@@ -124,7 +124,7 @@ class PruningStudy:
             behaviour=self.tested(self.behaviours[0]),
             twins=self.tested(self.twins),
             explanations=self.tested(self.explanations),
-            requests=harmful(self.requests, self.tested(self.requests, responses=False)),
+            requests=harmful(self.requests, chosen(self.requests, HELDOUT, None, False))[: self.test_limit] if self.requests else (),
             preserve=self.tested(self.preserve),
             question=self.question,
             text=self.text,
