@@ -28,7 +28,7 @@ PIECE = 512
 def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[Place], Batch]]:
     """(places whose `example` counts in `examples`, batch on the model's devices) of all examples.
 
-    What all of a pass's examples begin with runs once per row; batches of examples of like lengths have one shape.
+    Examples of like lengths have batches of one shape; what all of them begin with runs once per row.
     """
     devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
     most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), jax.NamedSharding(model.mesh, jax.P("data"))
@@ -38,9 +38,9 @@ def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[P
         members = np.nonzero(classes == one)[0]
         members = members[np.argsort(-lengths[members], kind="stable")]
         held = [examples[i] for i in members.tolist()]
-        trunk = common_beginning(held) // 8 * 8
-        count = -(-int((lengths[members] - trunk).sum()) // max(1, most * devices - trunk))
-        count = max(1, min(count, len(held) // devices))
+        trunk = common_beginning(held) // 8 * 8 if len(held) > devices else 0  # else every length would be compiled anew
+        count = -(-int((lengths[members] - trunk).sum()) // (devices * max(most - trunk, most // 2)))
+        count = max(1, min(count, -(-len(held) // devices)))
         groups = [np.arange(len(held))[at::count] for at in range(count)]
         shape = choose_shape(held, groups, True, devices, model.config, trunk)
         for group in groups:
@@ -57,8 +57,9 @@ def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Arr
 @partial(jax.jit, static_argnames=("config",))
 def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every scored token float32 [B,R], and whether none is likelier, bool [B,R]."""
-    x, size = _scored_stream(config, params, batch), min(PIECE, batch.target.shape[1])
-    rest = -batch.target.shape[1] % size
+    x, scored = _scored_stream(config, params, batch), batch.target.shape[1]
+    size = -(-scored // -(-scored // PIECE))
+    rest = -scored % size
     x, target = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(batch.target, ((0, 0), (0, rest)))
 
     def piece(at: jax.Array) -> tuple[jax.Array, jax.Array]:

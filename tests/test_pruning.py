@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,19 @@ from jaxmed.finetuning.batches import Batch, Shape
 from jaxmed.models.load import Model, from_params, load
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops
-from jaxmed.pruning import Mask, Rule, apply_mask, combine, overlap, random_like, read_mask, read_scores, score, select, write_mask
+from jaxmed.pruning import (
+    Mask,
+    Rule,
+    apply_mask,
+    combine,
+    overlap,
+    random_like,
+    read_mask,
+    read_scores,
+    score,
+    select,
+    write_mask,
+)
 from jaxmed.pruning.batches import batches
 from jaxmed.pruning.matrices import weights_by_name
 from jaxmed.pruning.measure import make_tests
@@ -233,9 +246,20 @@ def test_exactly_the_named_weights_are_edited(plain_model: Model, scores: Any, t
     assert (edited.edits[-1]["weights"], edited.edits[-1]["kind"]) == (mask.count, "pruning")
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
-@pytest.mark.parametrize("name", ["llama3.2", "gpt2", "phi3", "qwen3-moe"])
-def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(name: str, mesh: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh", "at_once"),
+    [
+        ("llama3.2", "data=2", 200),
+        ("llama3.2", "data=1,model=2", 1 << 22),
+        ("gpt2", "data=2", 1),
+        ("phi3", "data=1,model=2", 900),
+        ("qwen3-moe", "data=1,model=2", 1 << 22),
+    ],
+)
+def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(
+    name: str, mesh: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruned_matrices, "AT_ONCE", at_once)
     made = reference.save(name, tmp_path)
     model, rng = load(str(tmp_path), mesh=jm.make_mesh(mesh)), np.random.default_rng(3)
     before = weights_by_name(model)
@@ -251,6 +275,17 @@ def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(name: str, me
             assert np.array_equal(after[name].ravel(), wanted), name
     for path, leaf in jax.tree.leaves_with_path(edited.params):
         assert leaf.sharding == dict(jax.tree.leaves_with_path(model.params))[path].sharding, path
+
+
+def test_parameters_without_a_mesh_are_edited_too(plain_model: Model) -> None:
+    alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), plain_model.params)
+    chosen = {name: np.arange(0, int(np.prod(shape)), 2) for name, shape in pruned_matrices.matrix_shapes(plain_model.config).items()}
+    edited, same = (
+        pruned_matrices.with_edited(plain_model.config, params, chosen, np.zeros_like) for params in (alone, plain_model.params)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(edited), jax.tree.leaves(same), strict=True))
+    assert not np.asarray(edited["blocks"]["qkv"][0]).all()
+    assert np.array_equal(alone["blocks"]["down"], plain_model.params["blocks"]["down"])  # a copy is edited
 
 
 def test_the_highest_are_found_whatever_the_scores_look_like() -> None:

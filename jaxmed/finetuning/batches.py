@@ -107,7 +107,7 @@ def fill_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
 
 def common_beginning(examples: Sequence[Answered]) -> int:
     """How many tokens all prompts begin with; at least the last token of every prompt is left to itself."""
-    first, shared = examples[0].ids, min(example.prompt for example in examples) - 1
+    first, shared = examples[0].ids, max(0, min(example.prompt for example in examples) - 1)
     for example in examples[1:]:
         differs = np.nonzero(first[:shared] != example.ids[:shared])[0]
         shared = int(differs[0]) if len(differs) else shared
@@ -136,7 +136,7 @@ def _fit(examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bo
     """The shape with as many branches and scored tokens as its fullest row needs."""
     rows = [row for group in groups for row in _rows(examples, group, shape, packing)]
     scored = max(scored_tokens(examples, chain(*row)) for row in rows)
-    return replace(shape, branches=max(len(row) for row in rows), scored=-(-scored // 8) * 8)
+    return replace(shape, branches=max(len(row) for row in rows), scored=max(8, -(-scored // 8) * 8))
 
 
 def _rows(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> list[list[list[int]]]:

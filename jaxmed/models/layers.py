@@ -49,13 +49,17 @@ def largest(logits: jax.Array) -> jax.Array:
     return _lanes(logits).max(-2).max(-1)
 
 
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 @jax.custom_jvp
 def log_total(logits: jax.Array) -> jax.Array:
     """log of the sum of the exponentials over the last axis."""
     lanes = _lanes(logits)
     most = lanes.max(-2)
-    top = most.max(-1)
-    totals = jnp.exp(lanes - most[..., None, :]).sum(-2)
+    top = _finite(most.max(-1))
+    totals = jnp.exp(lanes - _finite(most)[..., None, :]).sum(-2)
     return top + jnp.log((totals * jnp.exp(most - top[..., None])).sum(-1))
 
 

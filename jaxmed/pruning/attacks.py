@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from jaxmed.errors import UserError
 from jaxmed.harm.evaluation import answer, rate
@@ -93,16 +94,16 @@ def run_attacks(model: Model, masks: Mapping[str, Mask], attack: Attack, table: 
     encoded = encode(model.tokenizer, attack.behaviour, attack.form)
     opened = shifted(encoded, attack.prefill)
     tests = {False: Tests({"generate": encoded}, attack.text), True: Tests({"generate": opened}, "")}
-    before = {prefilled: measure(model, found) for prefilled, found in tests.items()}
-    first = next(iter(masks.values()))
-    trials = {"none": replace(first, indices={name: found[:0] for name, found in first.indices.items()}), **masks}
+    first = cache(lambda prefilled: measure(model, tests[prefilled]))
+    trials = {"none": next(iter(masks.values())).emptied(), **masks}
     for name, mask in trials.items():
         pruned = apply_mask(model, mask) if mask.count else model
         for removed in (False, True) if attack.refusals else (False,):
             todo = [prefilled for prefilled in (False, True) if not table.has(name, NAMES[2 * removed + prefilled])]
             attacked = without_refusal(pruned, attack) if removed and todo else pruned
             for prefilled in todo:
-                row = compare(mask, before[prefilled], measure(attacked, tests[prefilled]))
+                after = first(prefilled) if attacked is model else measure(attacked, tests[prefilled])
+                row = compare(mask, first(prefilled), after)
                 row = {"perplexity": "", "perplexity_ratio": "", "perplexity_low": "", "perplexity_high": "", **row}
                 table.add({"mask": name, "attack": NAMES[2 * removed + prefilled], **row, **_refusals(attacked, attack, prefilled)})
     return table

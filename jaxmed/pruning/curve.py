@@ -151,4 +151,4 @@ def run_transfer(
 
 def _first(model: Model, tests: Tests, before: Callable[[], Measured] | None) -> Callable[[], Measured]:
     """What the model as it is measures, found out when it is first asked for."""
-    return cache(lambda: (before() if before else measure(model, tests)).part(tests.sets))
+    return cache(lambda: before().part(tests) if before else measure(model, tests))

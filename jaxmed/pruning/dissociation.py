@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -22,7 +22,7 @@ from jaxmed.models.load import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.measure import Tests, compare, make_tests, measure
+from jaxmed.pruning.measure import compare, make_tests, measure
 from jaxmed.pruning.selection import random_like
 from jaxmed.pruning.tables import Row, Table
 from jaxmed.scoring import choice_logits
@@ -126,9 +126,9 @@ def auc_interval(of_behaviour: np.ndarray, of_twins: np.ndarray, resamples: int 
     return float(found.low), float(found.high)
 
 
-def measure_abilities(model: Model, mask: Mask, abilities: Abilities, tests: Tests, before: Any) -> Row:
-    """A row of numbers about one edited model."""
-    row = compare(mask, before, measure(model, tests))
+def measure_abilities(model: Model, abilities: Abilities) -> Row:
+    """Detection and refusal of one model."""
+    row: Row = {}
     if abilities.twins:
         of_behaviour, of_twins = detection(model, abilities)
         low, high = auc_interval(of_behaviour, of_twins)
@@ -151,14 +151,13 @@ def run_dissociation(model: Model, masks: Mapping[str, Mask], abilities: Abiliti
     table = table or Table(KEY)
     sets = {"generate": abilities.behaviour, "explain": abilities.explanations, "preserve": abilities.preserve}
     tests = make_tests(model, {name: found for name, found in sets.items() if found}, abilities.text, form=abilities.form)
-    before = measure(model, tests)
-    first = next(iter(masks.values()))
-    nothing = Mask({name: np.zeros(0, np.int64) for name in first.shapes}, first.shapes, first.model, first.weights)
-    trials = [("none", 0, nothing)]
+    first = cache(lambda: measure(model, tests))
+    trials = [("none", 0, next(iter(masks.values())).emptied())]
     for name, mask in masks.items():
         trials += [(name, 0, mask), *((f"random like {name}", seed, random_like(mask, seed)) for seed in range(seeds))]
     for name, seed, mask in trials:
         if not table.has(name, seed):
             edited = apply_mask(model, mask) if mask.count else model
-            table.add({"mask": name, "seed": seed, **measure_abilities(edited, mask, abilities, tests, before)})
+            after = measure(edited, tests) if mask.count else first()
+            table.add({"mask": name, "seed": seed, **compare(mask, first(), after), **measure_abilities(edited, abilities)})
     return table

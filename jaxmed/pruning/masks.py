@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Mask:
     def counts(self) -> dict[str, int]:
         """Matrix -> how many of its weights."""
         return {name: len(found) for name, found in self.indices.items()}
+
+    def emptied(self) -> Mask:
+        """No weights of the same matrices."""
+        return replace(self, indices={name: found[:0] for name, found in self.indices.items()}, rule={}, tag="")
 
     def inverted(self) -> Mask:
         """All other weights of the same matrices."""

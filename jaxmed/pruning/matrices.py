@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,9 @@ from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
 from jaxmed.models.load import Model
 from jaxmed.models.transformer import Params
+
+Edit = Callable[[np.ndarray], np.ndarray]
+"""Values of chosen numbers of one matrix, [chosen] -> values in their place."""
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -59,41 +61,65 @@ def weights_by_name(model: Model) -> dict[str, np.ndarray]:
     return dict(named_weights(model))
 
 
-def with_edited(config: ModelConfig, params: Params, chosen: Mapping[str, np.ndarray], edit: Callable[[np.ndarray], np.ndarray]) -> Params:
+def with_edited(config: ModelConfig, params: Params, chosen: Mapping[str, np.ndarray], edit: Edit) -> Params:
     """Parameters with some numbers of some matrices replaced; all others keep their bits.
 
     Only the chosen numbers cross to the host; every device copies its own part of a parameter and puts its own numbers in.
 
     Args:
         chosen: matrix -> flat indices, in the checkpoint's layout.
-        edit: (values of one matrix, [chosen]) -> values in their place.
     """
     blocks = dict(params["blocks"])
     for rule in matrix_rules(FAMILIES[config.family]):
         names = [[name for name, _ in layer_tensors(rule, config, layer)] for layer in range(config.layers)]
-        if not any(len(chosen[name]) for layer in names for name in layer if name in chosen):
-            continue
-        stack: jax.Array = blocks[rule.path[-1]]
-        firsts, place = _places(rule, config)
-        found = [[place[first + chosen.get(name, NOTHING)] for first, name in zip(firsts, layer, strict=True)] for layer in names]
-        counts = [len(one) for layer in found for one in layer]
-        flat = np.concatenate([one for layer in found for one in layer])
-        number = np.repeat(np.arange(config.layers), [sum(len(one) for one in layer) for layer in found])
-        where = np.stack([number, *np.unravel_index(flat, stack.shape[1:])]).astype(np.int32)
-        where = np.pad(where, ((0, 0), (0, (1 << (len(flat) - 1).bit_length()) - len(flat))), mode="edge")  # few sizes, few compilations
-        sharding = cast(jax.NamedSharding, stack.sharding)
-        values = np.array(_read(stack, where, sharding))
-        parts = np.split(values[: len(flat)], np.cumsum(counts)[:-1])
-        edited = np.concatenate([edit(part) if len(part) else part for part in parts])
-        edited = np.pad(edited, (0, where.shape[1] - len(flat)), mode="edge")
-        blocks[rule.path[-1]] = _write(stack, where, edited, sharding)
+        counts = [sum(len(chosen.get(name, NOTHING)) for name in layer) for layer in names]
+        stack, write = blocks[rule.path[-1]], _write
+        for layers in _spans(counts):
+            here = {layer: [chosen.get(name, NOTHING) for name in names[layer]] for layer in layers}
+            stack = _edited(config, rule, stack, here, edit, write)
+            write = _write_on  # what came is copied once, then that copy is edited
+        blocks[rule.path[-1]] = stack
     return {**params, "blocks": blocks}
 
 
 NOTHING = np.zeros(0, np.int64)
+AT_ONCE = 1 << 22
+"""Numbers that are edited at once, unless a layer alone has more: their indices take memory."""
 
 
-def _places(rule: Rule, config: ModelConfig) -> tuple[list[int], np.ndarray]:
+def _spans(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Layers with numbers to edit, in runs of at most `AT_ONCE` numbers."""
+    held: list[int] = []
+    for layer, count in enumerate(counts):
+        if held and sum(counts[one] for one in held) + count > AT_ONCE:
+            yield held
+            held = []
+        held += [layer] if count else []
+    if held:
+        yield held
+
+
+def _edited(
+    config: ModelConfig, rule: Rule, stack: jax.Array, chosen: Mapping[int, list[np.ndarray]], edit: Edit, write: Callable[..., jax.Array]
+) -> jax.Array:
+    """A parameter with the chosen numbers of some layers edited; `chosen`: layer -> flat indices into each of its tensors."""
+    firsts, place = _places(config, rule)
+    found = [(layer, place[first + at]) for layer, each in chosen.items() for first, at in zip(firsts, each, strict=True)]
+    flat, count = np.concatenate([at for _, at in found]), sum(len(at) for _, at in found)
+    number = np.concatenate([np.full(len(at), layer, np.int32) for layer, at in found])
+    rest = (0, (1 << (count - 1).bit_length()) - count)  # few sizes, few compilations
+    where = [np.pad(axis.astype(np.int32), rest, mode="edge") for axis in (number, *np.unravel_index(flat, stack.shape[1:]))]
+    sharding = stack.sharding
+    if not isinstance(sharding, jax.NamedSharding):
+        sharding = jax.NamedSharding(jax.sharding.Mesh([next(iter(stack.devices()))], ("data",)), jax.P())
+    values = np.array(_read(stack, where, sharding))[:count]
+    parts = np.split(values, np.cumsum([len(at) for _, at in found])[:-1])
+    edited = np.concatenate([edit(part) if len(part) else part for part in parts])
+    return write(stack, where, np.pad(edited, rest, mode="edge"), sharding)
+
+
+@lru_cache(maxsize=4)
+def _places(config: ModelConfig, rule: Rule) -> tuple[list[int], np.ndarray]:
     """(first number of every tensor when those of a layer are counted through, number -> flat index in the layer's parameter)."""
     tensors = list(layer_tensors(rule, config, 0))
     sizes = [math.prod(shape) for _, shape in tensors]
@@ -109,10 +135,10 @@ def _places(rule: Rule, config: ModelConfig) -> tuple[list[int], np.ndarray]:
 
 
 @partial(jax.jit, static_argnames=("sharding",))
-def _read(stack: jax.Array, where: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
-    """The numbers of a parameter at int [axes, n], on every device."""
+def _read(stack: jax.Array, where: Sequence[jax.Array], sharding: jax.NamedSharding) -> jax.Array:
+    """The numbers of a parameter at int [n] per axis, on every device."""
 
-    def own(stack: jax.Array, where: jax.Array) -> jax.Array:
+    def own(stack: jax.Array, where: Sequence[jax.Array]) -> jax.Array:
         found = stack.at[_local(stack, where, sharding)].get(mode="fill", fill_value=0)
         axes = tuple(name for names in sharding.spec if names for name in ((names,) if isinstance(names, str) else names))
         return jax.lax.psum(found, axes) if axes else found
@@ -120,18 +146,21 @@ def _read(stack: jax.Array, where: jax.Array, sharding: jax.NamedSharding) -> ja
     return jax.shard_map(own, mesh=sharding.mesh, in_specs=(sharding.spec, jax.P()), out_specs=jax.P(), check_vma=False)(stack, where)
 
 
-@partial(jax.jit, static_argnames=("sharding",))
-def _write(stack: jax.Array, where: jax.Array, values: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
-    """A copy of a parameter with numbers [n] put in at int [axes, n]."""
+def _put(stack: jax.Array, where: Sequence[jax.Array], values: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
+    """A copy of a parameter with numbers [n] put in at int [n] per axis."""
 
-    def own(stack: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
+    def own(stack: jax.Array, where: Sequence[jax.Array], values: jax.Array) -> jax.Array:
         return stack.at[_local(stack, where, sharding)].set(values, mode="drop")
 
     specs = (sharding.spec, jax.P(), jax.P())
     return jax.shard_map(own, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)(stack, where, values)
 
 
-def _local(part: jax.Array, where: jax.Array, sharding: jax.NamedSharding) -> tuple[jax.Array, ...]:
+_write = jax.jit(_put, static_argnames=("sharding",))
+_write_on = jax.jit(_put, static_argnames=("sharding",), donate_argnums=0)
+
+
+def _local(part: jax.Array, where: Sequence[jax.Array], sharding: jax.NamedSharding) -> tuple[jax.Array, ...]:
     """Indices into this device's part of a parameter; past its end for numbers that another device holds."""
     found = []
     for axis, names in enumerate([*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]):
