@@ -32,8 +32,9 @@ from jaxmed.pruning import (
     select,
     write_mask,
 )
+from jaxmed.pruning import matrices as edits
 from jaxmed.pruning.batches import batches
-from jaxmed.pruning.matrices import weights_by_name
+from jaxmed.pruning.matrices import matrix_shapes, weights_by_name, with_edited
 from jaxmed.pruning.measure import make_tests
 from jaxmed.pruning.plan import make_plan, pass_bytes
 from jaxmed.pruning.scores import KINDS, check
@@ -259,7 +260,7 @@ def test_exactly_the_named_weights_are_edited(plain_model: Model, scores: Any, t
 def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(
     name: str, mesh: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruned_matrices, "AT_ONCE", at_once)
+    monkeypatch.setattr(edits, "AT_ONCE", at_once)
     made = reference.save(name, tmp_path)
     model, rng = load(str(tmp_path), mesh=jm.make_mesh(mesh)), np.random.default_rng(3)
     before = weights_by_name(model)
@@ -279,10 +280,8 @@ def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(
 
 def test_parameters_without_a_mesh_are_edited_too(plain_model: Model) -> None:
     alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), plain_model.params)
-    chosen = {name: np.arange(0, int(np.prod(shape)), 2) for name, shape in pruned_matrices.matrix_shapes(plain_model.config).items()}
-    edited, same = (
-        pruned_matrices.with_edited(plain_model.config, params, chosen, np.zeros_like) for params in (alone, plain_model.params)
-    )
+    chosen = {name: np.arange(0, int(np.prod(shape)), 2) for name, shape in matrix_shapes(plain_model.config).items()}
+    edited, same = (with_edited(plain_model.config, params, chosen, np.zeros_like) for params in (alone, plain_model.params))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(edited), jax.tree.leaves(same), strict=True))
     assert not np.asarray(edited["blocks"]["qkv"][0]).all()
     assert np.array_equal(alone["blocks"]["down"], plain_model.params["blocks"]["down"])  # a copy is edited
