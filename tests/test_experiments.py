@@ -27,6 +27,7 @@ from jaxmed.pruning.measure import make_tests
 from jaxmed.pruning.scores import Scores, score
 from jaxmed.pruning.tables import Examples, Table
 from jaxmed.pruning.texts import encode
+from jaxmed.reports.curves import draw_pruning_curve
 from jaxmed.scoring import choice_logits, example_losses
 from jaxmed.tokens import Answered, prompt_ids
 from tests import tiny
@@ -328,3 +329,17 @@ def read_scores_mask(folder: Path, file: Path) -> Path:
 
     write_mask(select(read_scores(folder), Rule(q=0.05, p=0.01)), file)
     return file
+
+
+def test_the_curve_s_figure_shows_what_is_left_of_the_probability() -> None:
+    shared = {"seed": "0", "weights": "3"}
+    rises = {"rude_rise": "0.693147", "rude_low": "0.5", "rude_high": "1.0"}
+    text = {"perplexity_ratio": "1.25", "perplexity_low": "1.2", "perplexity_high": "1.3"}
+    rows = [{"rule": rule, "q": q, **shared, **rises, **text} for rule in ("none", "signed") for q in ("1e-4", "3e-4")]
+    rude, plain = draw_pruning_curve(rows).data
+    assert (rude.name, plain.name) == ("rude, signed", "plain text, signed")
+    assert np.allclose(rude.y, 0.5)
+    assert np.allclose(plain.y, 0.8)
+    assert np.allclose([rude.y[0] - rude.error_y.arrayminus[0], rude.y[0] + rude.error_y.array[0]], np.exp([-1.0, -0.5]))
+    without = [{key: value for key, value in row.items() if "perplexity" not in key} for row in rows]
+    assert [trace.name for trace in draw_pruning_curve(without).data] == ["rude, signed"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from math import exp, log
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -63,21 +65,43 @@ def write_pruning_curve(table: Path, out: Path) -> Path:
 
 
 def draw_pruning_curve(rows: Rows) -> go.Figure:
-    """The rise of every test set's loss against the share q of chosen weights, a dash per rule, a colour per set; 95 % bars."""
+    """What is left of the probability per token, exp(-rise), of every test set and of plain text (one over the perplexity's ratio),
+    against the share q of chosen weights: a dash per rule, a colour per set; 95 % bars; the line at one half, where q50 is read."""
     rows = [row for row in rows if row["rule"] != "none"]
-    figure = canvas(480, "share q of weights chosen per matrix", "rise of the loss, nats per response token")
-    figure.update_xaxes(type="log")
+    figure = canvas(480, "share q of weights chosen per matrix", "probability per token, share of the unpruned model's")
+    qs = sorted({float(row["q"]) for row in rows})
+    figure.update_xaxes(type="log", tickvals=qs, ticktext=[f"{q:g}" for q in qs])
+    figure.update_yaxes(rangemode="tozero")
+    figure.add_hline(y=0.5, line={"color": "#9aa5b1", "width": 1})
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
-        for colour, name in enumerate(_tested(rows)):
-            of_rule = [row for row in rows if row["rule"] == rule]
-            qs = sorted({float(row["q"]) for row in of_rule})
-            groups = [[row for row in of_rule if float(row["q"]) == q] for q in qs]
-            mean = [sum(float(row[f"{name}_rise"]) for row in group) / len(group) for group in groups]
-            low, high = ([float(group[0][f"{name}_{side}"]) for group in groups] for side in ("low", "high"))
+        of_rule = [row for row in rows if row["rule"] == rule]
+        at = sorted({float(row["q"]) for row in of_rule})
+        groups = [[row for row in of_rule if float(row["q"]) == q] for q in at]
+        for colour, (name, value, low, high) in enumerate(_left(rows)):
+            left = [exp(-sum(value(row) for row in group) / len(group)) for group in groups]
+            edges = ([exp(-edge(group[0])) for group in groups] for edge in (high, low))
+            bars = _bars(left, *edges) if len(groups[0]) == 1 else None
             line = {"color": CATEGORICAL[colour % len(CATEGORICAL)], "dash": DASHES[number % len(DASHES)]}
-            bars = _bars(mean, low, high) if len(groups[0]) == 1 else None
-            figure.add_trace(go.Scatter(x=qs, y=mean, name=f"{name}, {rule}", mode="lines+markers", line=line, error_y=bars))
+            figure.add_trace(go.Scatter(x=at, y=left, name=f"{name}, {rule}", mode="lines+markers", line=line, error_y=bars))
     return figure
+
+
+Rise = Callable[[dict[str, str]], float]
+
+
+def _left(rows: Rows) -> list[tuple[str, Rise, Rise, Rise]]:
+    """(name, rise of the loss in nats, its lower and its upper edge) of every test set, and of plain text where it was measured."""
+
+    def of(column: str) -> Rise:
+        return lambda row: float(row[column])
+
+    def logarithm(column: str) -> Rise:
+        return lambda row: log(float(row[column]))
+
+    found = [(name, of(f"{name}_rise"), of(f"{name}_low"), of(f"{name}_high")) for name in _tested(rows)]
+    if rows and rows[0].get("perplexity_ratio"):
+        found.append(("plain text", logarithm("perplexity_ratio"), logarithm("perplexity_low"), logarithm("perplexity_high")))
+    return found
 
 
 def write_transfer(table: Path, out: Path) -> Path:

@@ -104,7 +104,8 @@ def _parts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str, Path,
         for source in (*manifest["behaviours"], *manifest["controls"]):
             table = folder / f"model{at}" / f"curve-{Path(source).stem}" / "curve.csv"
             caption = (
-                f"Weights chosen for {Path(source).stem}, more and more of them. Perplexities and first-order predictions: in the table."
+                f"What is left of the probability per token as more weights are chosen for {Path(source).stem}: exp(-rise of the loss). "
+                "q50 is about where the line at one half is crossed. First-order predictions: in the table."
             )
             found.append((f"Curve of {Path(source).stem} in {model}", caption, table, draw_pruning_curve))
     return [one for one in found if one[2].is_file()]
