@@ -275,6 +275,7 @@ def test_attacks(plain_model: Model, masks: dict[str, Mask]) -> None:
 # Commands
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture, yes_no_model: Model) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
     yes_no_model.tokenizer.save_pretrained(folder)

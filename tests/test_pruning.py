@@ -332,6 +332,7 @@ def test_the_first_order_prediction_is_that_of_small_edits(plain_model: Model, s
     assert abs((after - before) / predicted - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_scores_on_disk_resume_and_equal_those_in_memory(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = score(plain_model, BEHAVIOUR, PRESERVE, layers_per_pass=1)
     seen: list[str] = []
@@ -433,6 +434,7 @@ def test_a_mask_joined_with_an_attack_stays_one(plain_model: Model) -> None:
     assert rude.digest != attack.digest
 
 
+@pytest.mark.slow
 def test_the_commands_go_from_scores_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
     tiny.tokenizer().save_pretrained(folder)

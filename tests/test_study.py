@@ -45,6 +45,7 @@ def _tables(out: Path) -> dict[str, str]:
     return {str(file.relative_to(out)): file.read_text() for file in out.rglob("*.csv")}
 
 
+@pytest.mark.slow
 def test_a_study_runs_is_resumed_and_redrawn(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
