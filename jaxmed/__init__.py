@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxmed.interventions import edits, kinds
     from jaxmed.interventions.edits import Edit
     from jaxmed.models.checkpoints.export import export_folder
-    from jaxmed.models.load import Model
+    from jaxmed.models.model import Model
     from jaxmed.parity.selfcheck import self_check
     from jaxmed.prompts import Example, PromptPair, read_examples, read_pairs
     from jaxmed.results import open_results
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "load": "jaxmed.api",
-    "Model": "jaxmed.models.load",
+    "Model": "jaxmed.models.model",
     "forward": "jaxmed.api",
     "sweep": "jaxmed.api",
     "PromptPair": "jaxmed.prompts",

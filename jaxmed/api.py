@@ -23,8 +23,8 @@ from jaxmed.finetuning.variants import build_variant
 from jaxmed.interventions.edits import Edit, check_edits
 from jaxmed.interventions.sites import INTERNAL, site_name
 from jaxmed.models.catalog import needs_building
-from jaxmed.models.load import Model
 from jaxmed.models.load import load as load_unchecked
+from jaxmed.models.model import Model
 from jaxmed.parity.selfcheck import self_check
 from jaxmed.prompts.pair import PromptPair
 

@@ -20,7 +20,7 @@ from jaxmed.interventions.edits import Edit, TokenIndex, apply_edit, check_edits
 from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import MASKED, attention_scores, contract
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.rope import layer_windows, model_angles
 from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
 from jaxmed.prompts.examples import Example

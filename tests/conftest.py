@@ -15,7 +15,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-from jaxmed.models.load import Model, describe, load  # noqa: E402
+from jaxmed.models.load import describe, load  # noqa: E402
+from jaxmed.models.model import Model  # noqa: E402
 from tests import tiny  # noqa: E402
 
 

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
 from jaxmed.interventions.edits import Edit
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts import PromptPair
 from jaxmed.tokens import Patch, align, render
 

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.interventions.sites import ALIASES, SITES, site_name
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 
 
 def test_merged_edits_equal_one_after_the_other(plain_model: Model) -> None:

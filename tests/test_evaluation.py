@@ -13,7 +13,7 @@ import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio, rate, refusal_rates
 from jaxmed.harm.refusals import is_refusal
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from tests import tiny
 
 

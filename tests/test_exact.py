@@ -7,7 +7,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.effects.units import UNITS, units_per_layer
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from tests import naive, tiny, tolerances
 
 WINDOW = 7

@@ -15,7 +15,7 @@ from scipy import stats
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.pruning import Mask, Rule, select, write_mask
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.attacks import Attack, run_attacks, shifted, without_refusal

@@ -30,7 +30,8 @@ from jaxmed.finetuning.settings import Lora, Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_optimiser, response_loss, split_params, trained_params
 from jaxmed.harm.refusals import is_refusal
 from jaxmed.models.catalog import VARIANTS, Variant
-from jaxmed.models.load import Model, load
+from jaxmed.models.load import load
+from jaxmed.models.model import Model
 from jaxmed.plan import count_flops
 from jaxmed.tokens import Answered, encode_example
 from tests import reference, tiny

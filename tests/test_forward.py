@@ -11,7 +11,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.interventions.sites import SITES
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts import read_pairs
 from jaxmed.tokens import render
 from tests import tiny, tolerances

@@ -10,7 +10,8 @@ import pytest
 import jaxmed as jm
 from jaxmed.generation import generate_ids
 from jaxmed.interventions.edits import where
-from jaxmed.models.load import Model, load
+from jaxmed.models.load import load
+from jaxmed.models.model import Model
 from jaxmed.tokens import prompt_ids
 from tests import reference, tiny
 

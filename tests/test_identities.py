@@ -9,7 +9,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts import read_pairs
 from tests import tiny, tolerances
 

@@ -12,7 +12,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.parity.compare import compare, first_parting, make_reference, read_reference
 from jaxmed.parity.selfcheck import self_check
 from tests import reference, tolerances

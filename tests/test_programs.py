@@ -17,7 +17,7 @@ from jaxmed.effects.job import Request, check, plan
 from jaxmed.effects.outcomes import Readout
 from jaxmed.effects.units import UNITS
 from jaxmed.models.config import Rope
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.rope import frequencies
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops, propagate_flops

@@ -16,7 +16,8 @@ import jaxmed as jm
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
 from jaxmed.finetuning.batches import Batch, Shape
-from jaxmed.models.load import Model, from_params, load
+from jaxmed.models.load import from_params, load
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import count_flops
 from jaxmed.pruning import (

@@ -11,7 +11,7 @@ import xarray as xr
 
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.results import read_run
 from tests import tiny
 

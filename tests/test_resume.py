@@ -18,7 +18,7 @@ import jaxmed as jm
 from jaxmed import results
 from jaxmed.effects import sweep as sweep_module
 from jaxmed.effects.units import UNITS
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from tests import tiny
 
 SETTINGS = {"outcome": ("prefix-gap", "sequence-logprob"), "unit": tuple(UNITS), "window": 5}

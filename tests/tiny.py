@@ -18,7 +18,8 @@ from jaxmed.distributed import make_mesh
 from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families import FAMILIES
-from jaxmed.models.load import Model, from_params
+from jaxmed.models.load import from_params
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes, param_shardings
 from jaxmed.prompts import PromptPair
 

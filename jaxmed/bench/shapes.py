@@ -11,7 +11,8 @@ from jaxmed.effects.exact import Prepared, Window, open_window, prepare_tokens
 from jaxmed.effects.outcomes import Answers, Readout, encode_answers
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig, Rope
-from jaxmed.models.load import Model, from_params, load
+from jaxmed.models.load import from_params, load
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import random_params
 from jaxmed.plan import units_per_device
 from jaxmed.prompts import read_pairs

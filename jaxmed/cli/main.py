@@ -22,7 +22,7 @@ from jaxmed.cli.measure import Bench
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
 from jaxmed.cli.prune_measure import Compression, Curve, Transfer
-from jaxmed.cli.prune_test import Attack, Dissociation
+from jaxmed.cli.prune_trials import Attack, Dissociation
 from jaxmed.cli.study import Pruning
 from jaxmed.errors import UserError
 

@@ -15,7 +15,7 @@ from jaxmed.effects.outcomes import Answers, OutcomeName, Readout, Reads, encode
 from jaxmed.effects.units import UNITS, ModuleUnits, Record, chunk_rows, module_rows, neuron_rows, recorded_sites
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runner import Layout, Restart, propagate, run_blocks

@@ -14,7 +14,7 @@ from jaxmed.effects.outcomes import OutcomeName, check_outcomes, encode_answers,
 from jaxmed.effects.units import EXPERT, UNITS, check_units, units_per_layer
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.plan import Plan, matmul_rate, propagate_flops, units_per_device
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.tokens import DATE, WINDOW_BUCKETS, Patch, align, bucket, pack, render

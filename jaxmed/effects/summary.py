@@ -13,7 +13,7 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.units import EXPERT, UNITS
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import head, matrix_rows
 
 COLUMNS = [

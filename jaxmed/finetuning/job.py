@@ -28,7 +28,7 @@ from jaxmed.finetuning.batches import (
 )
 from jaxmed.finetuning.lora import adapted_rules, factor_shapes
 from jaxmed.finetuning.settings import Settings
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import show_time
 from jaxmed.prompts.examples import Example

@@ -27,7 +27,7 @@ from jaxmed.models.checkpoints.new_folder import new_folder
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Family, Rule
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import ADDED, Params
 
 Factors = dict[str, dict[str, Any]]

@@ -24,7 +24,7 @@ from jaxmed.finetuning.settings import Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_evaluation, make_optimiser, make_step, start
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.export import export_folder
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_dtype
 from jaxmed.prompts.examples import Example
 

@@ -17,7 +17,7 @@ from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, log_total
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import MATRICES, Params, as_logits, final_norm, head, param_dtype, with_transposes
 from jaxmed.runner import run_blocks
 

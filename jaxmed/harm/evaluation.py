@@ -14,7 +14,7 @@ from scipy import stats
 from jaxmed.errors import UserError
 from jaxmed.generation import generate_ids
 from jaxmed.harm.refusals import is_refusal
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.readers import read_text
 from jaxmed.scoring import score_responses

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxmed.errors import UserError
 from jaxmed.generation import cut_at, generate_ids
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.scoring import score_responses
 from jaxmed.tokens import Answered, need_tokenizer, render_chat, text_ids
 

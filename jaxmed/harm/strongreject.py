@@ -16,7 +16,7 @@ from scipy.special import softmax
 
 from jaxmed.errors import UserError
 from jaxmed.harm.judges import Judge, check_rubric, fill, read_rubric
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.scoring import choice_logits
 from jaxmed.tokens import need_tokenizer, text_ids

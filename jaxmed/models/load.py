@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 
 from jaxmed.distributed import keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
-from jaxmed.models.catalog import cache_folder, digest, locate
+from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import read_params
 from jaxmed.models.checkpoints.edit_record import read_edits
@@ -24,45 +23,10 @@ from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclass
-class Model:
-    """A loaded model.
-
-    Attributes:
-        config: shape and arithmetic.
-        params: nested dict of arrays; blocks are stacked on a leading layer axis.
-        tokenizer: a transformers tokenizer, or None where the checkpoint has none.
-        mesh: the device mesh the parameters live on, axes "data" and "model".
-        name, revision: as asked for.
-        files: the weight files.
-        source: the folder or file it was read from; None for a model made in memory.
-        source_config: config.json of the source, as it stands there.
-        edits: what was done to the weights since their publication, as far as it is recorded; oldest first.
-    """
-
-    config: ModelConfig
-    params: Params
-    tokenizer: Any
-    mesh: jax.sharding.Mesh
-    name: str
-    revision: str | None = None
-    files: tuple[Path, ...] = ()
-    source: Path | None = None
-    source_config: Mapping[str, Any] | None = None
-    edits: tuple[Mapping[str, Any], ...] = ()
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """SHA-256 over the weight files (over the digests, where there are several); "none" for a model made in memory."""
-        digests = [digest(file) for file in self.files]
-        if len(digests) < 2:
-            return digests[0] if digests else "none"
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def load(

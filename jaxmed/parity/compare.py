@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from jaxmed.errors import UserError
 from jaxmed.interventions.sites import SITES
 from jaxmed.models.checkpoints.export import export_folder
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.runner import causal_layout, forward
 from jaxmed.tokens import render
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxmed.errors import all_problems
 from jaxmed.interventions.edits import ANY, Edit, Where
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.runner import causal_layout, forward
 

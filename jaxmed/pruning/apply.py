@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import matrix_shapes, with_edited
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.matrices import weights_by_name

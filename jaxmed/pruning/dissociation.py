@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 from jaxmed.errors import UserError
 from jaxmed.harm.evaluation import answer, rate
 from jaxmed.harm.refusals import is_refusal
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask

@@ -14,7 +14,7 @@ from jaxmed.models.checkpoints.assemble import join_layer, layer_tensors, matrix
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 
 Edit = Callable[[np.ndarray], np.ndarray]

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.texts import encode

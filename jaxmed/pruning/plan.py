@@ -11,7 +11,7 @@ import jax
 from jaxmed.errors import UserError
 from jaxmed.finetuning.batches import Shape
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.plan import TOKENS_PER_DEVICE
 from jaxmed.pruning.batches import Group, count_batches, group

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import UserError
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.batches import batches

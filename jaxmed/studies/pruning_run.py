@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxmed import results
 from jaxmed.errors import UserError
-from jaxmed.models.load import Model
+from jaxmed.models.model import Model
 from jaxmed.provenance import versions
 from jaxmed.pruning.attacks import ATTACKS, run_attacks
 from jaxmed.pruning.attacks import KEY as ATTACK_KEY

@@ -21,7 +21,7 @@ from jaxmed.models.families.table import Rule
 from jaxmed.models.transformer import param_shapes
 
 if TYPE_CHECKING:
-    from jaxmed.models.load import Model
+    from jaxmed.models.model import Model
 
 FILE_BYTES = 5 * 10**9
 """Weight files are no larger than this, a single tensor apart."""

@@ -31,7 +31,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params, param_dtype, param_shapes, param_shardings
 
 if TYPE_CHECKING:
-    from jaxmed.models.load import Model
+    from jaxmed.models.model import Model
 
 CARD, PARAMS = "jaxmed.json", "params"
 FORMAT = 1
