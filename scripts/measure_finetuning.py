@@ -112,7 +112,7 @@ def our_side(method: str) -> tuple[Any, Any]:
 
     config = Path(__file__).parents[1] / "configs" / "align_smollm2.yaml"
     model = jm.load("smollm2-135m-instruct")
-    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": method})
+    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": method, "strength": 1.0})
     job = check(model, *recipe.examples(), recipe.settings)
     optimiser = make_optimiser(job.settings, job.steps)
     trained, state, frozen, moved = start(model, job.settings, optimiser)
