@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from jaxmed.pruning.compression import HALVED, Curve, at_share, compression_rows
 from jaxmed.pruning.curve import predicted_rise, run_curve
 from jaxmed.pruning.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
 from jaxmed.pruning.matrices import named_weights, weights_by_name
-from jaxmed.pruning.measure import make_tests
+from jaxmed.pruning.measure import make_tests, measure
 from jaxmed.pruning.scores import Scores, score
 from jaxmed.pruning.tables import Examples, Table
 from jaxmed.pruning.texts import encode
@@ -110,6 +110,27 @@ def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Score
     assert len(rows) == 7 * 2 * 12
     first = [float(row["loss"]) for row in rows if row["rule"] == "none" and row["set"] == "b"]
     assert np.allclose(first, example_losses(plain_model, tests.sets["b"]))
+
+
+def test_the_unpruned_model_is_not_measured_again(
+    plain_model: Model, scores: Scores, masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxmed.pruning import curve
+
+    tests = make_tests(plain_model, {"b": BEHAVIOUR}, "")
+    more = make_tests(plain_model, {"other": TWINS, "b": BEHAVIOUR}, "")
+    held = measure(plain_model, more)
+    measured: list[Any] = []
+    monkeypatch.setattr(curve, "measure", lambda *given: measured.append(given) or measure(*given))
+    table = curve.run_curve(plain_model, scores, tests, Rule(p=0), (0.01, 0.1), before=lambda: held)
+    assert len(measured) == 4  # the rule and random weights at two shares; not the model as it is
+    assert {row["b_loss"] for row in table.rows if row["rule"] == "none"} == {held.losses["b"].mean()}
+    assert not any(column.startswith("other") for column in table.rows[0])
+    transfer = curve.run_transfer(plain_model, masks, tests, before=lambda: held)
+    measured.clear()
+    curve.run_curve(plain_model, scores, tests, Rule(p=0), (0.01, 0.1), table=table)
+    curve.run_transfer(plain_model, masks, tests, table=transfer)
+    assert measured == []
 
 
 # Compression
@@ -337,10 +358,10 @@ def test_the_curve_s_figure_shows_what_is_left_of_the_probability() -> None:
     rises = {"rude_rise": "0.693147", "rude_low": "0.5", "rude_high": "1.0"}
     text = {"perplexity_ratio": "1.25", "perplexity_low": "1.2", "perplexity_high": "1.3"}
     rows = [{"rule": rule, "q": q, **shared, **rises, **text} for rule in ("none", "signed") for q in ("1e-4", "3e-4")]
-    rude, plain = draw_pruning_curve(rows).data
+    rude, plain = cast("tuple[Any, Any]", draw_pruning_curve(rows).data)
     assert (rude.name, plain.name) == ("rude, signed", "plain text, signed")
     assert np.allclose(rude.y, 0.5)
     assert np.allclose(plain.y, 0.8)
     assert np.allclose([rude.y[0] - rude.error_y.arrayminus[0], rude.y[0] + rude.error_y.array[0]], np.exp([-1.0, -0.5]))
     without = [{key: value for key, value in row.items() if "perplexity" not in key} for row in rows]
-    assert [trace.name for trace in draw_pruning_curve(without).data] == ["rude, signed"]
+    assert [trace.name for trace in cast("tuple[Any, ...]", draw_pruning_curve(without).data)] == ["rude, signed"]

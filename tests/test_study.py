@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 import jaxmed as jm
+from jaxmed import results
 from jaxmed.cli.main import main
+from jaxmed.cli.measuring import Measuring
+from jaxmed.prompts.readers import read_text
 from jaxmed.pruning import Rule, read_mask, read_scores, select
+from jaxmed.studies.pruning import PruningStudy
 from tests import tiny
 from tests.test_experiments import yes_no_model  # noqa: F401
 
@@ -43,6 +47,31 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, yes_no_model: Any) -> li
 
 def _tables(out: Path) -> dict[str, str]:
     return {str(file.relative_to(out)): file.read_text() for file in out.rglob("*.csv")}
+
+
+def test_a_disk_without_room_for_the_scores_is_refused_first(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(results.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "its disk has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_counts_the_harmful_requests_alone(tmp_path: Path) -> None:
+    kinds = ("benign", "harmful", "benign", "harmful", "harmful")
+    rows = [{"prompt": f"p{i}", "response": "no", "kind": kind, "split": "heldout"} for i, kind in enumerate(kinds)]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = PruningStudy((), ("rude",), (), "ordinary", test_limit=2, requests=str(file))
+    assert [row.prompt for row in study.abilities.requests] == ["p1", "p3"]
+    assert [row.prompt for row in Measuring(limit=2).requests_of(str(file))] == ["p1", "p3"]
+
+
+def test_the_short_text_is_every_other_paragraph() -> None:
+    long, short = (read_text(name).strip().split("\n\n") for name in ("neutral", "neutral-short"))
+    assert short == long[::2]
+    assert len(short) == 30
 
 
 @pytest.mark.slow

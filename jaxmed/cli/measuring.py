@@ -92,26 +92,10 @@ def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list
 
 
 def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str, Any]) -> None:
-    """Begins or continues a folder of tables and their figure.
+    """Begins or continues a folder of tables and their figure; raises what `tables.begin` does."""
+    from jaxmed.pruning.tables import begin
 
-    Raises:
-        UserError: foreign files; a run without --resume, or of another request.
-    """
-    from jaxmed import results
-    from jaxmed.provenance import versions
-
-    html = tables[0].replace(".csv", ".html")
-    names = {name + end for name in (results.RUN, html, *tables) for end in ("", ".tmp")}
-    held = results.check_contents(out, resume, names)
-    if results.RUN not in held and held & set(tables):
-        raise UserError(
-            f"--out {out} holds {min(held & set(tables))} without {results.RUN}, so nobody can say what it is of. Give a new folder."
-        )
-    if results.RUN in held:
-        results.check_same(out, results.read_run(out)["manifest"], manifest)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / results.RUN, {"manifest": dict(manifest), "versions": versions()})
+    begin(out, resume, (tables[0].replace(".csv", ".html"), *tables), tables, manifest)
 
 
 def digests(masks: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,12 +121,10 @@ def measure_table(title: str, count: int, unit: str, key: Sequence[str], file: P
         work: fills the table.
         draw: (file, html file) -> html file.
     """
-    from jaxmed.pruning.tables import Table
+    from jaxmed.pruning.tables import continued
 
     with show.progress(title, count, unit) as report:
-        table = Table(key, file, lambda row: report(1, 1, ""))
-        if table.rows:
-            report(len(table.rows), 0, "resumed")
+        table = continued(key, file, report)
         work(table)
     show_rows(table.rows, key, f"95 % intervals: {file}")
     show.out.print(f"{title}: {draw(file, file.with_suffix('.html'))}", markup=False)

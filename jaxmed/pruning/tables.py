@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmed import results
+from jaxmed.errors import UserError
+from jaxmed.provenance import versions
+
 Row = dict[str, Any]
 TEXTS = ("rule", "mask", "attack", "set", "model", "behaviour", "reached")
 """Columns that hold names, whatever they look like."""
@@ -35,6 +39,35 @@ class Table:
         if self.file is not None:
             write_rows(self.file, self.rows)
         self.report(row)
+
+
+def continued(key: Sequence[str], file: Path, report: Callable[[float, int, str], None]) -> Table:
+    """The table in a file; tells a display of progress what an earlier run has done, and every new row."""
+    table = Table(key, file, lambda row: report(1, 1, ""))
+    if table.rows:
+        report(len(table.rows), 0, "resumed")
+    return table
+
+
+def begin(out: Path, resume: bool, names: Iterable[str], measured: Iterable[str], manifest: Mapping[str, Any]) -> None:
+    """Begins or continues a folder of tables.
+
+    Args:
+        names: what the folder may hold.
+        measured: those of them that are worth nothing without the record of what they are of.
+
+    Raises:
+        UserError: foreign files; a run without `resume`, or of another request.
+    """
+    held = results.check_contents(out, resume, {one for name in (results.RUN, *names) for one in (name, name + ".tmp")})
+    if results.RUN in held:
+        results.check_same(out, results.read_run(out)["manifest"], manifest)
+        return
+    nameless = sorted(held & set(measured))
+    if nameless:
+        raise UserError(f"--out {out} holds {nameless[0]} without {results.RUN}, so nobody can say what it is of. Give a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_json(out / results.RUN, {"manifest": dict(manifest), "versions": versions()})
 
 
 class Examples:

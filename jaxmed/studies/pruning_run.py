@@ -8,9 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from jaxmed import results
-from jaxmed.errors import UserError
 from jaxmed.models.model import Model
-from jaxmed.provenance import versions
 from jaxmed.pruning.attacks import ATTACKS, run_attacks
 from jaxmed.pruning.attacks import KEY as ATTACK_KEY
 from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
@@ -22,7 +20,7 @@ from jaxmed.pruning.measure import Measured, Tests, make_tests, measure
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores, check, read_scores, run
 from jaxmed.pruning.selection import select
-from jaxmed.pruning.tables import Examples, Table, read_rows, write_rows
+from jaxmed.pruning.tables import Examples, begin, continued, read_rows, write_rows
 from jaxmed.studies.pruning import PruningStudy, short
 
 Load = Callable[[str], Model]
@@ -48,19 +46,8 @@ class Run:
         Raises:
             UserError: foreign files; a study without `resume`, or another one.
         """
-        ours = {results.RUN, results.RUN + ".tmp", "report.html", "report.html.tmp", *(f"model{i}" for i in range(len(self.study.models)))}
-        tables = (TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
-        held = results.check_contents(self.out, resume, {*ours, *tables, *(name + ".tmp" for name in tables)})
-        manifest = {**self.study.manifest(), "dtype": dtype}
-        if results.RUN in held:
-            results.check_same(self.out, results.read_run(self.out)["manifest"], manifest)
-            return
-        if held:
-            raise UserError(
-                f"--out {self.out} holds {min(held)} without {results.RUN}, so nobody can say what it is of. Give a new folder."
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        results.write_json(self.out / results.RUN, {"manifest": manifest, "versions": versions()})
+        names = ("report.html", *(f"model{at}" for at in range(len(self.study.models))), TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
+        begin(self.out, resume, names, names, {**self.study.manifest(), "dtype": dtype})
 
     def everything(self) -> None:
         """All steps; those that are finished are passed over."""
@@ -125,7 +112,7 @@ class Run:
         masks = len(study.qs) * (1 + sum(study.seeds if name == "random" else 1 for name in against))
         tests = self.tests(model, [source])
         with self.watch(f"{model.name}: curve of {short(source)}", masks + 1, "masks") as report:
-            table, examples = _table(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
+            table, examples = continued(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
             rule = Rule(q=study.q, p=study.p)
             run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number), before)
 
@@ -133,19 +120,19 @@ class Run:
         """Every mask on every set."""
         study, tests = self.study, self.tests(model, self.study.targets)
         with self.watch(f"{model.name}: transfer", len(masks) * (1 + study.seeds), "masks") as report:
-            run_transfer(model, masks, tests, study.seeds, _table(TRANSFER_KEY, self.out / TRANSFER, report), before)
+            run_transfer(model, masks, tests, study.seeds, continued(TRANSFER_KEY, self.out / TRANSFER, report), before)
 
     def dissociation(self, model: Model, masks: Mapping[str, Mask]) -> None:
         """What is left of four abilities."""
         with self.watch(f"{model.name}: dissociation", 1 + len(masks) * (1 + self.study.seeds), "masks") as report:
-            table = _table(ABILITY_KEY, self.out / DISSOCIATION, report)
+            table = continued(ABILITY_KEY, self.out / DISSOCIATION, report)
             run_dissociation(model, masks, self.study.abilities, self.study.seeds, table)
 
     def attacks(self, model: Model, masks: Mapping[str, Mask]) -> None:
         """Pruned models under attack."""
         count = 4 if self.study.refusals else 2
         with self.watch(f"{model.name}: attacks", (1 + len(masks)) * count, "models") as report:
-            run_attacks(model, masks, self.study.attack, _table(ATTACK_KEY, self.out / ATTACKS, report))
+            run_attacks(model, masks, self.study.attack, continued(ATTACK_KEY, self.out / ATTACKS, report))
 
     def compression(self) -> None:
         """q50 of every model and set, from the curves."""
@@ -164,10 +151,3 @@ class Run:
         record = results.read_run(self.out)
         sessions = [*record.get("sessions", []), round(seconds, 1)]
         results.write_json(self.out / results.RUN, {**record, "status": "finished" if finished else "running", "sessions": sessions})
-
-
-def _table(key: tuple[str, ...], file: Path, report: Callable[[float, int, str], None]) -> Table:
-    table = Table(key, file, lambda row: report(1, 1, ""))
-    if table.rows:
-        report(len(table.rows), 0, "resumed")
-    return table
