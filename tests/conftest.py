@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 QUICK_COMPILES = " --xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
@@ -25,6 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config.cache.mkdir("compiled") if config.cache else None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+MOST_MAPS = 20_000
+"""Compiled programs are pieces of mapped memory; Linux gives a process 65,530 of them and ends it at the next."""
+
+
+@pytest.fixture(autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Drops compiled programs before the process has too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(
