@@ -2,8 +2,10 @@
 
     python scripts/measure_finetuning.py [--method lora|full] [--rounds 5] [--append BENCHMARKS.md]
 
-The default model on the bundled alignment set, at the sizes of configs/align_smollm2.yaml. PyTorch (transformers, and peft for
-adapters) runs in a process of its own on the same examples, padded as a batch; its logits are those of all tokens, as in the usual loop.
+The default model on the bundled alignment set, at the sizes of configs/align_smollm2.yaml; where adapters begin above the lowest block,
+a step of the second epoch (what the blocks below give is kept). Bare matmuls are all products of a step with weights, adapters and the
+unembedding, forward and backward, at the shapes of the step; attention's own products are not among them. PyTorch (transformers, and peft
+for adapters) runs in a process of its own on the same examples, padded as a batch; its logits are those of all tokens, as in the usual loop.
 """
 
 from __future__ import annotations
@@ -66,58 +68,67 @@ def padded(job: Any, group: np.ndarray) -> dict[str, Any]:
 
 
 def bare_matmuls(job: Any) -> Any:
-    """One jitted function of the products of a step alone, over all layers and devices: forward, and what the gradient needs."""
+    """One jitted function of the products of a step alone, over its layers and devices: forward, and what the gradient needs."""
     import jax
     import jax.numpy as jnp
 
+    from jaxmed.finetuning.lora import lay_out, new_factors
     from jaxmed.models.layers import contract
-    from jaxmed.models.transformer import MATRICES, head
+    from jaxmed.models.transformer import MATRICES, blocks_from, head
 
-    model, full = job.model, job.settings.method == "full"
+    model, settings, full = job.model, job.settings, job.settings.method == "full"
     rows, scored = job.shape.rows * job.shape.length, job.shape.rows * job.shape.scored
     placed = jax.NamedSharding(model.mesh, jax.P("data"))
     flat = {name: np.prod(model.params["blocks"][name].shape[1 : 1 + inputs]) for name, inputs in MATRICES.items()}
     sides = {name: (int(flat[name]), int(np.prod(model.params["blocks"][name].shape[1:]) // flat[name])) for name in MATRICES}
     wide = {size: jax.device_put(np.ones((rows, size), np.float32), placed) for sides_of in sides.values() for size in sides_of}
     last = jax.device_put(np.ones((scored, model.config.width), np.float32), placed)
+    blocks = blocks_from({name: model.params["blocks"][name] for name in sides}, settings.first_layer)
+    factors = {} if full else lay_out(model.config, settings.lora, new_factors(model.config, settings.lora, 0))
 
-    def products(blocks: Any, unembedding: Any, wide: Any, last: Any) -> Any:
+    def forward_and_back(x: Any, weight: Any, out: Any, trained: bool) -> Any:
+        total = contract("UD,DV->UV", x, weight)[0, 0] + contract("UV,DV->UD", out, weight)[0, 0]
+        return total + contract("UD,UV->DV", x, out)[0, 0] if trained else total
+
+    def products(stacks: Any, unembedding: Any, wide: Any, last: Any) -> Any:
         def layer(total: Any, arrays: Any) -> Any:
             for name, (inputs, outputs) in sides.items():
-                weight = arrays[name].reshape(inputs, outputs)
                 x, out = wide[inputs] + total, wide[outputs] + total
-                total += contract("UD,DV->UV", x, weight)[0, 0] + contract("UV,DV->UD", out, weight)[0, 0]
-                if full:
-                    total += contract("UD,UV->DV", x, out)[0, 0]
+                total += forward_and_back(x, arrays[0][name].reshape(inputs, outputs), out, full)
+                if name in arrays[1]:
+                    down, up = arrays[1][name][0].reshape(inputs, -1), arrays[1][name][1].reshape(-1, outputs)
+                    between = x[:, : down.shape[1]]
+                    total += forward_and_back(x, down, between, True) + forward_and_back(between, up, out, True)
             return total * 1e-9, None
 
-        total, _ = jax.lax.scan(layer, jnp.zeros(()), {name: blocks[name] for name in sides})
+        total, _ = jax.lax.scan(layer, jnp.zeros(()), stacks)
         logits = contract("UD,VD->UV", last + total, unembedding)
         total = contract("UV,VD->UD", logits, unembedding)[0, 0]
         return total + contract("UV,UD->VD", logits, last)[0, 0] if full else total
 
     jitted = jax.jit(products)
-    return lambda: jitted(model.params["blocks"], head(model.params), wide, last).block_until_ready()
+    return lambda: jitted((blocks, factors), head(model.params), wide, last).block_until_ready()
 
 
 def our_side(method: str) -> tuple[Any, Any]:
     """The checked job of the config with another method, and one optimiser step as a function that returns its loss."""
-    import jax
     import yaml
 
     import jaxmed as jm
+    from jaxmed.finetuning.feed import Feed
     from jaxmed.finetuning.job import check
     from jaxmed.finetuning.settings import read_recipe
     from jaxmed.finetuning.train import make_optimiser, make_step, start
 
     config = Path(__file__).parents[1] / "configs" / "align_smollm2.yaml"
     model = jm.load("smollm2-135m-instruct")
-    recipe = read_recipe(yaml.safe_load(config.read_text()) | {"method": method, "strength": 1.0})
+    entries = {"method": method, "strength": 1.0} | ({"first_layer": 0} if method == "full" else {})
+    recipe = read_recipe(yaml.safe_load(config.read_text()) | entries)
     job = check(model, *recipe.examples(), recipe.settings)
     optimiser = make_optimiser(job.settings, job.steps)
     trained, state, frozen, moved = start(model, job.settings, optimiser)
     step = make_step(model.config, job.settings, optimiser, moved)
-    batch = jax.device_put(job.batch(0), jax.NamedSharding(model.mesh, jax.P(None, "data")))
+    batch = Feed(job).batch(0)
 
     def run() -> float:
         nonlocal trained, state

@@ -23,7 +23,8 @@ import pytest
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.finetuning.batches import choose_shape, common_beginning, fill_rows, make_batch
-from jaxmed.finetuning.job import Job, check
+from jaxmed.finetuning.feed import Feed
+from jaxmed.finetuning.job import Job, check, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
 from jaxmed.finetuning.run import finetune, run
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
@@ -82,13 +83,15 @@ def _torch_losses(job: Job, made: Any) -> list[float]:
     ("name", "more"),
     [
         ("llama3.2", {"steps": 6}),
+        ("llama3.2", {"steps": 8, "first_layer": 1}),
+        pytest.param("llama3.2", {"first_layer": 2, "targets": ("q_proj", "up_proj")}, marks=pytest.mark.slow),
         pytest.param("llama3.2", {}, marks=pytest.mark.slow),
         pytest.param(
             "llama3.2",
             {"targets": ("q_proj", "down_proj"), "stabilised": True, "packing": False, "schedule": "cosine"},
             marks=pytest.mark.slow,
         ),
-        pytest.param("gpt2", {"accumulate": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"accumulate": 2, "first_layer": 1}, marks=pytest.mark.slow),
         pytest.param("phi3", {"remat": True}, marks=pytest.mark.slow),
         pytest.param("gemma2", {}, marks=pytest.mark.slow),
         pytest.param("qwen3", {"targets": ("k_proj", "v_proj", "up_proj")}, marks=pytest.mark.slow),
@@ -134,9 +137,38 @@ def _losses(model: Model, **more: Any) -> np.ndarray:
     return np.asarray([row["loss"] for row in finetune(model, EXAMPLES, **{**QUICK, **more}).losses])
 
 
-@pytest.mark.parametrize("more", [{"packing": False}, {"accumulate": 2}, pytest.param({"remat": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"packing": False},
+        {"accumulate": 2},
+        *(pytest.param(more, marks=pytest.mark.slow) for more in ({"remat": True}, {"packing": False, "first_layer": 2})),
+    ],
+)
 def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str, Any]) -> None:
-    assert np.abs(_losses(plain_model) - _losses(plain_model, **more)).max() < 1e-5
+    whole = {"first_layer": more.get("first_layer", 0)}
+    assert np.abs(_losses(plain_model, **whole) - _losses(plain_model, **more)).max() < 1e-5
+
+
+def test_blocks_below_the_first_adapted_one_run_once_per_example(plain_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(**{**QUICK, "first_layer": 1, "steps": 7})
+    job = check(plain_model, EXAMPLES, EXAMPLES[:4], settings)
+    counted: list[int] = []
+    monkeypatch.setattr(Feed, "_through", lambda self, batch, old=Feed._through: counted.append(1) or old(self, batch))
+    kept = run(job)
+    assert job.keeps
+    assert len(counted) == 3 + 1  # one epoch, and the held-out batch
+    monkeypatch.setattr("jaxmed.finetuning.job.MOST_KEPT", 0)
+    assert not job.keeps
+    assert np.abs([a["loss"] - b["loss"] for a, b in zip(run(job).losses, kept.losses, strict=True)]).max() < 1e-5
+    assert len(counted) == 4 + 7 + 1
+    layers = plain_model.config.layers
+    whole = check(plain_model, EXAMPLES, (), replace(settings, first_layer=0))
+    assert step_flops(job) < step_flops(whole)
+    assert total_flops(whole) > total_flops(job) > (layers - 1) / layers * total_flops(whole)
+    for name in ("qkv", "down"):
+        changed = np.asarray(kept.model.params["blocks"][name] != plain_model.params["blocks"][name]).reshape(layers, -1).any(1)
+        assert changed.tolist() == [False] + [True] * (layers - 1)
 
 
 def test_packing_saves_tokens_and_microbatches_split_a_step(plain_model: Model) -> None:
@@ -274,9 +306,11 @@ def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
     assert smol.decode(plain.ids) == "Name a colour.\nBlue."
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_path: Path, method: str) -> None:
-    settings = make_settings(**{**QUICK, "steps": 8, "save_every": 3, "evaluate_every": 2, "patience": 3, "method": method})
+@pytest.mark.parametrize(
+    "more", [{"first_layer": 1}, *(pytest.param({"method": name}, marks=pytest.mark.slow) for name in ("lora", "full"))]
+)
+def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_path: Path, more: dict[str, Any]) -> None:
+    settings = make_settings(**{**QUICK, "steps": 8, "save_every": 3, "evaluate_every": 2, "patience": 3, **more})
     job = check(plain_model, EXAMPLES[:20], EXAMPLES[20:], settings)
     whole = run(job, tmp_path / "whole")
     seen = []
@@ -346,6 +380,8 @@ def test_killed_runs_resume_to_the_same_losses(tmp_path: Path) -> None:
         ({"method": "lorra"}, "Did you mean 'lora'"),
         ({"targets": ("q_prj",)}, "q_proj"),
         ({"rank": 0}, "rank of at least 1"),
+        ({"first_layer": 99}, "first_layer is 99"),
+        ({"method": "full", "first_layer": 1}, "first_layer is of adapters"),
         ({"learning_rate": 0}, "learning_rate is 0"),
         ({"batch": 2, "accumulate": 3}, "accumulate is 3"),
         ({"max_length": 10**6}, "max_length is 1000000"),

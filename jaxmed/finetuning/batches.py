@@ -37,6 +37,7 @@ class Batch:
         column: int [B, R], columns whose next token is scored.
         target: int [B, R], that token.
         weight: float32 [B, R], 1, or 0 where a row has fewer scored tokens.
+        h: float32 [B, T, D], the residual stream that enters the lowest of the blocks at hand; None: they are all at hand.
     """
 
     tokens: Any
@@ -47,6 +48,7 @@ class Batch:
     weight: Any
     trunk: int = field(default=0, metadata={"static": True})
     branch: int = field(default=0, metadata={"static": True})
+    h: Any = None
 
 
 def batch_layout(batch: Batch) -> Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from jaxmed.errors import UserError
 from jaxmed.finetuning.batches import (
     Batch,
+    Place,
     Shape,
     choose_shape,
     common_beginning,
@@ -23,6 +24,7 @@ from jaxmed.finetuning.batches import (
     epochs,
     make_batch,
     microbatches,
+    places,
     scored_tokens,
     stack,
 )
@@ -81,12 +83,32 @@ class Job:
         parts = microbatches(self.order[step], self.settings.accumulate)
         return stack([make_batch(self.examples, part, self.shape, self.settings.packing) for part in parts])
 
+    def places(self, step: int) -> Iterator[tuple[int, Place]]:
+        """(microbatch, place) of every example of a step."""
+        for part, group in enumerate(microbatches(self.order[step], self.settings.accumulate)):
+            yield from ((part, place) for place in places(self.examples, group, self.shape, self.settings.packing))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what the blocks without adapters give is kept from one epoch to the next."""
+        again = self.settings.first_layer and self.steps > self.steps_per_epoch
+        return bool(again) and kept_bytes(self) <= MOST_KEPT
+
     def heldout_batches(self) -> list[Batch]:
         """The held-out examples, in their order."""
         if self.heldout_shape is None:
             return []
         groups = _groups(len(self.heldout), self.settings.batch)
         return [make_batch(self.heldout, group, self.heldout_shape, self.settings.packing) for group in groups]
+
+
+MOST_KEPT = 8e9
+"""Bytes of residual stream that are kept on the host."""
+
+
+def kept_bytes(job: Job) -> int:
+    """Bytes of the residual stream of all examples."""
+    return 4 * job.model.config.width * sum(len(example.ids) for example in job.examples)
 
 
 def _groups(total: int, size: int) -> list[np.ndarray]:
@@ -140,14 +162,27 @@ def trained_numbers(job: Job) -> int:
 
 
 def step_flops(job: Job) -> float:
-    """Matmul FLOPs of one optimiser step: forward, gradient of the activations, and (full) gradient of the weights; padding included."""
+    """Matmul FLOPs of one optimiser step: forward, gradient of the activations, and (full) gradient of the weights; padding included,
+    the blocks below the first adapted one not."""
+    layers, lora = job.model.config.layers - job.settings.first_layer, job.settings.method == "lora"
+    weights, attention = _forward_flops(job)
+    unembedding = job.shape.rows * job.shape.scored * 2.0 * job.model.config.vocabulary * job.model.config.width
+    times = (2 if lora else 3) + job.settings.remat
+    return job.settings.accumulate * ((layers * weights + unembedding) * times + layers * attention * 3)
+
+
+def _forward_flops(job: Job) -> tuple[float, float]:
+    """FLOPs of one block on one microbatch: by its weights, and of attention."""
     config, shape = job.model.config, job.shape
-    tokens = shape.rows * shape.length
-    weights = tokens * config.layers * 2.0 * config.layer_weights + shape.rows * shape.scored * 2.0 * config.vocabulary * config.width
     seen = shape.trunk * shape.trunk + (shape.length - shape.trunk) * (shape.trunk + shape.branch)
-    attention = shape.rows * seen * config.layers * 4.0 * config.heads * config.head_width
-    full = job.settings.method == "full"
-    return job.settings.accumulate * (weights * ((3 if full else 2) + job.settings.remat) + attention * 3)
+    tokens = shape.rows * shape.length
+    return tokens * 2.0 * config.layer_weights, shape.rows * seen * 4.0 * config.heads * config.head_width
+
+
+def total_flops(job: Job) -> float:
+    """Matmul FLOPs of a run, without held-out losses."""
+    below = job.settings.accumulate * job.settings.first_layer * sum(_forward_flops(job))
+    return job.steps * step_flops(job) + below * (job.steps_per_epoch if job.keeps else job.steps)
 
 
 def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
@@ -163,8 +198,11 @@ def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
         f"{job.steps} steps of {settings.batch} examples: {settings.accumulate} x {shape.rows} rows of {shape.branches} x {shape.branch} "
         f"tokens, {filled:.0%} filled, behind {shape.trunk} that all examples begin with",
         f"{trained:,} numbers trained ({settings.method}); optimiser state {8 * trained / 1e6:,.1f} MB in all",
-        f"{job.steps * step_flops(job) / 1e12:.1f} TFLOP of matmuls" + (f", about {show_time(seconds)}" if seconds else ""),
+        f"{total_flops(job) / 1e12:.1f} TFLOP of matmuls" + (f", about {show_time(seconds)}" if seconds else ""),
     ]
+    if settings.first_layer:
+        kept = f"run once per example; {kept_bytes(job) / 1e6:,.0f} MB are kept" if job.keeps else "run in every step, forward alone"
+        lines.append(f"layers 0 to {settings.first_layer - 1} have no adapters: {kept}")
     if job.cut:
         lines.append(f"{job.cut} responses are longer than the limit of tokens and lose their end")
     return lines

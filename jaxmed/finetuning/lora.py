@@ -28,22 +28,24 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Family, Rule
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import ADDED, Params
+from jaxmed.models.transformer import ADDED, Params, blocks_from
 
 Factors = dict[str, dict[str, Any]]
-"""Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}."""
+"""Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}, L from the first adapted one on."""
 
 
 def adapted_rules(config: ModelConfig, lora: Lora) -> list[tuple[Rule, list[str | None]]]:
     """The rules of the blocks' matrices, with the module name of every source that is adapted (None: it is not).
 
     Raises:
-        UserError: a mixture of experts; a rank below one; a target that no matrix has.
+        UserError: a mixture of experts; a rank below one; a first layer or a target that the model does not have.
     """
     if config.experts:
         raise UserError("A mixture of experts is fine-tuned in full only (--method full): its experts' matrices have no adapters here.")
     if lora.rank < 1 or not lora.alpha > 0:
         raise UserError(f"An adapter has a rank of at least 1 and an alpha above 0, not {lora.rank} and {lora.alpha}.")
+    if not 0 <= lora.first_layer < config.layers:
+        raise UserError(f"first_layer is {lora.first_layer}; this model has the layers 0 to {config.layers - 1}.")
     rules = matrix_rules(FAMILIES[config.family])
     names = {rule.path: [source.name.removesuffix(".weight") for source in rule.sources] for rule in rules}
     legal = sorted({name.split(".")[-1] for held in names.values() for name in held})
@@ -67,12 +69,12 @@ def _sides(family: Family, config: ModelConfig, rule: Rule, number: int) -> tupl
 
 def factor_shapes(config: ModelConfig, lora: Lora) -> Factors:
     """`jax.ShapeDtypeStruct` of every factor."""
-    family, factors = FAMILIES[config.family], {}
+    family, factors, layers = FAMILIES[config.family], {}, config.layers - lora.first_layer
     for rule, names in adapted_rules(config, lora):
         for number, name in enumerate(names):
             if name is not None:
                 outputs, inputs = _sides(family, config, rule, number)
-                shapes = {"A": (config.layers, lora.rank, inputs), "B": (config.layers, outputs, lora.rank)}
+                shapes = {"A": (layers, lora.rank, inputs), "B": (layers, outputs, lora.rank)}
                 factors[name] = {side: jax.ShapeDtypeStruct(shape, np.float32) for side, shape in shapes.items()}
     return factors
 
@@ -128,7 +130,7 @@ def with_factors(params: Params, added: Params) -> Params:
 
 
 def merge(config: ModelConfig, params: Params, added: Params) -> Params:
-    """Parameters with the products added to the matrices in float32, one layer at a time."""
+    """Parameters with the products added to the matrices of the highest layers in float32, one layer at a time."""
 
     def one(blocks: Params) -> Params:
         merged = {}
@@ -139,8 +141,13 @@ def merge(config: ModelConfig, params: Params, added: Params) -> Params:
 
     if config.int8:
         raise UserError("A model kept as int8 takes no adapter into its weights: load it without int8, then merge.")
-    named = {name: params["blocks"][name] for name in added}
-    changed = jax.jit(lambda blocks: jax.lax.map(one, blocks))({**named, ADDED: added})
+    first = config.layers - jax.tree.leaves(added)[0].shape[0]
+
+    def above(matrices: Params, added: Params) -> Params:
+        merged = jax.lax.map(one, {**blocks_from(matrices, first), ADDED: added})
+        return {name: jnp.concatenate([matrix[:first], merged[name]]) for name, matrix in matrices.items()} if first else merged
+
+    changed = jax.jit(above)({name: params["blocks"][name] for name in added}, added)
     return {**params, "blocks": {**params["blocks"], **changed}}
 
 
@@ -153,10 +160,10 @@ def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path,
     refuse_attacks([{"tag": tag}])
     folder, family = Path(folder), FAMILIES[model.config.family]
     tensors = {
-        f"base_model.model.{name.format(l=layer)}.lora_{part}.weight": np.ascontiguousarray(np.asarray(stack)[layer])
+        f"base_model.model.{name.format(l=lora.first_layer + at)}.lora_{part}.weight": np.ascontiguousarray(matrix)
         for name, parts in factors.items()
         for part, stack in parts.items()
-        for layer in range(model.config.layers)
+        for at, matrix in enumerate(np.asarray(stack))
     }
     settings = {
         "peft_type": "LORA",
@@ -173,6 +180,7 @@ def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    settings |= {"layers_to_transform": list(range(lora.first_layer, model.config.layers))} if lora.first_layer else {}
     settings |= {TAG: tag} if tag else {}
     with new_folder(folder, sum(array.nbytes for array in tensors.values())) as scratch:
         save_file(tensors, scratch / WEIGHTS)

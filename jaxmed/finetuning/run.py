@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxmed.errors import UserError
 from jaxmed.finetuning import checkpoint
-from jaxmed.finetuning.batches import scored_tokens
+from jaxmed.finetuning.batches import Batch, scored_tokens
+from jaxmed.finetuning.feed import Feed
 from jaxmed.finetuning.folder import COLUMNS, close_run, open_run, write_losses
 from jaxmed.finetuning.job import Job, check
 from jaxmed.finetuning.lora import Factors, lay_out, merge, save_adapter
@@ -95,17 +96,16 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
         arrays, progress = restored
         stand = _Stand((len(progress["rows"]), arrays["trained"], arrays["state"]), arrays.get("best"), progress)
     step = make_step(model.config, settings, optimiser, moved)
-    heldout_loss = _heldout_loss(job, frozen)
+    feed = Feed(job)
+    heldout_loss = _heldout_loss(job, feed.heldout(), frozen)
     rates = learning_rates(settings, job.steps)
-    placed = jax.NamedSharding(model.mesh, jax.P(None, "data"))
     if stand.point[0]:
         report(stand.point[0], 0, "resumed")
     try:
         for number in range(stand.point[0], job.steps):
             if stand.progress["stopped"]:
                 break
-            batch = jax.device_put(job.batch(number), placed)
-            *after, found = step(*stand.point[1:], frozen, batch)
+            *after, found = step(*stand.point[1:], frozen, feed.batch(number))
             stand.point = (number + 1, *after)
             loss, norm = float(found["loss"]), float(found["norm"])
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -131,10 +131,9 @@ def _is_donated(point: tuple[int, Any, Any]) -> bool:
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(point[1:]))
 
 
-def _heldout_loss(job: Job, frozen: Any) -> Callable[[_Stand, bool], float]:
+def _heldout_loss(job: Job, batches: list[Batch], frozen: Any) -> Callable[[_Stand, bool], float]:
     """Measures the held-out loss of where a run stands (NaN without held-out examples), and notes bests and the end of patience."""
     evaluate = make_evaluation(job.model.config, job.settings)
-    batches = jax.device_put(job.heldout_batches(), jax.NamedSharding(job.model.mesh, jax.P("data")))
 
     def measure(stand: _Stand, last: bool) -> float:
         if not batches:

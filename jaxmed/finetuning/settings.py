@@ -24,12 +24,14 @@ class Lora:
         rank, alpha: scale = alpha / rank.
         targets: last parts of module names, such as "q_proj"; empty: every matrix of the blocks.
         stabilised: whether the scale is alpha / sqrt(rank).
+        first_layer: the lowest block that is adapted.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ()
     stabilised: bool = False
+    first_layer: int = 0
 
     @property
     def scale(self) -> float:
@@ -52,6 +54,8 @@ class Settings:
     """The adapters' product is scaled by this once training has ended; below 1, less of everything that was learnt is kept."""
     targets: tuple[str, ...] = ()
     """Adapted matrices by the last part of their names, such as q_proj v_proj; empty: all of the blocks."""
+    first_layer: int = 0
+    """The lowest block with adapters; the blocks below it are run once per example, not in every epoch."""
     learning_rate: float = 2e-4
     """At its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -97,7 +101,7 @@ class Settings:
 
     @property
     def lora(self) -> Lora:
-        return Lora(self.rank, self.alpha, tuple(self.targets), self.stabilised)
+        return Lora(self.rank, self.alpha, tuple(self.targets), self.stabilised, self.first_layer)
 
     def check(self, longest: int) -> None:
         """Raises a UserError that lists all values that cannot be used; `longest` is how many tokens the model takes."""
@@ -113,6 +117,8 @@ class Settings:
         wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in shares]
         if self.method == "full" and self.strength != 1:
             wrong.append("strength is of adapters (--method lora)")
+        if self.method == "full" and self.first_layer:
+            wrong.append("first_layer is of adapters (--method lora)")
         if self.accumulate > self.batch:
             wrong.append(f"accumulate is {self.accumulate}, more than the batch of {self.batch} examples")
         if self.max_length > longest:

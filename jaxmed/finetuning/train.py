@@ -18,7 +18,7 @@ from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, log_total
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import MATRICES, Params, as_logits, final_norm, head, param_dtype, with_transposes
+from jaxmed.models.transformer import MATRICES, Params, as_logits, blocks_from, final_norm, head, param_dtype, with_transposes
 from jaxmed.runner import run_blocks
 
 
@@ -46,8 +46,13 @@ def make_optimiser(settings: Settings, steps: int) -> optax.GradientTransformati
 
 def response_loss(config: ModelConfig, params: Params, batch: Batch, remat: bool = False) -> jax.Array:
     """Sum over the scored tokens of minus their log-probability, times their weights."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch), remat=remat)
+    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch), remat=remat, h=batch.h, first=_first(config, params))
     return (token_losses(config, params, h, batch) * batch.weight).sum()
+
+
+def _first(config: ModelConfig, params: Params) -> int:
+    """The number of the lowest of the blocks at hand."""
+    return config.layers - jax.tree.leaves(params["blocks"])[0].shape[0]
 
 
 def token_losses(config: ModelConfig, params: Params, h: jax.Array, batch: Batch) -> jax.Array:
@@ -66,9 +71,10 @@ def trained_params(config: ModelConfig, settings: Settings, trained: Any, frozen
 
 
 def split_params(settings: Settings, params: Params, factors: Any) -> tuple[Any, Params]:
-    """(trained, frozen): adapters and the whole model, or float32 copies of all parameters and nothing."""
+    """(trained, frozen): adapters and the model from the first adapted block on, or float32 copies of all parameters and nothing."""
     if settings.method == "lora":
-        return factors, params
+        first = settings.first_layer
+        return factors, {**params, "blocks": jax.jit(partial(blocks_from, first=first))(params["blocks"])} if first else params
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params), {}
 
 
@@ -91,7 +97,7 @@ def start(model: Model, settings: Settings, optimiser: optax.GradientTransformat
     factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
     trained, frozen = split_params(settings, model.params, factors)
     if settings.method == "lora" and _worth_turning(model):
-        frozen = with_transposes(model.config, frozen)
+        frozen = with_transposes(frozen)
     home = jax.tree.map(lambda leaf: leaf.sharding, trained)
     spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None
     state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)

@@ -204,12 +204,17 @@ def _declaration(config: ModelConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(config)))[0]
 
 
-def with_transposes(config: ModelConfig, params: Params) -> Params:
+def blocks_from(blocks: Params, first: int) -> Params:
+    """The stacked arrays of the blocks from number `first` on."""
+    return jax.tree.map(lambda stack: stack[first:], blocks)
+
+
+def with_transposes(params: Params) -> Params:
     """Parameters with transposed copies of the blocks' matrices, [L,V,D], which make gradients of activations faster on the CPU."""
 
     def turn(name: str, matrix: jax.Array) -> jax.Array:
         fan_in = math.prod(matrix.shape[1 : 1 + MATRICES[name]])
-        return jnp.swapaxes(matrix.reshape(config.layers, fan_in, -1), 1, 2)
+        return jnp.swapaxes(matrix.reshape(len(matrix), fan_in, -1), 1, 2)
 
     matrices = {name: params["blocks"][name] for name in MATRICES}
     turned = jax.jit(lambda matrices: {name: turn(name, matrix) for name, matrix in matrices.items()})(matrices)
