@@ -4,8 +4,9 @@
 
 The default model on the bundled alignment set, at the sizes of configs/align_smollm2.yaml; where adapters begin above the lowest block,
 a step of the second epoch (what the blocks below give is kept). Bare matmuls are all products of a step with weights, adapters and the
-unembedding, forward and backward, at the shapes of the step; attention's own products are not among them. PyTorch (transformers, and peft
-for adapters) runs in a process of its own on the same examples, padded as a batch; its logits are those of all tokens, as in the usual loop.
+unembedding, forward and backward, at the shapes of the step; attention's own products are not among them. PyTorch (transformers, and
+peft for adapters) runs in a process of its own on the same examples, padded as a batch; its logits are those of all tokens, as in the
+usual loop.
 """
 
 from __future__ import annotations
@@ -86,19 +87,23 @@ def bare_matmuls(job: Any) -> Any:
     blocks = blocks_from({name: model.params["blocks"][name] for name in sides}, settings.first_layer)
     factors = {} if full else lay_out(model.config, settings.lora, new_factors(model.config, settings.lora, 0))
 
-    def forward_and_back(x: Any, weight: Any, out: Any, trained: bool) -> Any:
-        total = contract("UD,DV->UV", x, weight)[0, 0] + contract("UV,DV->UD", out, weight)[0, 0]
-        return total + contract("UD,UV->DV", x, out)[0, 0] if trained else total
+    def forward_and_back(total: Any, x: Any, weight: Any, out: Any, trained: bool) -> Any:
+        found = total + contract("UD,DV->UV", x, weight)[0, 0] + contract("UV,DV->UD", out, weight)[0, 0]
+        if not trained:
+            return found
+        x, out = (x + total, out) if x.shape[1] < out.shape[1] else (x, out + total)  # or it would be computed once for all layers
+        return found + contract("UD,UV->DV", x, out)[0, 0]
 
     def products(stacks: Any, unembedding: Any, wide: Any, last: Any) -> Any:
         def layer(total: Any, arrays: Any) -> Any:
             for name, (inputs, outputs) in sides.items():
-                x, out = wide[inputs] + total, wide[outputs] + total
-                total += forward_and_back(x, arrays[0][name].reshape(inputs, outputs), out, full)
+                x, out = wide[inputs], wide[outputs]
+                total = forward_and_back(total, x, arrays[0][name].reshape(inputs, outputs), out, full)
                 if name in arrays[1]:
                     down, up = arrays[1][name][0].reshape(inputs, -1), arrays[1][name][1].reshape(-1, outputs)
                     between = x[:, : down.shape[1]]
-                    total += forward_and_back(x, down, between, True) + forward_and_back(between, up, out, True)
+                    total = forward_and_back(total, x, down, between, True)
+                    total = forward_and_back(total, between, up, out, True)
             return total * 1e-9, None
 
         total, _ = jax.lax.scan(layer, jnp.zeros(()), stacks)
@@ -127,7 +132,7 @@ def our_side(method: str) -> tuple[Any, Any]:
     job = check(model, *recipe.examples(), recipe.settings)
     optimiser = make_optimiser(job.settings, job.steps)
     trained, state, frozen, moved = start(model, job.settings, optimiser)
-    step = make_step(model.config, job.settings, optimiser, moved)
+    step = make_step(model.config, job.settings, optimiser, model.mesh, moved)
     batch = Feed(job).batch(0)
 
     def run() -> float:

@@ -46,8 +46,8 @@ def test_the_default_model_writes_as_transformers_does(default_model: Model, tmp
     """Token for token, from prompts of different lengths in one batch."""
     jm.export_folder(default_model, tmp_path / "model")
     made: Any = reference.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    prompts = [prompt_ids(default_model.tokenizer, jm.Example(pair.source)) for pair in jm.read_pairs("harm")[:40:2]]
-    ours = generate_ids(default_model, prompts, 24, rows=20)
+    prompts = [prompt_ids(default_model.tokenizer, jm.Example(pair.source)) for pair in jm.read_pairs("harm")[:40:5]]
+    ours = generate_ids(default_model, prompts, 24, rows=8)
     for prompt, ids in zip(prompts, ours, strict=True):
         given = torch.as_tensor(prompt[None].astype(np.int64))
         theirs = made.generate(given, max_new_tokens=24, do_sample=False, eos_token_id=[0, 2], pad_token_id=2)[0, len(prompt) :].tolist()

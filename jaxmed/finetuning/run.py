@@ -95,7 +95,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     if restored is not None:
         arrays, progress = restored
         stand = _Stand((len(progress["rows"]), arrays["trained"], arrays["state"]), arrays.get("best"), progress)
-    step = make_step(model.config, settings, optimiser, moved)
+    step = make_step(model.config, settings, optimiser, model.mesh, moved)
     feed = Feed(job)
     heldout_loss = _heldout_loss(job, feed.heldout(), frozen)
     rates = learning_rates(settings, job.steps)

@@ -105,13 +105,14 @@ def start(model: Model, settings: Settings, optimiser: optax.GradientTransformat
 
 
 def _spread(trained: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shardings in which every device on "data" holds its own part: the largest axis that is not sharded yet and divides."""
+    """Shardings in which every device on "data" holds its own part: the first axis that is not sharded yet and divides, so that the part
+    is as few pieces of memory as can be."""
 
     def one(leaf: jax.Array) -> jax.sharding.NamedSharding:
         spec = [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]  # type: ignore[attr-defined]
         axes = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["data"] == 0]
         if axes:
-            spec[max(axes, key=lambda i: leaf.shape[i])] = "data"
+            spec[axes[0]] = "data"
         return jax.NamedSharding(mesh, jax.P(*spec))
 
     return jax.tree.map(one, trained)
@@ -127,7 +128,9 @@ Step = Callable[[Any, Any, Params, Batch], tuple[Any, Any, dict[str, jax.Array]]
 """(trained, optimiser state, frozen, batches [A, ...]) -> both after the step, and {"loss", "norm"}; the first two are donated."""
 
 
-def make_step(config: ModelConfig, settings: Settings, optimiser: optax.GradientTransformation, spread: Any = None) -> Step:
+def make_step(
+    config: ModelConfig, settings: Settings, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh, spread: Any = None
+) -> Step:
     """The jitted step. The loss is the mean over all response tokens of the step, whatever the microbatches.
 
     Args:
@@ -139,20 +142,11 @@ def make_step(config: ModelConfig, settings: Settings, optimiser: optax.Gradient
 
     def step(trained: Any, state: Any, frozen: Params, batches: Batch) -> tuple[Any, Any, dict[str, jax.Array]]:
         tokens = batches.weight.sum()
-
-        def add(total: Any, batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, frozen, batch)), None
-
-        first = jax.tree.map(lambda leaf: leaf[0], batches)
-        if batches.weight.shape[0] == 1:
-            total, grads = jax.value_and_grad(loss)(trained, frozen, first)
-        else:
-            zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained)
-            (total, grads), _ = jax.lax.scan(add, zero, batches)
+        total, grads = _gradients(loss, mesh, None if spread is None else spread[0], trained, frozen, batches)
         grads = jax.tree.map(lambda leaf: leaf / tokens, grads)
         before = trained
         if spread is not None:  # every device updates its own part, then all get all parts
-            grads, before = (jax.lax.with_sharding_constraint(tree, spread[0]) for tree in (grads, trained))
+            before = jax.lax.with_sharding_constraint(trained, spread[0])
         updates, state = optimiser.update(grads, state, before)
         after = optax.apply_updates(before, updates)
         if spread is not None:
@@ -160,6 +154,41 @@ def make_step(config: ModelConfig, settings: Settings, optimiser: optax.Gradient
         return after, state, {"loss": total / tokens, "norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _gradients(
+    loss: Callable[[Any, Params, Batch], jax.Array], mesh: jax.sharding.Mesh, spread: Any, trained: Any, frozen: Params, batches: Batch
+) -> tuple[jax.Array, Any]:
+    """(loss, gradients) summed over microbatches and devices. Every device first sums its own: devices wait for each other once per step,
+    not once per layer.
+
+    Args:
+        spread: shardings in which the devices keep a part each of the gradients; None: each has them whole.
+    """
+    specs = jax.tree.map(lambda _: jax.P(), trained) if spread is None else jax.tree.map(lambda one: one.spec, spread)
+
+    def add_up(leaf: jax.Array, spec: jax.P) -> jax.Array:
+        axis = next((axis for axis, name in enumerate(spec) if name == "data"), None)
+        return jax.lax.psum(leaf, "data") if axis is None else jax.lax.psum_scatter(leaf, "data", scatter_dimension=axis, tiled=True)
+
+    def own(trained: Any, frozen: Params, batches: Batch) -> tuple[jax.Array, Any]:
+        def add(total: Any, batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, frozen, batch)), None
+
+        if batches.weight.shape[0] == 1:
+            return jax.value_and_grad(loss)(trained, frozen, jax.tree.map(lambda leaf: leaf[0], batches))
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained)
+        return jax.lax.scan(add, zero, batches)[0]
+
+    def all_devices(*given: Any) -> tuple[jax.Array, Any]:
+        total, grads = own(*given)
+        return jax.lax.psum(total, "data"), jax.tree.map(add_up, grads, specs)
+
+    if mesh.size != mesh.shape["data"]:  # blocks are split over devices too: the partitioner places these sums
+        total, grads = own(trained, frozen, batches)
+        return total, grads if spread is None else jax.lax.with_sharding_constraint(grads, spread)
+    given, found = (jax.P(), jax.P(), jax.P(None, "data")), (jax.P(), specs)
+    return jax.shard_map(all_devices, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)(trained, frozen, batches)
 
 
 def make_evaluation(config: ModelConfig, settings: Settings) -> Callable[[Any, Params, Batch], jax.Array]:
