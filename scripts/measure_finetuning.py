@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 ABOUT = """Seconds per optimiser step, medians of alternating rounds; ratios are medians of per-round ratios (above 1: ours is faster).
-Bare matmuls: products with the weights, the adapters (left out before commit a746ec1) and the unembedding."""
+Bare matmuls: products with the weights, the adapters and the unembedding, every device for itself. (Rows up to 12d5e08ef03e left the
+adapters out, and of full fine-tuning counted the sum over devices of every gradient: their bare times cannot be compared with these.)"""
 
 
 def torch_side() -> None:
@@ -93,7 +94,7 @@ def bare_matmuls(job: Any) -> Any:
         if not trained:
             return found
         x, out = (x + total, out) if x.shape[1] < out.shape[1] else (x, out + total)  # or it would be computed once for all layers
-        return found + contract("UD,UV->DV", x, out)[0, 0]
+        return found + (contract("UV,UD->VD", out, x) if out.shape[1] < x.shape[1] else contract("UD,UV->DV", x, out))[0, 0]
 
     def products(stacks: Any, unembedding: Any, wide: Any, last: Any) -> Any:
         def layer(total: Any, arrays: Any) -> Any:
@@ -112,7 +113,9 @@ def bare_matmuls(job: Any) -> Any:
         total = contract("UV,VD->UD", logits, unembedding)[0, 0]
         return total + contract("UV,UD->VD", logits, last)[0, 0] if full else total
 
-    jitted = jax.jit(products)
+    whole, rows_of = jax.P(), jax.P("data")
+    alone = lambda *given: products(*given)[None]  # noqa: E731 - every device for itself: sums over devices are no products
+    jitted = jax.jit(jax.shard_map(alone, mesh=model.mesh, in_specs=(whole, whole, rows_of, rows_of), out_specs=rows_of, check_vma=False))
     return lambda: jitted((blocks, factors), head(model.params), wide, last).block_until_ready()
 
 

@@ -97,7 +97,12 @@ def _product_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Any]
     of_x = contract("UV,VD->UD", out, turned, dtype=like.dtype).reshape(-1, *like.shape[1:])
     if x is None:  # none is asked for of frozen weights
         return of_x, None, None
-    of_weight = contract("UD,UV->DV", _flat(x, kept, inputs)[0], out, dtype=weight.dtype).reshape(kept.shape)
+    x = _flat(x, kept, inputs)[0]
+    if weight.shape[1] < weight.shape[0]:  # the narrow side first: Eigen is up to five times faster so
+        of_weight = contract("UV,UD->VD", out, x, dtype=weight.dtype).T
+    else:
+        of_weight = contract("UD,UV->DV", x, out, dtype=weight.dtype)
+    of_weight = of_weight.reshape(kept.shape)
     return of_x, of_weight, None
 
 
