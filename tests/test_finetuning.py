@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from jaxmed.finetuning.job import Job, check, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
 from jaxmed.finetuning.run import finetune, run
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
-from jaxmed.finetuning.train import learning_rates, make_optimiser, response_loss, split_params, trained_params
+from jaxmed.finetuning.train import learning_rates, make_optimiser, make_step, response_loss, split_params, start, trained_params
 from jaxmed.harm.refusals import is_refusal
 from jaxmed.models.catalog import VARIANTS, Variant
 from jaxmed.models.load import load
@@ -222,6 +223,20 @@ def test_the_heldout_loss_is_that_of_its_examples(plain_model: Model) -> None:
 def test_meshes_agree(method: str) -> None:
     found = [_losses(tiny.model("llama", mesh=mesh), method=method) for mesh in ("data=1", "data=2", "data=1,model=2")]
     assert np.abs(np.asarray(found) - found[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_devices_wait_for_each_other_once_per_step_and_not_in_every_layer(plain_model: Model, method: Any) -> None:
+    settings = make_settings(**{**QUICK, "method": method})
+    job = check(plain_model, EXAMPLES, (), settings)
+    optimiser = make_optimiser(settings, job.steps)
+    trained, state, frozen, moved = start(plain_model, settings, optimiser)
+    step = make_step(plain_model.config, settings, optimiser, plain_model.mesh, moved)
+    assert plain_model.mesh.shape["data"] == 2
+    program = step.lower(trained, state, frozen, Feed(job).batch(0)).compile().as_text()
+    sums = [line for line in program.splitlines() if re.search(r"= .*(all-reduce|reduce-scatter)\(", line)]
+    assert sums
+    assert not [line for line in sums if "while/body" in line]
 
 
 def test_bfloat16_follows_float32(plain_model: Model) -> None:

@@ -117,6 +117,7 @@ def ends(record: Record, outcome: str) -> Figure:
     few = len(order) <= MOST_DUMBBELLS
     size = 19 * len(order) + 110 if few else 520
     plot = canvas(max(size, 200), outcome if few else f"base {outcome}", "" if few else f"source {outcome}")
+    plot.update_layout(modebar={"orientation": "v"}, margin={"r": 44})  # beside the plot, not over a legend of many categories
     for at, category in enumerate(dict.fromkeys(categories[i] for i in order)):
         rows = [i for i in order if categories[i] == category]
         colour = CATEGORICAL[at % len(CATEGORICAL)]

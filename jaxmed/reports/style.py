@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 
 MISSING = "\u2013"
 INK, GRID, EMPTY = "#1f2933", "#e4e7eb", "#f1f3f5"
-CATEGORICAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#4D4D4D")  # Okabe-Ito, without yellow
+CATEGORICAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#4D4D4D", "#999933", "#882255")
+"""Okabe and Ito's, without yellow, and two of Tol's: ten, as many as the bundled pairs have categories."""
 DIVERGING = [
     [0.0, "#08519c"],
     [0.15, "#2f7bbf"],
