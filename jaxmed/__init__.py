@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxmed.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from jaxmed import pruning, statistics
     from jaxmed.api import forward, load, sweep
@@ -76,6 +78,9 @@ __all__ = [
     "statistics",
     "sweep",
 ]
+
+
+keep_freed_memory()
 
 
 def __getattr__(name: str) -> Any:

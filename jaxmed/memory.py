@@ -1,0 +1,23 @@
+"""The C library's memory, kept between programs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+MALLOC_SETTINGS = {-8: 1, -4: 0, -1: -1, -2: 1 << 28}
+"""mallopt's M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD: one heap, which grows by 256 MB at a time and is not given back."""
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep freed memory for the next allocation; True where it will.
+
+    XLA on the CPU allocates a program's temporary arrays anew at every call. By default glibc asks the kernel for large blocks, gives
+    them back at once, and the kernel clears every page again: two of five seconds of an optimiser step of fine-tuning. This has its whole
+    effect only before other libraries start threads, so `import jaxmed` calls it. Nothing happens where the user has settings of their own
+    (MALLOC_..., GLIBC_TUNABLES), and without glibc.
+    """
+    if os.name != "posix" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all([mallopt(name, value) for name, value in MALLOC_SETTINGS.items()])
