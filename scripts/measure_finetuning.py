@@ -182,18 +182,27 @@ def their_side(job: Any) -> Iterator[Any]:
             process.kill()
 
 
+REST = 0.5
+"""Seconds between contestants: the threads of the one before still spin for a while."""
+
+
+def timed(run: Any) -> tuple[float, Any]:
+    """The seconds of a call, after a rest, and what it returns."""
+    time.sleep(REST)
+    begin = time.perf_counter()
+    found = run()
+    return time.perf_counter() - begin, found
+
+
 def measure(job: Any, ours: Any, rounds: int) -> list[dict[str, float]]:
     """Seconds of every contestant, round by round; the first round compiles and is left out."""
     bare, found = bare_matmuls(job), []
     with their_side(job) as theirs:
         for number in range(rounds + 1):
-            begin = time.perf_counter()
-            loss = ours()
-            middle = time.perf_counter()
-            bare()
-            end = time.perf_counter()
-            other = theirs()
-            found.append({"ours": middle - begin, "bare": end - middle, "torch": other["seconds"]})
+            seconds, loss = timed(ours)
+            matmuls, _ = timed(bare)
+            _, other = timed(theirs)
+            found.append({"ours": seconds, "bare": matmuls, "torch": other["seconds"]})
             shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found[-1].items())
             print(f"round {number}: {shown}; losses {loss:.4f}, {other['loss']:.4f}", flush=True)
     return found[1:]
