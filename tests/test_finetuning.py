@@ -22,6 +22,7 @@ import peft
 import pytest
 
 import jaxmed as jm
+from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
 from jaxmed.finetuning.batches import choose_shape, common_beginning, fill_rows, make_batch
 from jaxmed.finetuning.feed import Feed
@@ -298,6 +299,15 @@ def test_rows_hold_every_example_once(plain_model: Model) -> None:
     assert np.array_equal(batch.position[rows_of, batch.column[kept]], [p for n in _order(batch) for p in range(2, n + 1)])
     own = batch.segment[:, shape.trunk :] > 0
     assert own.sum() == sum(lengths)
+
+
+def test_branches_are_as_long_as_fills_them_best() -> None:
+    examples = [Answered(np.arange(36), 30) for _ in range(8)]
+    shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
+    assert (shape.branches, shape.branch) == (2, 72)  # two examples a branch without padding; four would see more keys
+    examples = [Answered(np.arange(40), 30) for _ in range(8)]
+    shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
+    assert (shape.branches, shape.branch) == (4, 40)
 
 
 def _order(batch: Any) -> list[int]:

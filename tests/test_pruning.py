@@ -544,6 +544,8 @@ def test_masks_of_the_default_model_are_those_of_pytorch(default_model: Model, t
                 totals[which][name] += value.grad if which == "rude" else value.grad.abs()
     mask = select(score(default_model, sets["rude"], sets["ordinary"]), Rule(q=q, p=p))
     assert len(mask.indices) == len(weights) == 210
+    apart: dict[str, list[int]] = {}  # chosen by one of the two alone, though further than rounding from both thresholds
+    chosen_in_all = 0
     for name, value in weights.items():
         removed = (-value * totals["rude"][name]).detach().flatten()
         needed = (value.abs() * totals["ordinary"][name]).detach().flatten()
@@ -557,5 +559,6 @@ def test_masks_of_the_default_model_are_those_of_pytorch(default_model: Model, t
             for i in wanted ^ found
             if abs(removed[i].item() - edges[0]) > 1e-4 * edges[0] and abs(needed[i].item() - edges[1]) > 1e-4 * edges[1]
         ]
-        assert 1 - len(other) / max(len(wanted), 1) >= 0.999, (name, other)
+        apart[name], chosen_in_all = other, chosen_in_all + len(wanted)
         assert len(wanted & found) >= 0.98 * len(wanted) - 1, name
+    assert sum(map(len, apart.values())) <= 1e-4 * chosen_in_all, {name: other for name, other in apart.items() if other}

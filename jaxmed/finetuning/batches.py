@@ -129,7 +129,8 @@ def choose_shape(
     """
     longest = max(len(example.ids) for example in examples) - trunk
     per_key = ATTENTION_COST * 4 * config.heads * config.head_width / (2 * config.layer_weights)
-    sizes = sorted({-(-longest // 8) * 8, *(bucket(longest * more // 2) for more in (2, 3, 4, 6, 8))}) if packing else [bucket(longest)]
+    apart = max(1, longest // 64) * 8  # some thirty sizes, from one example in a branch to about four
+    sizes = range(-(-longest // 8) * 8, 4 * longest + 8, apart) if packing else [bucket(longest)]
     shapes = [_fit(examples, groups, packing, Shape(devices, trunk, 0, size, 0)) for size in sizes]
     return min(shapes, key=lambda shape: shape.length * (1 + per_key * (shape.trunk + shape.branch)))
 
