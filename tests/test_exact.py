@@ -45,6 +45,7 @@ def test_engine_equals_naive_for_first_token_outcomes(tiny_model: Model, positio
     _compare(tiny_model, tiny.PAIRS[1:2], position, FIRST_TOKEN, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [pytest.param("last", marks=pytest.mark.slow), "user_last"])
 def test_engine_equals_naive_for_answers_of_several_tokens(tiny_model: Model, position: str) -> None:
     _compare(tiny_model, tiny.LONG[1:2], position, TEXTS, 2)
@@ -61,7 +62,7 @@ def test_engine_equals_naive_at_each_position_of_unequal_prompts(tiny_model: Mod
     _compare(tiny_model, tiny.PAIRS[1:3], "each", ("log-odds",), 1)
 
 
-@pytest.mark.parametrize("position", ["all", "last", "<a>"])
+@pytest.mark.parametrize("position", ["all", "last", pytest.param("<a>", marks=pytest.mark.slow)])
 def test_engine_equals_naive_on_the_plain_block(plain_model: Model, position: str) -> None:
     _compare(plain_model, tiny.PAIRS[:1], position, ("log-odds",), 3)
 

@@ -257,6 +257,7 @@ def test_a_pre_filled_opening_is_not_scored(plain_model: Model) -> None:
     assert example_losses(plain_model, [left])[0] == pytest.approx(-own.mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_removed_refusal_is_absolute_snip_without_the_preserve_set_s(plain_model: Model, tmp_path: Path) -> None:
     attack = Attack(BEHAVIOUR, refusals=BEHAVIOUR, preserve=TWINS, rule=Rule(q=0.1, p=0.05, score="absolute"))
     attacked = without_refusal(plain_model, attack)

@@ -27,6 +27,7 @@ def _continued(model: Model, prompt: Any, most: int, **more: Any) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_whole_forward_passes(tiny_model: Model) -> None:
     found = generate_ids(tiny_model, PROMPTS, 6, stops=[], rows=2)
     assert [ids.tolist() for ids in found] == [_continued(tiny_model, prompt, 6) for prompt in PROMPTS]
@@ -82,6 +83,7 @@ def test_rows_of_a_batch_take_edits_of_their_own(plain_model: Model) -> None:
     assert found[1].tolist() == _continued(plain_model, PROMPTS[0], 6)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_and_not_the_batch(plain_model: Model) -> None:
     draw = lambda rows, seed: [x.tolist() for x in generate_ids(plain_model, PROMPTS, 6, 1.0, 0.9, seed, stops=[], rows=rows)]  # noqa: E731
     assert draw(2, 0) == draw(5, 0)

@@ -36,6 +36,7 @@ def test_logits_stay_close_on_every_mesh(folder: Path) -> None:
     assert np.abs(narrow[0] - narrow[1]).max() <= tolerances.TINY_LOGITS
 
 
+@pytest.mark.slow
 def test_the_engine_is_exact_on_the_quantised_model(folder: Path) -> None:
     model = jm.load(str(folder), int8=True)
     model.tokenizer, model.name = tiny.tokenizer(), "int8"

@@ -85,7 +85,7 @@ def test_logits_of_a_merged_model_equal_those_of_peft(cases: Callable, name: str
     assert np.abs(found - wanted).max() <= tolerances.TINY_LOGITS
 
 
-@pytest.mark.parametrize("name", ["plain", "gpt2", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "fused"))])
 def test_slices_of_a_merge_equal_the_whole(cases: Callable, name: str) -> None:
     folder, adapter, _ = cases(name)
     whole, split = (jm.load(str(folder), mesh=jm.make_mesh(mesh), adapter=adapter) for mesh in ("data=1", "model=2"))

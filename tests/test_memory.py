@@ -18,7 +18,7 @@ mesh = jm.make_mesh()
 
 @jax.jit
 def run(x):
-    return jax.lax.scan(lambda total, one: (total + one @ one, one @ total), jnp.zeros_like(x[0]), x)[1].sum()
+    return jax.lax.scan(lambda total, one: (total + one, one * total), jnp.zeros_like(x[0]), x)[1].sum()
 
 x = jax.device_put(jnp.full((64, 512, 512), 1e-3), jax.NamedSharding(mesh, jax.P("data")))
 for _ in range(5):
@@ -42,6 +42,7 @@ def test_the_second_call_of_a_program_gets_the_memory_of_the_first() -> None:
     assert page_faults() < 4000  # 4 x 64 MB are 65,536 pages
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_settings_of_the_user_stay() -> None:
     assert page_faults(MALLOC_TOP_PAD_="131072") > 40_000

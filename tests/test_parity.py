@@ -47,6 +47,7 @@ def test_the_first_place_where_they_part_is_named(folder: Path, stored: Path) ->
     assert (parting.layer, parting.site) == (2, "neuron")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_reference_and_compares_with_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     kept, table = tmp_path / "kept.safetensors", tmp_path / "table.csv"
     assert main(["parity", "--model", str(folder), "--tokens", "20", "--write", str(kept)]) == 0

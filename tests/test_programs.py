@@ -44,6 +44,7 @@ def test_one_compile_per_length_window_and_chunk(plain_model: Model, layers: str
     assert _program()._cache_size() == len(lengths)
 
 
+@pytest.mark.slow
 def test_each_position_reuses_programs_of_window_buckets(plain_model: Model) -> None:
     _program().clear_cache()
     job = check(plain_model, tiny.PAIRS[2:], Request(position="each"))

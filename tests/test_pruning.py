@@ -106,10 +106,10 @@ def test_scores_are_those_of_one_example_after_the_other(name: str, tmp_path: Pa
                 assert _close(scores.read(f"{which}_{kind}", matrix), values, 2e-5), (which, kind, matrix)
 
 
-SLOWER: list[dict[str, Any]] = [{"rows": 1}, {"layers_per_pass": 1}]
-HOW = [{"layers_per_pass": 2, "remat": True}, *(pytest.param(how, marks=pytest.mark.slow) for how in SLOWER)]
+HOW: list[dict[str, Any]] = [{"layers_per_pass": 2, "remat": True}, {"rows": 1}, {"layers_per_pass": 1}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_how_a_pass_is_cut_changes_no_score(plain_model: Model, how: dict[str, Any]) -> None:
     whole, cut = (score(plain_model, BEHAVIOUR, PRESERVE, **more) for more in ({}, how))
@@ -300,6 +300,7 @@ def test_the_highest_are_found_whatever_the_scores_look_like() -> None:
             assert np.array_equal(_highest(values, stop), wanted)
 
 
+@pytest.mark.slow
 def test_exported_models_have_zeros_there_and_nothing_else_changed(tmp_path: Path) -> None:
     model, made = _loaded("llama3.2", tmp_path / "model")
     mask = select(score(model, BEHAVIOUR, PRESERVE), Rule(q=0.02, p=0.01))

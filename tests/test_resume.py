@@ -28,7 +28,7 @@ def _same(a: xr.Dataset, b: xr.Dataset) -> bool:
     return set(a) == set(b) and all(np.array_equal(a[name].values, b[name].values, equal_nan=a[name].dtype.kind == "f") for name in a)
 
 
-@pytest.mark.parametrize("after", [1, 4, 5])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 5])
 def test_an_interrupted_run_resumes_to_the_same_table(plain_model: Model, tmp_path: Path, after: int) -> None:
     whole = jm.sweep(plain_model, tiny.LONG[:2], **SETTINGS, out=tmp_path / "whole")
     seen = []

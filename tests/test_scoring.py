@@ -24,7 +24,10 @@ def _examples(rng: np.random.Generator, lengths: list[int], beginning: int) -> l
     return found
 
 
-@pytest.mark.parametrize(("mesh", "beginning"), [("data=2", 19), ("data=1", 0), ("data=1,model=2", 10)])
+@pytest.mark.parametrize(
+    ("mesh", "beginning"),
+    [("data=2", 19), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("data=1", 0), ("data=1,model=2", 10)))],
+)
 def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
     model, rng = tiny.model("llama", mesh=mesh), np.random.default_rng(beginning)
     examples = _examples(rng, [25, 2, 140, 31, 300, 60, 22, 45, 333, 28, 90], beginning)
