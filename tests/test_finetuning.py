@@ -121,7 +121,8 @@ def test_adapters_follow_a_loop_of_peft(name: str, more: dict[str, Any], tmp_pat
     assert np.abs(np.asarray(jm.forward(merged, ids)[0]) - np.asarray(jm.forward(tuned.model, ids)[0])).max() <= 2e-5
 
 
-@pytest.mark.parametrize("name", ["llama3.2", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("olmo2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3.2", "gpt2", "olmo2"])
 def test_full_fine_tuning_follows_a_loop_of_transformers(name: str, tmp_path: Path) -> None:
     model, made = _loaded(name, tmp_path / "model")
     job = check(model, EXAMPLES, (), make_settings(**{**QUICK, "steps": 20, "method": "full", "weight_decay": 0.1, "learning_rate": 3e-3}))
@@ -139,14 +140,14 @@ def _losses(model: Model, **more: Any) -> np.ndarray:
     return np.asarray([row["loss"] for row in finetune(model, EXAMPLES, **{**QUICK, **more}).losses])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         {"accumulate": 2},
-        *(
-            pytest.param(more, marks=pytest.mark.slow)
-            for more in ({"packing": False}, {"remat": True}, {"packing": False, "first_layer": 2})
-        ),
+        {"packing": False},
+        {"remat": True},
+        {"packing": False, "first_layer": 2},
     ],
 )
 def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ def test_a_text_ends_before_its_stop_token(plain_model: Model) -> None:
     assert generate_ids(plain_model, PROMPTS[:1], 6, stops=[stop])[0].tolist() == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_edits_act_where_they_are_meant_to(plain_model: Model) -> None:
     edit = jm.kinds.zero("mlp_out", layer=1)
     found = {half: generate_ids(plain_model, PROMPTS[:1], 6, stops=[], edits=edit, where=half)[0].tolist() for half in ("both", "prompt")}

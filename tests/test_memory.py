@@ -37,6 +37,7 @@ def page_faults(**settings: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_the_second_call_of_a_program_gets_the_memory_of_the_first() -> None:
     assert page_faults() < 4000  # 4 x 64 MB are 65,536 pages
