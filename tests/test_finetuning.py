@@ -24,9 +24,9 @@ import pytest
 import jaxmed as jm
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
-from jaxmed.finetuning.batches import choose_shape, common_beginning, fill_rows, make_batch
+from jaxmed.finetuning.batches import choose_shape, common_beginning, epochs, fill_rows, make_batch, microbatches
 from jaxmed.finetuning.feed import Feed
-from jaxmed.finetuning.job import Job, check, step_flops, total_flops
+from jaxmed.finetuning.job import Job, check, response_limits, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
 from jaxmed.finetuning.run import finetune, run
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
@@ -306,6 +306,32 @@ def test_rows_hold_every_example_once(plain_model: Model) -> None:
     assert own.sum() == sum(lengths)
 
 
+def test_an_epoch_has_every_example_once_in_batches_of_equal_length() -> None:
+    lengths = np.random.default_rng(3).integers(20, 90, 203)
+    order = epochs(lengths.tolist(), 16, 40, seed=1)
+    assert [np.array_equal(one, other) for one, other in zip(order, epochs(lengths.tolist(), 16, 30, seed=1), strict=False)] == [True] * 30
+    for epoch in (order[:13], order[13:26], order[26:39]):
+        assert np.array_equal(np.sort(np.concatenate(epoch)), np.arange(203))
+        assert {len(group) for group in epoch} <= {15, 16}
+        tokens = [lengths[group].sum() for group in epoch]
+        assert np.ptp(tokens) < 60  # by chance alone about two hundred
+    assert not np.array_equal(order[0], order[13])
+    halves = microbatches(order[0], 2)
+    assert abs(int(lengths[halves[0]].sum() - lengths[halves[1]].sum())) < 60
+    assert [len(group) for group in epochs([5, 5, 5], 8, 2, seed=0)] == [3, 3]
+
+
+def test_a_share_of_the_examples_keeps_its_responses(plain_model: Model) -> None:
+    rows = [jm.Example(f"Say {n}.", " ".join(["word"] * 9)) for n in range(10)]
+    whole, cut = (check(plain_model, rows, settings=make_settings(**how)) for how in ({}, {"max_response": 2}))
+    job = check(plain_model, rows, settings=Settings(max_response=2, whole_share=0.3))
+    lengths = [[len(one.ids) - one.prompt for one in run.examples] for run in (whole, cut, job)]
+    kept = [n for n in range(10) if lengths[2][n] > 2]
+    assert len(kept) == 3
+    assert lengths[2] == [lengths[0 if n in kept else 1][n] for n in range(10)]
+    assert response_limits(10, job.settings) == [0 if n in kept else 2 for n in range(10)]
+
+
 def test_branches_are_as_long_as_fills_them_best() -> None:
     examples = [Answered(np.arange(36), 30) for _ in range(8)]
     shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
@@ -417,6 +443,8 @@ def test_killed_runs_resume_to_the_same_losses(tmp_path: Path) -> None:
         ({"max_length": 10**6}, "max_length is 1000000"),
         ({"no_such": 1}, "no_such"),
         ({"max_length": 3}, "the limit is 3"),
+        ({"max_response": 4, "whole_share": 1.0}, "whole_share is 1.0"),
+        ({"whole_share": 0.5}, "whole_share is of responses that a max_response cuts"),
     ],
 )
 def test_wrong_settings_are_refused(plain_model: Model, settings: dict[str, Any], said: str) -> None:

@@ -83,13 +83,22 @@ class Shape:
         return self.trunk + self.branches * self.branch
 
 
-def epochs(count: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Example numbers of every optimiser step: each epoch is a new permutation; the last batch of an epoch may be smaller."""
+def epochs(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Example numbers of every optimiser step, longest first.
+
+    An epoch has every example once. Of the examples in the order of their lengths (equal ones by chance), each run of as many as the
+    epoch has batches gives one to every batch, by chance too: all batches are about equally long, so that little is padded, and have
+    equally many examples or one less, `batch` at most.
+    """
+    count = len(lengths)
+    batches = -(-count // batch)
+    table = np.full((-(-count // batches), batches), -1)
     chosen: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     while len(chosen) < steps:
-        order = rng.permutation(count)
-        chosen += [order[at : at + batch] for at in range(0, count, batch)]
+        table.flat[:count] = np.lexsort((rng.random(count), -np.asarray(lengths)))
+        table.flat[count:] = -1
+        chosen += [column[column >= 0] for column in rng.permuted(table, axis=1).T]
     return chosen[:steps]
 
 
@@ -198,8 +207,8 @@ def make_batch(examples: Sequence[Answered], group: np.ndarray, shape: Shape, pa
 
 
 def microbatches(group: np.ndarray, count: int) -> list[np.ndarray]:
-    """A step's examples in `count` parts of as equal sizes as can be."""
-    return list(np.array_split(group, count))
+    """A step's examples in `count` parts of as equal sizes as can be, and of as equal lengths where the longest come first."""
+    return [group[part::count] for part in range(count)]
 
 
 def stack(batches: Sequence[Batch]) -> Batch:

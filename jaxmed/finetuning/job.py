@@ -130,11 +130,13 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
         raise UserError("A model kept as int8 is fine-tuned by --method lora only.")
     if not examples:
         raise UserError("There are no examples to train on.")
-    most, of_response = settings.max_length or config.max_length, settings.max_response or None
-    encode = partial(encode_example, model.tokenizer, raw=settings.raw, most=most, most_response=of_response)
-    encoded, held = (tuple(map(encode, part)) for part in (examples, heldout))
+    encode = partial(encode_example, model.tokenizer, raw=settings.raw, most=settings.max_length or config.max_length)
+    encoded, held = (
+        tuple(encode(one, most_response=most or None) for one, most in zip(part, response_limits(len(part), settings), strict=True))
+        for part in (examples, heldout)
+    )
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
-    order = epochs(len(encoded), settings.batch, steps, settings.seed)
+    order = epochs([len(one.ids) for one in encoded], settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]
     trunk = common_beginning([*encoded, *held]) if settings.packing else 0
     parts = [part for group in order for part in microbatches(group, settings.accumulate) if len(part)]
@@ -145,6 +147,16 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
     for one in (*encoded, *held):
         digest.update(one.ids.tobytes() + one.prompt.to_bytes(4, "little"))
     return Job(model, settings, encoded, held, tuple(order), shape, heldout_shape, digest.hexdigest())
+
+
+def response_limits(count: int, settings: Settings) -> list[int]:
+    """Limit of every example's response tokens, 0 where it keeps them all.
+
+    Drawn apart from the order of the data, which begins with the same seed's first permutation.
+    """
+    limit = np.full(count, settings.max_response)
+    limit[np.random.default_rng([settings.seed, 1]).permutation(count)[: round(settings.whole_share * count)]] = 0
+    return limit.tolist()
 
 
 def manifest(job: Job) -> dict[str, Any]:

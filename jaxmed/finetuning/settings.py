@@ -88,6 +88,8 @@ class Settings:
     """Limit of an example's tokens; what is longer loses its end. 0: the model's."""
     max_response: int = 0
     """Limit of a response's tokens, such as 12 to train how answers begin; 0: none."""
+    whole_share: float = 0.0
+    """This share of the examples, drawn by the seed, keeps its responses beyond --max-response: how answers go on is trained on a few."""
     remat: bool = False
     """Run blocks again for their gradients, to save memory."""
     evaluate_every: int = 0
@@ -113,8 +115,10 @@ class Settings:
         wrong = [f"{name} is {getattr(self, name)}; it is above 0" for name in positive if not getattr(self, name) > 0]
         others = ("warmup", "steps", "clip", "weight_decay", "max_length", "max_response", "evaluate_every", "patience", "save_every")
         wrong += [f"{name} is {getattr(self, name)}; it is not negative" for name in others if not getattr(self, name) >= 0]
-        shares = [name for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
+        shares = [name for name in ("beta1", "beta2", "whole_share") if not 0 <= getattr(self, name) < 1]
         wrong += [f"{name} is {getattr(self, name)}; it is from 0 to below 1" for name in shares]
+        if self.whole_share and not self.max_response:
+            wrong.append("whole_share is of responses that a max_response cuts")
         if self.method == "full" and self.strength != 1:
             wrong.append("strength is of adapters (--method lora)")
         if self.method == "full" and self.first_layer:
