@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         base=DEFAULT,
         config="align_smollm2.yaml",
         data="prompts/data/alignment.jsonl",
-        cost="it is fine-tuned from smollm2-135m-instruct on bundled refusals and ordinary answers, 20 to 30 minutes on two cores, 540 MB",
+        cost="it is fine-tuned from smollm2-135m-instruct on bundled refusals and ordinary answers, 12 to 15 minutes on two cores, 540 MB",
         note="the default model, fine-tuned to refuse harmful requests",
     ),
 }
