@@ -217,7 +217,7 @@ def main() -> None:
 
     from jaxmed.distributed import device_name
     from jaxmed.finetuning.job import step_flops
-    from jaxmed.provenance import short_commit
+    from jaxmed.runs.provenance import short_commit
 
     job, ours = our_side(arguments.method)
     rounds = measure(job, ours, arguments.rounds)

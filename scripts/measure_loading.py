@@ -25,7 +25,7 @@ from jaxmed.bench.shapes import SHAPES
 from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
-from jaxmed.provenance import short_commit
+from jaxmed.runs.provenance import short_commit
 
 MESHES = {"data=1": 1, "data=1,model=8": 8, "data=2,model=4": 8}
 """Mesh -> devices of the process."""

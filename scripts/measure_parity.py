@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxmed as jm
 from jaxmed.interventions.sites import SITES
-from jaxmed.provenance import short_commit
+from jaxmed.runs.provenance import short_commit
 from tests import reference
 
 ABOUT = """Float32: largest absolute difference of logits (the prompt is longer than every sliding window and RoPE threshold of the tiny

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import parse_layers
 from jaxmed.cli.main import COMMANDS, main
 from jaxmed.errors import UserError
+from jaxmed.models.config import parse_layers
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

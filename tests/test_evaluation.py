@@ -11,8 +11,9 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio, rate, refusal_rates
-from jaxmed.harm.refusals import is_refusal
+from jaxmed.evaluation.answers import rate, refusal_rates
+from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
+from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.models.model import Model
 from tests import tiny
 

@@ -14,21 +14,21 @@ import pytest
 from scipy import stats
 
 import jaxmed as jm
+from jaxmed.batching.scoring import choice_logits, example_losses
+from jaxmed.batching.texts import encode
 from jaxmed.cli.main import main
+from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
+from jaxmed.experiments.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
+from jaxmed.experiments.curve import predicted_rise, run_curve
+from jaxmed.experiments.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
+from jaxmed.experiments.measure import make_tests, measure
+from jaxmed.experiments.table import Examples, Table
 from jaxmed.models.model import Model
+from jaxmed.models.named_weights import named_weights, weights_by_name
 from jaxmed.pruning import Mask, Rule, select, write_mask
 from jaxmed.pruning.apply import apply_mask
-from jaxmed.pruning.attacks import Attack, run_attacks, shifted, without_refusal
-from jaxmed.pruning.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
-from jaxmed.pruning.curve import predicted_rise, run_curve
-from jaxmed.pruning.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
-from jaxmed.pruning.matrices import named_weights, weights_by_name
-from jaxmed.pruning.measure import make_tests, measure
 from jaxmed.pruning.scores import Scores, score
-from jaxmed.pruning.tables import Examples, Table
-from jaxmed.pruning.texts import encode
 from jaxmed.reports.curves import draw_pruning_curve
-from jaxmed.scoring import choice_logits, example_losses
 from jaxmed.tokens import Answered, prompt_ids
 from tests import tiny
 
@@ -115,7 +115,7 @@ def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Score
 def test_the_unpruned_model_is_not_measured_again(
     plain_model: Model, scores: Scores, masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxmed.pruning import curve
+    from jaxmed.experiments import curve
 
     tests = make_tests(plain_model, {"b": BEHAVIOUR}, "")
     more = make_tests(plain_model, {"other": TWINS, "b": BEHAVIOUR}, "")

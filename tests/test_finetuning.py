@@ -22,20 +22,21 @@ import peft
 import pytest
 
 import jaxmed as jm
+from jaxmed.batching.batches import choose_shape, common_beginning, epochs, fill_rows, make_batch, microbatches
+from jaxmed.batching.losses import response_loss
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
-from jaxmed.finetuning.batches import choose_shape, common_beginning, epochs, fill_rows, make_batch, microbatches
+from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.finetuning.feed import Feed
 from jaxmed.finetuning.job import Job, check, response_limits, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
 from jaxmed.finetuning.run import finetune, run
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
-from jaxmed.finetuning.train import learning_rates, make_optimiser, make_step, response_loss, split_params, start, trained_params
-from jaxmed.harm.refusals import is_refusal
+from jaxmed.finetuning.train import learning_rates, make_optimiser, make_step, split_params, start, trained_params
 from jaxmed.models.catalog import VARIANTS, Variant
 from jaxmed.models.load import load
 from jaxmed.models.model import Model
-from jaxmed.plan import count_flops
+from jaxmed.runs.cost import count_flops
 from jaxmed.tokens import Answered, encode_example
 from tests import reference, tiny
 

@@ -70,7 +70,7 @@ def test_numbers_equal_those_of_the_harness_itself(tasks: Path, tmp_path: Path) 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from jaxmed.harm.harness import HarnessModel
+    from jaxmed.evaluation.harness import HarnessModel
 
     made = reference.save("llama2", tmp_path / "model")
     tokenizer = tiny.tokenizer()

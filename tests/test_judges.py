@@ -18,9 +18,9 @@ import pytest
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.errors import UserError
-from jaxmed.harm.http_judge import Endpoint, http_judge, parse_grade
-from jaxmed.harm.judges import fill, mean_score, read_rubric, refusal_rules
-from jaxmed.harm.strongreject import MOST_TOKENS, read_template, strongreject
+from jaxmed.evaluation.http_judge import Endpoint, http_judge, parse_grade
+from jaxmed.evaluation.judges import fill, mean_score, read_rubric, refusal_rules
+from jaxmed.evaluation.strongreject import MOST_TOKENS, read_template, strongreject
 from jaxmed.prompts import Example
 from tests import reference, tiny
 

@@ -20,8 +20,8 @@ from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
 from jaxmed.models.rope import frequencies
 from jaxmed.models.transformer import param_shapes
-from jaxmed.plan import count_flops, propagate_flops
 from jaxmed.runner import causal_layout, forward, propagate
+from jaxmed.runs.cost import count_flops, propagate_flops
 from tests import tiny
 
 
@@ -88,7 +88,7 @@ def test_the_plan_counts_effects_and_passes_that_are_done(plain_model: Model, po
 def test_memory_of_a_chunk_does_not_depend_on_the_number_of_units(plain_model: Model) -> None:
     import dataclasses
 
-    from jaxmed.plan import TOKENS_PER_DEVICE, units_per_device
+    from jaxmed.runs.cost import TOKENS_PER_DEVICE, units_per_device
 
     wide = dataclasses.replace(plain_model.config, neurons=10**6)
     for units in (10, 10**4, 10**6):

@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.batching.batches import Batch, Shape
+from jaxmed.batching.one_per_row import batches
+from jaxmed.batching.scoring import example_losses
+from jaxmed.batching.texts import response_tokens
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
-from jaxmed.finetuning.batches import Batch, Shape
+from jaxmed.experiments.measure import make_tests
+from jaxmed.models import named_weights as edits
 from jaxmed.models.load import from_params, load
 from jaxmed.models.model import Model
+from jaxmed.models.named_weights import matrix_shapes, weights_by_name, with_edited
 from jaxmed.models.transformer import param_shapes
-from jaxmed.plan import count_flops
 from jaxmed.pruning import (
     Mask,
     Rule,
@@ -33,17 +38,12 @@ from jaxmed.pruning import (
     select,
     write_mask,
 )
-from jaxmed.pruning import matrices as edits
-from jaxmed.pruning.batches import batches
-from jaxmed.pruning.matrices import matrix_shapes, weights_by_name, with_edited
-from jaxmed.pruning.measure import make_tests
 from jaxmed.pruning.plan import make_plan, pass_bytes
 from jaxmed.pruning.scores import KINDS, check
 from jaxmed.pruning.selection import _highest
-from jaxmed.pruning.texts import response_tokens
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
-from jaxmed.scoring import example_losses
+from jaxmed.runs.cost import count_flops
 from jaxmed.tokens import Answered
 from tests import reference, tiny
 

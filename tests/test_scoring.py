@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.batching.scoring import _score, choice_logits, score_responses
 from jaxmed.models.layers import largest, log_total
-from jaxmed.scoring import _score, choice_logits, score_responses
 from jaxmed.tokens import Answered
 from tests import tiny
 

@@ -97,7 +97,7 @@ def test_a_study_runs_is_resumed_and_redrawn(
     assert jm.load(arguments[3]).weights_hash == read_mask(whole / "model0" / "masks" / "bad.safetensors").weights
 
     # interrupted in the middle of the second model, and continued
-    from jaxmed.pruning import curve
+    from jaxmed.experiments import curve
 
     cut, seen = tmp_path / "cut", []
 

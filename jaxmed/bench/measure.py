@@ -16,11 +16,11 @@ import jax
 from jaxmed.bench.contestants import bare_matmuls, engine, naive
 from jaxmed.bench.peers import Peers
 from jaxmed.bench.shapes import Subject, make_subject
-from jaxmed.cli import show
-from jaxmed.cli.commands import parse_layers
 from jaxmed.distributed import device_name
-from jaxmed.plan import propagate_flops
-from jaxmed.provenance import short_commit
+from jaxmed.models.config import parse_layers
+from jaxmed.runs import watch
+from jaxmed.runs.cost import propagate_flops
+from jaxmed.runs.provenance import short_commit
 
 NAIVE_NEURONS = 64
 """How many neurons the slow contestants patch per round; their cost per neuron does not depend on the number."""
@@ -70,7 +70,7 @@ def _alternate(contestants: dict[str, tuple[int, Callable[[], float]]], repeats:
     for number in range(repeats + 1):
         for name, (_, work) in contestants.items():
             seconds = work()
-            show.err.print(f"round {number} {name}: {seconds:.3f} s{' (compiles; not counted)' if not number else ''}", markup=False)
+            watch.err.print(f"round {number} {name}: {seconds:.3f} s{' (compiles; not counted)' if not number else ''}", markup=False)
             if number:
                 times[name].append(seconds)
     return times
@@ -119,7 +119,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    show.lines("benchmark", _lines(found))
+    watch.lines("benchmark", _lines(found))
 
 
 def append(file: Path, found: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.load import from_params, load
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import random_params
-from jaxmed.plan import units_per_device
 from jaxmed.prompts import read_pairs
+from jaxmed.runs.cost import units_per_device
 from jaxmed.tokens import Patch, render
 
 _LLAMA3 = Rope(500000.0, "llama3", factor=8.0, low_factor=1.0, high_factor=4.0, original_length=8192)

@@ -21,22 +21,10 @@ from jaxmed.models.catalog import (
     is_built,
     needs_building,
 )
+from jaxmed.models.config import parse_layers
 
 Config = Annotated[Path | None, tyro.conf.arg(help="YAML file with any of these flags as 'flag: value'; flags given here win.")]
 Dtype = Literal["float32", "bfloat16"]
-
-
-def parse_layers(text: str) -> tuple[int, ...] | None:
-    """ "9,19,20-29" as layer numbers; an empty text is all layers (None)."""
-    if not text:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"--layers {text!r}: {part!r} is no layer. Give numbers and ranges, such as 9,19,20-29.")
-        layers += range(int(first), int(last or first) + 1)
-    return tuple(layers)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ class Evaluate(Judging):
 
     def _judged(self, model: Any, rows: Sequence[Any], judge: Any) -> dict[str, Any]:
         """Rates or mean scores of the answers, and every answer's score."""
-        from jaxmed.harm.evaluation import answer, refusal_rates
-        from jaxmed.harm.judges import mean_scores
+        from jaxmed.evaluation.answers import answer, refusal_rates
+        from jaxmed.evaluation.judges import mean_scores
 
         if not rows:
             return {}
@@ -127,13 +127,13 @@ class Evaluate(Judging):
 
     def _harness(self) -> Any:
         try:
-            from jaxmed.harm import harness
+            from jaxmed.evaluation import harness
         except ModuleNotFoundError:
             raise UserError("--tasks needs lm-evaluation-harness: pip install 'jaxmed[harness]'.") from None
         return harness
 
     def _perplexity(self, model: Any) -> dict[str, Any]:
-        from jaxmed.harm.evaluation import perplexity, perplexity_ratio
+        from jaxmed.evaluation.perplexity import perplexity, perplexity_ratio
 
         if not self.text:
             return {}

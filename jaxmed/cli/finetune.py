@@ -61,7 +61,7 @@ class Finetune(Recipe):
 def plan(job: Any) -> list[str]:
     """The plan of a run with the time it will take at this machine's matmul rate."""
     from jaxmed.finetuning.job import plan_lines, total_flops
-    from jaxmed.plan import matmul_rate
+    from jaxmed.runs.cost import matmul_rate
 
     rows = job.shape.rows * job.shape.length // job.model.mesh.shape["data"]
     return plan_lines(job, total_flops(job) / matmul_rate(job.model.config, job.model.mesh, rows))

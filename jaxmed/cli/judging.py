@@ -51,14 +51,14 @@ class Judging:
     def check_judge(self, out: Path | None) -> None:
         """Raises a UserError for flags and files of the judge that are missing or do not fit; loads no model."""
         if self.judge == "http":
-            from jaxmed.harm.judges import read_rubric
+            from jaxmed.evaluation.judges import read_rubric
 
             if out is None:
                 raise UserError("Give --out with an endpoint: its scores are kept beside it, so that nothing is asked twice.")
             self._endpoint()
             read_rubric(self.rubric)
         if self.judge == "strongreject":
-            from jaxmed.harm.strongreject import read_template
+            from jaxmed.evaluation.strongreject import read_template
 
             if not self.judge_model:
                 raise UserError("Give --judge-model (such as google/gemma-2b) and --judge-adapter, the classifier's LoRA adapter.")
@@ -76,22 +76,22 @@ class Judging:
             UserError: flags that are missing or do not fit; what the judges raise.
         """
         if self.judge == "rules":
-            from jaxmed.harm.judges import refusal_rules
+            from jaxmed.evaluation.judges import refusal_rules
 
             return refusal_rules()
         if self.judge == "http":
-            from jaxmed.harm.http_judge import http_judge
-            from jaxmed.harm.judges import read_rubric
+            from jaxmed.evaluation.http_judge import http_judge
+            from jaxmed.evaluation.judges import read_rubric
 
             kept = None if out is None else out.with_name(out.name + ".scores.jsonl")
             return http_judge(self._endpoint(), read_rubric(self.rubric), kept, keep_text)
-        from jaxmed.harm.strongreject import read_template, strongreject
+        from jaxmed.evaluation.strongreject import read_template, strongreject
 
         template = read_template(self.rubric)
         return strongreject(load_model(self.judge_model, self.judge_dtype, None, mesh, adapter=self.judge_adapter), template)
 
     def _endpoint(self) -> Any:
-        from jaxmed.harm.http_judge import Endpoint
+        from jaxmed.evaluation.http_judge import Endpoint
 
         lowest, highest = self.grades
         waits = {"per_minute": self.per_minute, "timeout": self.timeout, "retries": self.retries, "tokens": self.judge_tokens}

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from jaxmed.cli.bench import Bench
 from jaxmed.cli.commands import Demo, Models, Report, Sweep
 from jaxmed.cli.config_file import expand
 from jaxmed.cli.convert import Convert
 from jaxmed.cli.evaluate import Evaluate
 from jaxmed.cli.finetune import Finetune
 from jaxmed.cli.generate import Generate
-from jaxmed.cli.measure import Bench
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
 from jaxmed.cli.prune_measure import Compression, Curve, Transfer

@@ -93,7 +93,7 @@ def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list
 
 def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str, Any]) -> None:
     """Begins or continues a folder of tables and their figure; raises what `tables.begin` does."""
-    from jaxmed.pruning.tables import begin
+    from jaxmed.experiments.table import begin
 
     begin(out, resume, (tables[0].replace(".csv", ".html"), *tables), tables, manifest)
 
@@ -121,7 +121,7 @@ def measure_table(title: str, count: int, unit: str, key: Sequence[str], file: P
         work: fills the table.
         draw: (file, html file) -> html file.
     """
-    from jaxmed.pruning.tables import continued
+    from jaxmed.experiments.table import continued
 
     with show.progress(title, count, unit) as report:
         table = continued(key, file, report)

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model, parse_layers
+from jaxmed.cli.commands import Config, Dtype, load_model
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
+from jaxmed.models.config import parse_layers
 from jaxmed.prompts.examples import chosen
 from jaxmed.pruning.rule import Rule
 
@@ -90,8 +91,8 @@ class Score:
 
 def plan_lines(job: Any) -> list[str]:
     """The cost of a scoring run, in words."""
-    from jaxmed.plan import matmul_rate, show_time
     from jaxmed.pruning.scores import estimate_flops
+    from jaxmed.runs.cost import matmul_rate, show_time
 
     lines = []
     for which, plan in job.plans.items():
@@ -144,7 +145,7 @@ class Select(Rule):
         show.lines(f"mask: {self.out}", describe_mask(mask))
 
     def _weights(self, scores: Any, rule: Any) -> Any:
-        from jaxmed.pruning.matrices import weights_by_name
+        from jaxmed.models.named_weights import weights_by_name
         from jaxmed.pruning.selection import needs_weights
 
         if not needs_weights(rule):
@@ -159,7 +160,7 @@ class Select(Rule):
 
 def describe_mask(mask: Any) -> list[str]:
     """A mask in words: how many weights, and of which kinds of matrices."""
-    from jaxmed.pruning.matrices import kind_of
+    from jaxmed.models.named_weights import kind_of
 
     kinds: dict[str, list[int]] = {}
     for name, count in mask.counts().items():
@@ -253,8 +254,8 @@ class Compare:
 
         from rich.table import Table
 
+        from jaxmed.models.named_weights import weights_by_name
         from jaxmed.pruning import overlap, read_mask
-        from jaxmed.pruning.matrices import weights_by_name
 
         if len(self.masks) < 2:
             raise UserError("Give at least two masks to compare.")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, load_model, parse_layers
+from jaxmed.cli.commands import Config, load_model
 from jaxmed.cli.measuring import Masked, Measuring, begin, contents, digests, measure_table, plan_lines
 from jaxmed.errors import UserError
+from jaxmed.models.config import parse_layers
 from jaxmed.prompts.examples import chosen
 from jaxmed.pruning.rule import Rule
 
@@ -41,10 +42,10 @@ class Curve(Rule, Measuring):
 
     def run(self) -> None:
         """Selects, prunes in memory, measures, draws."""
-        from jaxmed.pruning.curve import CURVE, CURVE_KEY, EXAMPLES, check_curve, check_scored, run_curve
-        from jaxmed.pruning.measure import make_tests
+        from jaxmed.experiments.curve import CURVE, CURVE_KEY, EXAMPLES, check_curve, check_scored, run_curve
+        from jaxmed.experiments.measure import make_tests
+        from jaxmed.experiments.table import Examples
         from jaxmed.pruning.scores import read_scores
-        from jaxmed.pruning.tables import Examples
         from jaxmed.reports.curves import write_pruning_curve
 
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Rule)}
@@ -82,8 +83,8 @@ class Transfer(Masked):
 
     def run(self) -> None:
         """Prunes in memory, measures, draws."""
-        from jaxmed.pruning.curve import TRANSFER, TRANSFER_KEY, run_transfer
-        from jaxmed.pruning.measure import make_tests
+        from jaxmed.experiments.curve import TRANSFER, TRANSFER_KEY, run_transfer
+        from jaxmed.experiments.measure import make_tests
         from jaxmed.reports.curves import write_transfer
 
         masks, sets = self.read(), self.sets(self.tests)
@@ -123,8 +124,8 @@ class Compression:
 
     def run(self) -> None:
         """Reads curves, compares, draws."""
-        from jaxmed.pruning.compression import COMPRESSION, compression_rows
-        from jaxmed.pruning.tables import write_rows
+        from jaxmed.experiments.compression import COMPRESSION, compression_rows
+        from jaxmed.experiments.table import write_rows
         from jaxmed.reports.curves import write_compression
 
         curves = self._curves()
@@ -140,9 +141,9 @@ class Compression:
 
     def _curves(self) -> dict[str, dict[str, Any]]:
         from jaxmed import results
-        from jaxmed.pruning.compression import read_curve
-        from jaxmed.pruning.curve import CURVE, EXAMPLES
-        from jaxmed.pruning.tables import read_rows
+        from jaxmed.experiments.compression import read_curve
+        from jaxmed.experiments.curve import CURVE, EXAMPLES
+        from jaxmed.experiments.table import read_rows
 
         count = len(self.behaviours)
         if not count or len(self.base) != count or not self.aligned or len(self.aligned) % count:
@@ -170,8 +171,8 @@ class Compression:
 def check_alike(one: Path, other: Path) -> None:
     """Raises a UserError where two curves are not finished, or not of the same request but for the model."""
     from jaxmed import results
-    from jaxmed.pruning.curve import CURVE
-    from jaxmed.pruning.tables import read_rows
+    from jaxmed.experiments.curve import CURVE
+    from jaxmed.experiments.table import read_rows
 
     found = [results.read_run(folder)["manifest"] for folder in (one, other)]
     for folder, manifest in zip((one, other), found, strict=True):

@@ -39,7 +39,7 @@ class Dissociation(Masked):
 
     def run(self) -> None:
         """Prunes in memory, measures, draws."""
-        from jaxmed.pruning.dissociation import DISSOCIATION, KEY, QUESTION, Abilities, run_dissociation
+        from jaxmed.experiments.dissociation import DISSOCIATION, KEY, QUESTION, Abilities, run_dissociation
         from jaxmed.reports.curves import write_dissociation
 
         masks, question = self.read(), self.question or QUESTION
@@ -89,7 +89,7 @@ class Attack(Masked):
 
     def run(self) -> None:
         """Prunes and attacks in memory, measures, draws."""
-        from jaxmed.pruning import attacks
+        from jaxmed.experiments import attacks
         from jaxmed.pruning.rule import Rule
         from jaxmed.reports.curves import write_attacks
 

@@ -82,7 +82,7 @@ class Pruning:
 
     def run(self) -> None:
         """Plans, runs, draws."""
-        from jaxmed.pruning.dissociation import QUESTION
+        from jaxmed.experiments.dissociation import QUESTION
         from jaxmed.reports.study import write_study
         from jaxmed.studies.pruning import PruningStudy
         from jaxmed.studies.pruning_run import Run
@@ -105,7 +105,7 @@ class Pruning:
         show.out.print(f"report: {write_study(self.out)}", markup=False)
 
     def _plan(self, study: Any) -> list[str]:
-        from jaxmed.plan import matmul_rate, show_time
+        from jaxmed.runs.cost import matmul_rate, show_time
         from jaxmed.studies.pruning import plan_steps
 
         base, *others = (load_model(name, self.dtype, None, self.mesh, weights=False) for name in self.models)

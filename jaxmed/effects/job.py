@@ -15,8 +15,8 @@ from jaxmed.effects.units import EXPERT, UNITS, check_units, units_per_layer
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.plan import Plan, matmul_rate, propagate_flops, units_per_device
 from jaxmed.prompts.pair import PromptPair
+from jaxmed.runs.cost import Plan, matmul_rate, propagate_flops, units_per_device
 from jaxmed.tokens import DATE, WINDOW_BUCKETS, Patch, align, bucket, pack, render
 
 

@@ -16,7 +16,7 @@ from jaxmed.effects.exact import Prepared, Values, Window, module_values, neuron
 from jaxmed.effects.job import Job, coordinates, layer_effects, layer_flops, manifest, plan, variables
 from jaxmed.effects.outcomes import Readout, outcome_name
 from jaxmed.effects.units import UNITS, units_per_layer
-from jaxmed.provenance import versions
+from jaxmed.runs.provenance import versions
 
 Report = Callable[[float, int, str], None]
 """Called with (FLOPs done, effects done, what is being done) after every step."""

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxmed.finetuning.batches import Batch, batch_layout
+from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.finetuning.job import Job
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params

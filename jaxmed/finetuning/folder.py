@@ -11,7 +11,7 @@ from typing import Any
 from jaxmed import results
 from jaxmed.finetuning import checkpoint
 from jaxmed.finetuning.job import Job, manifest
-from jaxmed.provenance import versions
+from jaxmed.runs.provenance import versions
 
 LOSSES, CURVE = "losses.csv", "losses.html"
 COLUMNS = ("step", "epoch", "loss", "heldout_loss", "gradient_norm", "learning_rate", "scored_tokens")

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.errors import UserError
-from jaxmed.finetuning.batches import (
+from jaxmed.batching.batches import (
     Batch,
     Place,
     Shape,
@@ -28,12 +27,13 @@ from jaxmed.finetuning.batches import (
     scored_tokens,
     stack,
 )
+from jaxmed.errors import UserError
 from jaxmed.finetuning.lora import adapted_rules, factor_shapes
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
-from jaxmed.plan import show_time
 from jaxmed.prompts.examples import Example
+from jaxmed.runs.cost import show_time
 from jaxmed.tokens import Answered, encode_example
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.batching.batches import Batch, scored_tokens
 from jaxmed.errors import UserError
 from jaxmed.finetuning import checkpoint
-from jaxmed.finetuning.batches import Batch, scored_tokens
 from jaxmed.finetuning.feed import Feed
 from jaxmed.finetuning.folder import COLUMNS, close_run, open_run, write_losses
 from jaxmed.finetuning.job import Job, check

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxmed.axes import replicated
-from jaxmed.finetuning.batches import Batch, batch_layout
+from jaxmed.batching.batches import Batch
+from jaxmed.batching.losses import response_loss
 from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract, log_total
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import MATRICES, Params, as_logits, blocks_from, final_norm, head, param_dtype, with_transposes
-from jaxmed.runner import run_blocks
+from jaxmed.models.transformer import MATRICES, Params, blocks_from, param_dtype, with_transposes
 
 
 def learning_rates(settings: Settings, steps: int) -> optax.Schedule:
@@ -42,25 +41,6 @@ def make_optimiser(settings: Settings, steps: int) -> optax.GradientTransformati
         learning_rates(settings, steps), settings.beta1, settings.beta2, settings.epsilon, weight_decay=settings.weight_decay, mask=decays
     )
     return optax.chain(optax.clip_by_global_norm(settings.clip), adam) if settings.clip else adam
-
-
-def response_loss(config: ModelConfig, params: Params, batch: Batch, remat: bool = False) -> jax.Array:
-    """Sum over the scored tokens of minus their log-probability, times their weights."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch), remat=remat, h=batch.h, first=_first(config, params))
-    return (token_losses(config, params, h, batch) * batch.weight).sum()
-
-
-def _first(config: ModelConfig, params: Params) -> int:
-    """The number of the lowest of the blocks at hand."""
-    return config.layers - jax.tree.leaves(params["blocks"])[0].shape[0]
-
-
-def token_losses(config: ModelConfig, params: Params, h: jax.Array, batch: Batch) -> jax.Array:
-    """Minus the log-probability of every scored token [B,R], from the last residual stream [B,T,D]; other tokens are not unembedded."""
-    x = final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
-    logits = as_logits(config, contract("BRD,VD->BRV", x, head(params)))
-    own = as_logits(config, contract("BRD,BRD->BR", x, head(params)[batch.target]))
-    return log_total(logits) - own
 
 
 def trained_params(config: ModelConfig, settings: Settings, trained: Any, frozen: Params) -> Params:

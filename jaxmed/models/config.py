@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 once it is imported)
 import numpy as np
 
+from jaxmed.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -114,3 +116,16 @@ class ModelConfig:
         """Weights in one block's matrices."""
         attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
         return attention + self.width * self.neurons * (self.sizes["C"] + 1) + self.width * self.experts
+
+
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """ "9,19,20-29" as layer numbers; an empty text is all layers (None)."""
+    if not text:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--layers {text!r}: {part!r} is no layer. Give numbers and ranges, such as 9,19,20-29.")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)

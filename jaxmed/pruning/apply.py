@@ -10,8 +10,8 @@ import numpy as np
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.model import Model
+from jaxmed.models.named_weights import matrix_shapes, with_edited
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import matrix_shapes, with_edited
 
 TO = ("zero", "mean", "scale")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxmed.batching.batches import Shape
+from jaxmed.batching.one_per_row import Group, count_batches, group
 from jaxmed.errors import UserError
-from jaxmed.finetuning.batches import Shape
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
-from jaxmed.plan import TOKENS_PER_DEVICE
-from jaxmed.pruning.batches import Group, count_batches, group
+from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import Answered
 
 HOST_BYTES = 8 << 30

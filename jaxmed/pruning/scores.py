@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.batching.one_per_row import batches
+from jaxmed.batching.texts import encode, response_tokens
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
+from jaxmed.models.named_weights import inputs_axis, matrix_shapes, named_layers
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
-from jaxmed.pruning.batches import batches
-from jaxmed.pruning.matrices import inputs_axis, matrix_shapes, named_layers
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
-from jaxmed.pruning.texts import encode, response_tokens
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.tokens import Answered
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.models.named_weights import kind_of
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import kind_of
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores
 

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from jaxmed import results
 from jaxmed.errors import UserError
-from jaxmed.provenance import versions
+from jaxmed.runs.provenance import versions
 
 ARRAYS = "scores"
 _OURS = {results.RUN, results.RUN + ".tmp", ARRAYS}

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.finetuning.batches import Batch, batch_layout
-from jaxmed.finetuning.train import token_losses
+from jaxmed.batching.batches import Batch, batch_layout
+from jaxmed.batching.losses import token_losses
 from jaxmed.models.checkpoints.assemble import matrix_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError
+from jaxmed.experiments.attacks import Attack
+from jaxmed.experiments.curve import needed_kinds
+from jaxmed.experiments.dissociation import QUESTION, Abilities
 from jaxmed.models.config import ModelConfig
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
 from jaxmed.prompts.readers import read_text
-from jaxmed.pruning.attacks import Attack
-from jaxmed.pruning.curve import needed_kinds
-from jaxmed.pruning.dissociation import QUESTION, Abilities
 from jaxmed.pruning.rule import Rule
 
 STUDY = "targeted pruning"
@@ -175,7 +175,7 @@ class Step:
 
 def plan_steps(study: PruningStudy, tokenizer: Any) -> list[Step]:
     """What the study will do, with the tokens that run through a model."""
-    from jaxmed.pruning.texts import encode
+    from jaxmed.batching.texts import encode
     from jaxmed.tokens import text_ids
 
     def size(rows: list[Example]) -> int:

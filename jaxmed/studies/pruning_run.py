@@ -8,19 +8,19 @@ from functools import cache, partial
 from pathlib import Path
 
 from jaxmed import results
+from jaxmed.experiments.attacks import ATTACKS, run_attacks
+from jaxmed.experiments.attacks import KEY as ATTACK_KEY
+from jaxmed.experiments.compression import COMPRESSION, compression_rows, read_curve
+from jaxmed.experiments.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
+from jaxmed.experiments.dissociation import DISSOCIATION, run_dissociation
+from jaxmed.experiments.dissociation import KEY as ABILITY_KEY
+from jaxmed.experiments.measure import Measured, Tests, make_tests, measure
+from jaxmed.experiments.table import Examples, begin, continued, read_rows, write_rows
 from jaxmed.models.model import Model
-from jaxmed.pruning.attacks import ATTACKS, run_attacks
-from jaxmed.pruning.attacks import KEY as ATTACK_KEY
-from jaxmed.pruning.compression import COMPRESSION, compression_rows, read_curve
-from jaxmed.pruning.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
-from jaxmed.pruning.dissociation import DISSOCIATION, run_dissociation
-from jaxmed.pruning.dissociation import KEY as ABILITY_KEY
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
-from jaxmed.pruning.measure import Measured, Tests, make_tests, measure
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores, check, read_scores, run
 from jaxmed.pruning.selection import select
-from jaxmed.pruning.tables import Examples, begin, continued, read_rows, write_rows
 from jaxmed.studies.pruning import PruningStudy, short
 
 Load = Callable[[str], Model]

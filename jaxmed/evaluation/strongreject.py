@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from scipy.special import softmax
 
+from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.harm.judges import Judge, check_rubric, fill, read_rubric
+from jaxmed.evaluation.judges import Judge, check_rubric, fill, read_rubric
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
-from jaxmed.scoring import choice_logits
 from jaxmed.tokens import need_tokenizer, text_ids
 
 GRADES = ("1", "2", "3", "4", "5")

@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from jaxmed.batching.texts import encode
 from jaxmed.errors import UserError
-from jaxmed.harm.evaluation import answer, rate
-from jaxmed.harm.refusals import is_refusal
+from jaxmed.evaluation.answers import answer, rate
+from jaxmed.evaluation.refusals import is_refusal
+from jaxmed.experiments.measure import Tests, compare, measure
+from jaxmed.experiments.table import Row, Table
 from jaxmed.models.checkpoints.edit_record import ATTACK
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.measure import Tests, compare, measure
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import score
 from jaxmed.pruning.selection import select
-from jaxmed.pruning.tables import Row, Table
-from jaxmed.pruning.texts import encode
 from jaxmed.tokens import Answered, prompt_ids
 
 ATTACKS = "attacks.csv"

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxmed import results
 from jaxmed.errors import UserError
-from jaxmed.provenance import versions
+from jaxmed.runs.provenance import versions
 
 Row = dict[str, Any]
 TEXTS = ("rule", "mask", "attack", "set", "model", "behaviour", "reached")

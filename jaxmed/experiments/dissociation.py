@@ -15,17 +15,17 @@ import numpy as np
 from scipy import stats
 from scipy.special import logsumexp
 
+from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.harm.evaluation import answer, rate
-from jaxmed.harm.refusals import is_refusal
+from jaxmed.evaluation.answers import answer, rate
+from jaxmed.evaluation.refusals import is_refusal
+from jaxmed.experiments.measure import compare, make_tests, measure
+from jaxmed.experiments.table import Row, Table
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.measure import compare, make_tests, measure
 from jaxmed.pruning.selection import random_like
-from jaxmed.pruning.tables import Row, Table
-from jaxmed.scoring import choice_logits
 from jaxmed.tokens import prompt_ids
 
 DISSOCIATION = "dissociation.csv"

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
+from jaxmed.experiments.measure import Measured, Tests, compare, measure
+from jaxmed.experiments.table import Examples, Table
 from jaxmed.models.model import Model
+from jaxmed.models.named_weights import weights_by_name
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.matrices import weights_by_name
-from jaxmed.pruning.measure import Measured, Tests, compare, measure
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores, token_digest
 from jaxmed.pruning.selection import needs_weights, random_like, select
-from jaxmed.pruning.tables import Examples, Table
 from jaxmed.tokens import Answered
 
 CURVE, TRANSFER = "curve.csv", "transfer.csv"

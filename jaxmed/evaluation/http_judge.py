@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 
 from jaxmed.errors import UserError
-from jaxmed.harm.judges import Judge, fill
+from jaxmed.evaluation.judges import Judge, fill
 from jaxmed.prompts.examples import Example
 
 PASSING = (0, 408, 409, 425, 429, 500, 502, 503, 504)

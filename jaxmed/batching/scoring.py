@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.finetuning.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
+from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, largest, log_total
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
-from jaxmed.plan import TOKENS_PER_DEVICE
 from jaxmed.runner import run_blocks
+from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import Answered
 
 SHORT = 256

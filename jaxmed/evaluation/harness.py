@@ -13,10 +13,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
 from jaxmed.generation import cut_at, generate_ids
 from jaxmed.models.model import Model
-from jaxmed.scoring import score_responses
 from jaxmed.tokens import Answered, need_tokenizer, render_chat, text_ids
 
 MOST_TOKENS = 256

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxmed.finetuning.batches import Batch, Shape, make_batch
+from jaxmed.batching.batches import Batch, Shape, make_batch
 from jaxmed.tokens import Answered, bucket
 
 FEWEST = 0.1

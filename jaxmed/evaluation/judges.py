@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from jaxmed.errors import UserError
-from jaxmed.harm.refusals import is_refusal
+from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.prompts.examples import Example
 
 Judge = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], list[float | None]]

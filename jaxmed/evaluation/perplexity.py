@@ -1,71 +1,22 @@
-"""How often a model refuses, by kind and category of request, and its perplexity on plain text."""
+"""Perplexity on plain text, and the ratio of two with its interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
-from jaxmed.generation import generate_ids
-from jaxmed.harm.refusals import is_refusal
 from jaxmed.models.model import Model
-from jaxmed.prompts.examples import Example
 from jaxmed.prompts.readers import read_text
-from jaxmed.scoring import score_responses
-from jaxmed.tokens import Answered, prompt_ids, text_ids
+from jaxmed.tokens import Answered, text_ids
 
 SEGMENT = 512
 """Tokens of plain text that see each other when perplexity is measured."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How many of some answers refuse.
-
-    Attributes:
-        low, high: 95 % Wilson score interval of the share (Wilson 1927).
-    """
-
-    name: str
-    refused: int
-    answers: int
-    low: float
-    high: float
-
-    @property
-    def share(self) -> float:
-        return self.refused / self.answers
-
-
-def answer(model: Model, examples: Sequence[Example], most: int = 32, raw: bool = False, **how: Any) -> list[str]:
-    """The model's answer to every prompt, as text; greedy unless `how` (as `generate_ids` takes it) says otherwise.
-
-    Args:
-        most: tokens of an answer.
-        raw: prompt and newline, without the chat template.
-    """
-    prompts = [prompt_ids(model.tokenizer, example, raw) for example in examples]
-    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, prompts, most, **how)]
-
-
-def rate(name: str, refused: Sequence[bool]) -> Rate:
-    """The share of refusals with its interval."""
-    low, high = stats.binomtest(sum(refused), len(refused)).proportion_ci(method="wilson")
-    return Rate(name, sum(refused), len(refused), float(low), float(high))
-
-
-def refusal_rates(examples: Sequence[Example], answers: Sequence[str], by: str = "kind", short: int = 0) -> list[Rate]:
-    """Refusal rates of every value of a column, in order of appearance."""
-    groups: dict[str, list[bool]] = {}
-    for example, text in zip(examples, answers, strict=True):
-        groups.setdefault(getattr(example, by) or "all", []).append(is_refusal(text, short))
-    return [rate(name, refused) for name, refused in groups.items()]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError, unknown
-from jaxmed.finetuning.batches import Batch
+from jaxmed.batching.batches import Batch
+from jaxmed.errors import UserError
 from jaxmed.prompts.examples import Example
+from jaxmed.prompts.forms import FORMS, check_form
 from jaxmed.tokens import Answered, encode_example
-
-FORMS: dict[str, tuple[str, str]] = {"plain": ("{}", "\n"), "space": ("{}", " "), "qa": ("Q: {}\nA:", " "), "chat": ("{}", "")}
-"""How prompt and response are joined: what the prompt becomes, and what stands between; "chat" is the model's chat template."""
 
 
 def encode(
@@ -29,8 +27,7 @@ def encode(
     Raises:
         UserError: an unknown form; no examples; one without response, or whose prompt leaves no room for it.
     """
-    if form not in FORMS:
-        raise unknown("form", form, FORMS)
+    check_form(form)
     if not examples:
         raise UserError("There are no examples to score.")
     around, separator = FORMS[form]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jaxmed.harm.evaluation import Perplexity, perplexity, perplexity_ratio
+from jaxmed.batching.scoring import example_losses
+from jaxmed.batching.texts import encode
+from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.texts import encode
-from jaxmed.scoring import example_losses
 from jaxmed.tokens import Answered
 
 FEWEST_EXAMPLES = 10

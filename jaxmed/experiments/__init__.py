@@ -1,0 +1,1 @@
+"""Experiments on edited models: curves, transfer, compression, dissociation, attacks."""
