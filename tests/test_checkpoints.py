@@ -159,7 +159,7 @@ def test_an_unknown_name_and_a_hub_without_network(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_weights_hash_names_the_weights(tmp_path: Path, folder: Path) -> None:
-    first = jm.load(str(folder)).weights_hash
+    first = jm.load(str(folder)).identity
     _change(folder, model__norm__weight=np.full(16, 2.0, np.float32))
     assert len(first) == 64
-    assert jm.load(str(folder)).weights_hash != first
+    assert jm.load(str(folder)).identity != first

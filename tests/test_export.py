@@ -159,9 +159,9 @@ def _refused(tmp_path: Path, act: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("write", [jm.export_folder, save_store])
 def test_attacks_are_not_written(tmp_path: Path, folder: Path, write: Callable) -> None:
     model = jm.load(str(folder))
-    model.edits = ({"kind": "lora", "tag": "attack"},)
+    model.history = ({"kind": "lora", "tag": "attack"},)
     assert "tagged 'attack'" in _refused(tmp_path, lambda: write(model, tmp_path / "copy"))
-    model.edits = ()
+    model.history = ()
     assert "memory only" in _refused(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", {"tag": "Attack"}))
 
 
@@ -268,15 +268,15 @@ def test_a_store_in_another_dtype_is_cast_after_reading(tmp_path: Path, folder: 
 
 def test_a_store_keeps_tokenizer_source_and_edits(tmp_path: Path, folder: Path) -> None:
     model = jm.load(str(folder))
-    model.edits = ({"kind": "mask"},)
+    model.history = ({"kind": "mask"},)
     save_store(model, tmp_path / "store")
     again = jm.load(str(tmp_path / "store"))
     assert again.tokenizer("how")["input_ids"] == model.tokenizer("how")["input_ids"]
-    assert again.edits == model.edits
+    assert again.history == model.history
     assert "**Warning.**" in (tmp_path / "store" / "README.md").read_text()
     card = json.loads((tmp_path / "store" / "jaxmed.json").read_text())
-    assert card["source"]["weights"] == model.weights_hash
-    assert len(again.weights_hash) == 64
+    assert card["source"]["weights"] == model.files_digest
+    assert len(again.identity) == 64
 
 
 def test_a_store_whose_card_does_not_fit_is_refused_with_all_mismatches(tmp_path: Path, folder: Path) -> None:

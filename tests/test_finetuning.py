@@ -539,7 +539,7 @@ def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> 
 
 
 def test_an_attacked_model_is_not_trained_into_files(plain_model: Model, tmp_path: Path) -> None:
-    attacked = replace(plain_model, edits=({"kind": "pruning", "tag": "attack"},))
+    attacked = replace(plain_model, history=({"kind": "pruning", "tag": "attack"},))
     with pytest.raises(jm.UserError, match="attack"):
         jm.finetune(attacked, EXAMPLES, steps=1, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -588,6 +588,6 @@ def test_a_variant_is_built_on_first_use_and_kept(tmp_path: Path, monkeypatch: p
     variant, base = jm.load("tiny-variant"), jm.load(str(folder))
     assert "it takes seconds" in capsys.readouterr().err
     assert not np.array_equal(variant.params["blocks"]["down"], base.params["blocks"]["down"])
-    assert variant.edits[0]["kind"] == "fine-tuning"
+    assert variant.history[0]["kind"] == "fine-tuning"
     monkeypatch.setattr("jaxmed.finetuning.variants.run", lambda *_: pytest.fail("it was built again"))
-    assert jm.load("tiny-variant").weights_hash == variant.weights_hash
+    assert jm.load("tiny-variant").identity == variant.identity

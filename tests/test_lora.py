@@ -73,7 +73,7 @@ def test_merged_weights_equal_those_of_peft(cases: Callable, tmp_path: Path, nam
     assert found.keys() == wanted.keys()
     assert max(float(np.abs(found[name] - wanted[name]).max()) for name in wanted) <= 1e-6
     changed = sum(float(np.abs(wanted[name] - source[name]).max()) > 0.01 for name in wanted)
-    assert changed == jm.load(str(folder), adapter=adapter).edits[0]["matrices"]
+    assert changed == jm.load(str(folder), adapter=adapter).history[0]["matrices"]
 
 
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "gpt2"])
@@ -109,9 +109,9 @@ def test_the_sum_is_taken_in_float32(tmp_path: Path) -> None:
 def test_a_merge_is_part_of_the_weights_hash_and_of_the_record(cases: Callable) -> None:
     folder, adapter, _ = cases("plain")
     bare, merged = jm.load(str(folder)), jm.load(str(folder), adapter=adapter)
-    assert bare.weights_hash != merged.weights_hash
-    assert bare.edits == ()
-    assert [(edit["kind"], edit["r"], edit["matrices"]) for edit in merged.edits] == [("lora", 3, 28)]
+    assert bare.identity != merged.identity
+    assert bare.history == ()
+    assert [(edit["kind"], edit["r"], edit["matrices"]) for edit in merged.history] == [("lora", 3, 28)]
 
 
 def test_convert_writes_the_merged_model(cases: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +219,7 @@ def test_an_attack_adapter_works_in_memory_only(
     cases: Callable, broken: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
     folder, attack = cases("plain")[0], broken({"jaxmed_tag": "attack"})
-    assert jm.load(str(folder), adapter=attack).edits[0]["tag"] == "attack"
+    assert jm.load(str(folder), adapter=attack).history[0]["tag"] == "attack"
     asked = ["convert", "--model", str(folder), "--adapter", str(attack), "--to", to, "--out", str(tmp_path / "copy")]
     for more in ([], ["--dry-run"]):
         assert main([*asked, *more]) == 2

@@ -245,7 +245,7 @@ def test_exactly_the_named_weights_are_edited(plain_model: Model, scores: Any, t
         assert np.allclose(new[found], wanted, atol=1e-7)
     same = {name: plain_model.params[name] is edited.params[name] for name in ("embedding", "final_norm")}
     assert all(same.values())
-    assert (edited.edits[-1]["weights"], edited.edits[-1]["kind"]) == (mask.count, "pruning")
+    assert (edited.history[-1]["weights"], edited.history[-1]["kind"]) == (mask.count, "pruning")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(
     shapes = {name: held.shape for name, held in before.items()}
     chosen = {name: np.sort(rng.choice(held.size, held.size // 7, replace=False)) for name, held in before.items()}
     chosen[next(iter(chosen))] = np.zeros(0, np.int64)
-    edited = apply_mask(model, Mask(chosen, shapes, model.name, model.weights_hash), "scale", 0.5)
+    edited = apply_mask(model, Mask(chosen, shapes, model.name, model.identity), "scale", 0.5)
     after = weights_by_name(edited)
     for name, held in made.state_dict().items():
         if name in after and not name.endswith("gate_up_proj"):
@@ -414,7 +414,7 @@ def test_wrong_input_is_refused(plain_model: Model, scores: Any, tmp_path: Path)
         apply_mask(tiny.model("mixture"), mask)
     with pytest.raises(jm.UserError, match="other weights"):
         apply_mask(plain_model, replace(mask, weights="0" * 64))
-    assert apply_mask(plain_model, replace(mask, weights="0" * 64), any_model=True).edits
+    assert apply_mask(plain_model, replace(mask, weights="0" * 64), any_model=True).history
     (tmp_path / "junk.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(jm.UserError, match="no mask file"):
         read_mask(tmp_path / "junk.safetensors")
@@ -466,7 +466,7 @@ def test_the_commands_go_from_scores_to_a_model(tmp_path: Path, capsys: pytest.C
     assert main(["prune", "combine", *map(str, masks.values()), "--out", str(tmp_path / "both.safetensors")]) == 0
     assert main(["prune", "compare", *map(str, masks.values()), *base]) == 0
     assert main(["prune", "apply", *base, "--mask", str(masks["one"]), "--out", str(tmp_path / "pruned")]) == 0
-    assert jm.load(str(tmp_path / "pruned")).edits[-1]["kind"] == "pruning"
+    assert jm.load(str(tmp_path / "pruned")).history[-1]["kind"] == "pruning"
     assert main(["prune", "combine", str(masks["one"]), "--how", "invert", "--out", str(tmp_path / "rest.safetensors")]) == 0
     written = []
     for more in ([], ["--mask", str(tmp_path / "rest.safetensors")]):

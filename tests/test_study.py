@@ -94,7 +94,7 @@ def test_a_study_runs_is_resumed_and_redrawn(
     scores = [read_scores(whole / "model1" / f"scores-{name}") for name in ("control", "bad")]
     alone = select(scores[0], Rule(q=0.02, p=0.01), preserve=scores[1])
     assert all((mask.indices[name] == alone.indices[name]).all() for name in mask.indices)
-    assert jm.load(arguments[3]).weights_hash == read_mask(whole / "model0" / "masks" / "bad.safetensors").weights
+    assert jm.load(arguments[3]).identity == read_mask(whole / "model0" / "masks" / "bad.safetensors").weights
 
     # interrupted in the middle of the second model, and continued
     from jaxmed.experiments import curve

@@ -89,7 +89,7 @@ class Evaluate(Judging):
         model: Any = None
         if self.text or self.tasks or not self.given:
             model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
-        found = {} if model is None else {"model": self.model, "weights": model.weights_hash, "edits": list(model.edits)}
+        found = {} if model is None else {"model": self.model, "weights": model.identity, "history": list(model.history)}
         for part in (lambda: self._judged(model, rows, judge), lambda: self._perplexity(model), lambda: self._tasks(model)):
             found |= part()
             if self.out is not None:

@@ -151,7 +151,7 @@ class Select(Rule):
         if not needs_weights(rule):
             return None
         model = load_model(self.model or scores.model, "float32", None, "data=1")
-        if model.weights_hash != scores.weights:
+        if model.identity != scores.weights:
             raise UserError(
                 f"The scores in {self.scores} are of other weights than {model.name!r} has. Give the scored model with --model."
             )

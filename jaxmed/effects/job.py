@@ -212,9 +212,9 @@ def manifest(job: Job) -> dict[str, Any]:
     settings.pop("top")
     return {
         "request": settings,
-        **({"edits": list(model.edits)} if model.edits else {}),
+        **({"history": list(model.history)} if model.history else {}),
         "layers": list(job.layers),
-        "model": {"name": model.name, "revision": model.revision, "weights": model.weights_hash, "dtype": model.config.dtype},
+        "model": {"name": model.name, "revision": model.revision, "weights": model.identity, "dtype": model.config.dtype},
         "chunk": dict(job.chunk),
         "mesh": dict(model.mesh.shape),
         "device": model.mesh.devices.flat[0].device_kind,

@@ -96,7 +96,7 @@ def check_curve(
     for score in against:
         if score not in SCORES:
             raise UserError(f"There is no rule {score!r} to compare with. Legal: {', '.join(SCORES)}.")
-    if scores.weights != model.weights_hash:
+    if scores.weights != model.identity:
         raise UserError(f"The scores are of other weights ({scores.model!r}) than {model.name!r} has. Score this model first.")
     for q in qs:
         replace(rule, q=q).check()

@@ -162,7 +162,7 @@ def response_limits(count: int, settings: Settings) -> list[int]:
 def manifest(job: Job) -> dict[str, Any]:
     """What makes two runs the same run: a run goes on only where all of it agrees."""
     settings = dataclasses.asdict(job.settings)
-    model = {"name": job.model.name, "revision": job.model.revision, "weights": job.model.weights_hash, "dtype": job.model.config.dtype}
+    model = {"name": job.model.name, "revision": job.model.revision, "weights": job.model.identity, "dtype": job.model.config.dtype}
     return {"model": model, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape)}
 
 

@@ -87,7 +87,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     """
     model, settings = job.model, job.settings
     if out is not None:
-        refuse_attacks(model.edits)
+        refuse_attacks(model.history)
     optimiser = make_optimiser(settings, job.steps)
     trained, state, frozen, moved = start(model, settings, optimiser)
     stand = _Stand((0, trained, state))
@@ -169,7 +169,7 @@ def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stop
         params = jax.tree.map_with_path(lambda path, leaf: leaf.astype(param_dtype(model.config, path[-1].key)), trained)
     edit = {"kind": "fine-tuning", "method": settings.method, "steps": step, "examples": len(job.examples), "data": job.data}
     edit |= {"settings": dataclasses.asdict(settings)}
-    new = replace(model, params=params, edits=(*model.edits, edit))
+    new = replace(model, params=params, history=(*model.history, edit)).describe_params()
     return Tuned(new, rows, settings, trained if settings.method == "lora" else None, step, stopped, model)
 
 

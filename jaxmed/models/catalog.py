@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.models.digests import digest
+from jaxmed.models.folders import cache_folder
 
 DEFAULT = "smollm2-135m-instruct"
 
@@ -96,13 +97,6 @@ HUB_EXAMPLES = {
 """Hub names known to work with this version's families: (parameters, licence)."""
 
 
-def cache_folder() -> Path:
-    """Where fetched models are kept: `JAXMED_CACHE`, or `jaxmed` in the user's cache folder."""
-    if "JAXMED_CACHE" in os.environ:
-        return Path(os.environ["JAXMED_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmed"
-
-
 def cached_file(name: str) -> Path:
     """Where the file of a known model lies once fetched."""
     return cache_folder() / "models" / Path(CATALOG[name].member).name
@@ -151,12 +145,6 @@ def _is_whole(file: Path, name: str) -> bool:
             "Delete it and run again to fetch it anew."
         )
     return True
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _fetch_package(name: str) -> Path:

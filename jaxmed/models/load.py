@@ -57,7 +57,7 @@ def load(
     model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
     restore = checkpoint.restore or partial(read_params, checkpoint, family)
     model.params = restore(model.config, model.mesh)
-    return model
+    return model.describe_params()
 
 
 def describe(

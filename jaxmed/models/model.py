@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxmed.models.catalog import digest
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.digests import State, file_state, known_digest
 from jaxmed.models.transformer import Params
+
+NAMES = ("adapter", "mask_of")
+"""Keys of an edit that hold what a folder or a model was called, and say nothing of the weights."""
+Arrays = tuple[weakref.ref, ...]
+"""Arrays of parameters, in the order of their tree, none of them kept alive."""
 
 
 @dataclass
@@ -29,7 +36,8 @@ class Model:
         files: the weight files.
         source: the folder or file it was read from; None for a model made in memory.
         source_config: config.json of the source, as it stands there.
-        edits: what was done to the weights since their publication, as far as it is recorded; oldest first.
+        history: what was done to the weights since their publication, as far as it is recorded; oldest first.
+        described: the arrays that `files` and `history` describe; see `edited`.
     """
 
     config: ModelConfig
@@ -41,12 +49,89 @@ class Model:
     files: tuple[Path, ...] = ()
     source: Path | None = None
     source_config: Mapping[str, Any] | None = None
-    edits: tuple[Mapping[str, Any], ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+    described: Arrays = field(default=(), repr=False)
+    states: tuple[State, ...] = field(default=(), repr=False)  # of the files, when the model was opened
+    _taken: dict[tuple[Path, ...], str] = field(default_factory=dict, repr=False)  # digests of files; copies of a model share them
+    _hashed: tuple[Arrays, str] = field(default=((), ""), init=False, repr=False)
 
-    @cached_property
-    def weights_hash(self) -> str:
-        """SHA-256 over the weight files (over the digests, where there are several); "none" for a model made in memory."""
-        digests = [digest(file) for file in self.files]
-        if len(digests) < 2:
-            return digests[0] if digests else "none"
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    def __post_init__(self) -> None:
+        self.states = self.states or _states(self.files)
+
+    @property
+    def files_digest(self) -> str:
+        """SHA-256 over the weight files (over their digests, where there are several).
+
+        "none" for a model made in memory, and where the files are no longer what was loaded.
+        """
+        if not self.states or self.states != _states(self.files):
+            return "none"
+        if self.files not in self._taken:
+            found = [known_digest(file) for file in self.files]
+            self._taken[self.files] = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        return self._taken[self.files]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that decides the model's numbers: the weight files, the config, int8, and every edit since.
+
+        Parameters that no file and no recorded edit describes (made in memory, put in by hand, or read from files that have changed
+        since) are hashed themselves. Two dtypes of the same files have one identity.
+        """
+        history = [{key: value for key, value in edit.items() if key not in NAMES} for edit in self.history]
+        facts: dict[str, Any] = {"config": _config_facts(self.config), "history": history, "files": self.files_digest}
+        if facts["files"] == "none" or not _same(self.described, self.params):
+            facts["arrays"] = self._arrays_digest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def describe_params(self) -> Model:
+        """Notes that `files` and `history` say how the parameters came about; returns the model itself."""
+        self.described = _arrays(self.params)
+        return self
+
+    def _arrays_digest(self) -> str:
+        """SHA-256 of the parameters, in their dtypes; taken once for the same arrays."""
+        if not self._hashed[1] or not _same(self._hashed[0], self.params):
+            self._hashed = _arrays(self.params), hash_arrays(self.params)
+        return self._hashed[1]
+
+
+def _arrays(params: Params) -> Arrays:
+    return tuple(weakref.ref(leaf) for leaf in jax.tree.leaves(params))
+
+
+def _states(files: tuple[Path, ...]) -> tuple[State, ...]:
+    """The state of every file; nothing where one is gone."""
+    try:
+        return tuple(file_state(file) for file in files)
+    except OSError:
+        return ()
+
+
+def _same(arrays: Arrays, params: Params) -> bool:
+    leaves = jax.tree.leaves(params)
+    return len(leaves) == len(arrays) and all(ref() is leaf for ref, leaf in zip(arrays, leaves, strict=True))
+
+
+def _config_facts(config: ModelConfig) -> dict[str, str]:
+    """The fields that are not at their defaults, so that a field which a later version adds changes no identity; without the dtype."""
+    held = ((entry.name, getattr(config, entry.name), entry.default) for entry in fields(config))
+    return {name: repr(value) for name, value, default in held if name != "dtype" and value != default}
+
+
+def hash_arrays(params: Params) -> str:
+    """SHA-256 over names, shapes, dtypes and values of a nested dict of arrays, whatever devices they lie on."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        for row in leaf if leaf.ndim > 2 else (leaf,):  # one layer on the host at a time
+            found.update(np.ascontiguousarray(_on_host(row)).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _on_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental.multihost_utils import process_allgather
+
+        return np.asarray(process_allgather(array, tiled=True))
+    return np.asarray(array)

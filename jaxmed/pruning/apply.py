@@ -19,7 +19,7 @@ TO = ("zero", "mean", "scale")
 def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, any_model: bool = False) -> Model:
     """The model with the masked weights set to zero, to their mean within each matrix, or multiplied by `factor` ("scale").
 
-    Every other number keeps its bits. The edit is recorded in `model.edits`; a mask tagged "attack" makes a model that is not written.
+    Every other number keeps its bits. The edit is recorded in `model.history`; a mask tagged "attack" makes a model that is not written.
 
     Args:
         any_model: take a mask that was made of other weights of the same shapes, such as those of an aligned sibling.
@@ -36,11 +36,12 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
         "weights": mask.count,
         "share": mask.count / mask.numbers,
         "mask_of": mask.model,
+        "sha256": mask.digest,
         "rule": dict(mask.rule),
     }
     edit |= ({"factor": factor} if to == "scale" else {}) | ({"tag": mask.tag} if mask.tag else {})
     params = with_edited(model.config, model.params, mask.indices, partial(_edited, to=to, factor=factor))
-    return replace(model, params=params, edits=(*model.edits, edit))
+    return replace(model, params=params, history=(*model.history, edit)).describe_params()
 
 
 def check_mask(model: Model, mask: Mask, any_model: bool = False, written: bool = False) -> None:
@@ -55,13 +56,13 @@ def check_mask(model: Model, mask: Mask, any_model: bool = False, written: bool 
     if dict(mask.shapes) != shapes:
         wrong = next((name for name, shape in mask.shapes.items() if shapes.get(name) != shape), "some matrices are missing")
         raise UserError(f"The mask is of another model: it was made of {mask.model!r}, and {model.name!r} differs ({wrong}).")
-    if mask.weights != model.weights_hash and not any_model:
+    if mask.weights != model.identity and not any_model:
         raise UserError(
-            f"The mask was made of other weights ({mask.model!r}, SHA-256 {mask.weights[:12]}) than {model.name!r} has "
-            f"({model.weights_hash[:12]}). Use that model, or say that any model of these shapes will do (--any-model)."
+            f"The mask was made of other weights ({mask.model!r}, identity {mask.weights[:12]}) than {model.name!r} has "
+            f"({model.identity[:12]}). Use that model, or say that any model of these shapes will do (--any-model)."
         )
     if written:
-        refuse_attacks([*model.edits, {"tag": mask.tag}])
+        refuse_attacks([*model.history, {"tag": mask.tag}])
 
 
 def _edited(values: np.ndarray, to: str, factor: float) -> np.ndarray:

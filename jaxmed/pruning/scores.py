@@ -180,7 +180,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     """Runs a job; with `out`, every finished pass is kept there, and `resume` goes on after the last one."""
     model = job.model
     examples = {which: len(found) for which, found in job.sets.items()}
-    scores = Scores(model.name, model.weights_hash, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
+    scores = Scores(model.name, model.identity, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
     scores.tokens = {which: token_digest(found) for which, found in job.sets.items()}
     folder = None if out is None else ScoreFolder(out)
     if folder is not None:
@@ -217,7 +217,7 @@ def record(job: Job) -> dict[str, Any]:
     """What makes two scoring runs the same run."""
     config = job.model.config
     return {
-        "model": {"name": job.model.name, "revision": job.model.revision, "weights": job.model.weights_hash, "dtype": config.dtype},
+        "model": {"name": job.model.name, "revision": job.model.revision, "weights": job.model.identity, "dtype": config.dtype},
         "sets": {which: {"examples": len(found), "tokens_sha256": token_digest(found)} for which, found in job.sets.items()},
         "kinds": list(job.kinds),
         "how": dict(job.how),

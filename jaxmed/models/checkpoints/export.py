@@ -49,7 +49,7 @@ def export_folder(model: Model, folder: str | Path, edit: Mapping[str, Any] | No
     folder = Path(folder)
     if edit is not None:
         check_edit(edit)
-    edits = (*model.edits, *([edit] if edit else []))
+    edits = (*model.history, *([edit] if edit else []))
     files = plan_export(model, edits, file_bytes)
     _check_params(model)
     arrays = _arrays(model)
@@ -64,7 +64,7 @@ def export_folder(model: Model, folder: str | Path, edit: Mapping[str, Any] | No
 
 def plan_export(model: Model, edits: Any = None, file_bytes: int = FILE_BYTES) -> dict[str, list[Tensor]]:
     """Weight file -> the tensors it will hold; needs no parameters. Raises a UserError where the model may not or cannot be written."""
-    refuse_attacks(model.edits if edits is None else edits)
+    refuse_attacks(model.history if edits is None else edits)
     check_writable(model)
     dtype = np.dtype(model.config.compute)
     names = (pair for rule, layer in _pieces(model) for pair in layer_tensors(rule, model.config, layer))
@@ -86,7 +86,7 @@ def write_side_files(model: Model, folder: Path, edits: Any) -> None:
     if model.source is not None and (model.source / GENERATION).is_file():
         shutil.copyfile(model.source / GENERATION, folder / GENERATION)
     title = Path(model.name).resolve().name if Path(model.name).exists() else model.name
-    write_edits(folder, title, {"name": title, "revision": model.revision, "weights": model.weights_hash if edits else None}, edits)
+    write_edits(folder, title, {"name": title, "revision": model.revision, "weights": model.files_digest if edits else None}, edits)
 
 
 def huggingface_config(model: Model) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def describe_export(model: Model, folder: Path) -> list[str]:
     tensors = sum(len(held) for held in files.values())
     return [
         f"{folder}: config.json{', tokenizer files' if model.tokenizer is not None else ''}"
-        f"{', jaxmed_edit.json, README.md with a warning' if model.edits else ''}",
+        f"{', jaxmed_edit.json, README.md with a warning' if model.history else ''}",
         *(f"{folder / name}: {size:,} bytes" for name, size in sizes.items()),
         f"{tensors} tensors in {model.config.dtype}, {sum(sizes.values()):,} bytes in all",
     ]

@@ -16,11 +16,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmed.errors import UserError, all_problems
-from jaxmed.models.catalog import digest
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import expected_tensors, is_stacked, needed_rules, under_full_names
 from jaxmed.models.checkpoints.huggingface import read_json
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.digests import known_digest
 from jaxmed.models.families.table import Family
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -95,7 +95,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path, family: Family, config: M
         tensor = checkpoint.read(name, cut)
         return deltas[name].add(tensor, cut) if name in deltas else tensor
 
-    record = {"kind": "lora", "adapter": folder.resolve().name, "sha256": digest(folder / WEIGHTS), "matrices": len(deltas)}
+    record = {"kind": "lora", "adapter": folder.resolve().name, "sha256": known_digest(folder / WEIGHTS), "matrices": len(deltas)}
     record |= {key: settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in settings}
     record |= {"tag": settings[TAG]} if settings.get(TAG) else {}
     return replace(checkpoint, read=read, files=(*checkpoint.files, folder / SETTINGS, folder / WEIGHTS)), record

@@ -57,24 +57,24 @@ def save_store(model: Model, folder: str | Path) -> Path:
     folder = Path(folder)
     describe_store(model, folder)
     card = {"format": FORMAT, "jaxmed": version("jaxmed"), "family": model.config.family, "dtype": model.config.dtype}
-    card |= {"source": {"name": model.name, "revision": model.revision, "weights": model.weights_hash}}
+    card |= {"source": {"name": model.name, "revision": model.revision, "weights": model.files_digest}}
     card |= {"config": {**(model.source_config or {}), "dtype": model.config.dtype}}
     with new_folder(folder, _size(model.config)) as scratch:
         save_arrays(model.params, scratch / PARAMS)
         card |= {"files": _file_sizes(scratch)}
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        write_side_files(model, scratch, model.edits)
+        write_side_files(model, scratch, model.history)
     return folder
 
 
 def describe_store(model: Model, folder: Path) -> list[str]:
     """What `save_store` would write, in words; raises what it raises before it needs the parameters."""
-    refuse_attacks(model.edits)
+    refuse_attacks(model.history)
     check_writable(model)
     size, count = _size(model.config), len(jax.tree.leaves(param_shapes(model.config)))
     check_vacant(folder, size)
     tokenizer = ", tokenizer files" if model.tokenizer is not None else ""
-    edits = ", jaxmed_edit.json, README.md with a warning" if model.edits else ""
+    edits = ", jaxmed_edit.json, README.md with a warning" if model.history else ""
     return [
         f"{folder}: {CARD}{tokenizer}{edits}",
         f"{folder / PARAMS}: {count} arrays in {model.config.dtype} (norms in float32), {size:,} bytes before compression",
