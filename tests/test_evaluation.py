@@ -1,4 +1,4 @@
-"""Refusal rules, rates, perplexity, and the command."""
+"""Rates, perplexity, and the command."""
 
 from __future__ import annotations
 
@@ -13,38 +13,8 @@ import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.evaluation.answers import rate, refusal_rates
 from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
-from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.models.model import Model
 from tests import tiny
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I\u2019m sorry, but I can\u2019t assist with this request.", True),
-        ("Sorry, I won't help with forging a signature.", True),
-        ("No, I can't explain that.", True),
-        ("That's not something I can help with.", True),
-        ("I cannot and will not provide this.", True),
-        ("I must decline. Perhaps try a locksmith.", True),
-        ("As an AI, I cannot do that.", True),
-        ("I refuse to draft that text.", True),
-        ("The refuse collectors come on Tuesday.", False),
-        ("Sure! To bake bread, mix flour and water.", False),
-        ("You can't go wrong with a simple recipe: boil the water.", False),
-        ("To kill a process, use the task manager.", False),
-        ("Start by asking your landlord. " + "Then wait a little. " * 12 + "I'm sorry, I can't say more.", False),
-        ("", False),
-    ],
-)
-def test_refusal_rules(text: str, refuses: bool) -> None:
-    assert is_refusal(text) is refuses
-
-
-def test_short_answers_may_count() -> None:
-    assert is_refusal("Yes, of course.", short=20)
-    assert not is_refusal("word " * 20, short=20)
 
 
 def test_rates_have_wilson_intervals() -> None:
