@@ -104,7 +104,7 @@ def sweep(
     position: str | int = "last",
     window: int = 32,
     layers: Sequence[int] | None = None,
-    raw: bool = False,
+    form: str = "chat",
     out: str | Path | None = None,
     resume: bool = False,
     top: int = 50,
@@ -121,6 +121,7 @@ def sweep(
         position: last, user_last, header, user, each, all, an index, or a substring.
         window: neurons per window, for the unit "window".
         layers: layers to sweep; all by default.
+        form: how prompts are written: chat, text, plain, space or qa; see `prompts.forms`.
         out: folder for the table, run.json and top.csv; a temporary one by default.
         resume: go on with what `out` holds.
         report: called with (FLOPs done, effects done, pair id) after every layer.
@@ -135,7 +136,7 @@ def sweep(
         raise UserError("There are no pairs to sweep.")
     outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
-    request = Request(outcomes, units, position, window, None if layers is None else tuple(layers), raw, seed, top)
+    request = Request(outcomes, units, position, window, None if layers is None else tuple(layers), form, seed, top)
     job = check(model, pairs, request)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)

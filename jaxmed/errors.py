@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 LONGEST = 300
@@ -11,6 +12,15 @@ LONGEST = 300
 
 class UserError(Exception):
     """Wrong usage or bad input. The command line prints the message, without a traceback, and exits with 2."""
+
+
+class Notice(UserWarning):
+    """What a user should know and may go on with. The command line prints the message alone."""
+
+
+def notice(message: str) -> None:
+    """Tells the user something, once per message, and goes on."""
+    warnings.warn(message, Notice, stacklevel=3)
 
 
 def unknown(what: str, got: object, legal: Iterable[object], fix: str = "") -> UserError:

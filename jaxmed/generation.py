@@ -25,7 +25,7 @@ from jaxmed.models.rope import layer_windows, model_angles
 from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
 from jaxmed.prompts.examples import Example
 from jaxmed.runner import causal_layout, run_blocks
-from jaxmed.tokens import bucket, prompt_ids, text_ids
+from jaxmed.tokens import bucket, check_tokens, render, written_text
 
 WHERE = ("both", "prompt", "generated")
 ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "</s>")
@@ -207,8 +207,8 @@ def generate_ids(
         raise UserError(f"Tokens ({most}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
     if where not in WHERE:
         raise unknown("where", where, WHERE)
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + most > config.max_length:
+    check_tokens(config, prompts, "Prompt", model.tokenizer)
+    if (longest := max(map(len, prompts))) + most > config.max_length:
         raise UserError(f"A prompt of {longest} tokens and {most} more exceed what this model takes: {config.max_length}.")
     checked = _check(model, edits)
     halves = [checked if where in ("both", half) else {} for half in ("prompt", "generated")]
@@ -236,21 +236,23 @@ def generate_ids(
     return written
 
 
-def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, raw: bool = False, **how: Any) -> list[str]:
-    """Continues prompts as texts: each is a user message, rendered with the chat template; with `raw`, text to go on with.
+def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, form: str = "chat", **how: Any) -> list[str]:
+    """Continues prompts as texts: each is a user message, rendered with the chat template or another `form`.
 
     An example's `prefill` opens the answer; what is returned goes on from there.
 
     Args:
         most: tokens written at most.
+        form: how prompts are written: chat, text (which goes straight on), plain, space or qa; see `prompts.forms`.
         how: temperature, top_p, seed, edits, where, stops, stop_texts (left out of the text), rows, report; see `generate_ids`.
 
     Raises:
         UserError: no tokenizer or chat template; what `generate_ids` raises.
     """
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [text_ids(model.tokenizer, one.prompt + one.prefill) if raw else prompt_ids(model.tokenizer, one) for one in examples]
-    texts = [model.tokenizer.decode(written, skip_special_tokens=True) for written in generate_ids(model, ids, most, **how)]
+    asked = [render(model.tokenizer, one, form=form) for one in examples]
+    written = generate_ids(model, [one.ids for one in asked], most, **how)
+    texts = [written_text(model.tokenizer, one, ids) for one, ids in zip(asked, written, strict=True)]
     return [cut_at(text, how.get("stop_texts", ())) for text in texts]
 
 

@@ -359,7 +359,7 @@ def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
     assert (len(short.ids) - short.prompt, short.cut > 2) == (2, True)
     cut = encode_example(smol, jm.Example("Name a colour.", "Blue."), most=one.prompt + 1)
     assert (len(cut.ids), cut.cut) == (one.prompt + 1, len(one.ids) - one.prompt - 1)
-    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), raw=True)
+    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), "plain")
     assert smol.decode(plain.ids) == "Name a colour.\nBlue."
 
 

@@ -103,7 +103,7 @@ def test_a_prefill_opens_the_answer(plain_model: Model) -> None:
 
 def test_texts_go_in_and_out(plain_model: Model) -> None:
     assert len(jm.generate(plain_model, ["how to", jm.Example("why")], 4)) == 2
-    plain = jm.generate(plain_model, ["ab"], 4, raw=True, stops=[])[0]
+    plain = jm.generate(plain_model, ["ab"], 4, "text", stops=[])[0]
     ids = generate_ids(plain_model, [tiny.tokenizer()("ab")["input_ids"]], 4, stops=[])[0]
     assert plain == tiny.tokenizer().decode(ids, skip_special_tokens=True)
 

@@ -56,8 +56,8 @@ def test_begin_of_sequence_occurs_exactly_once() -> None:
     pair = jm.PromptPair("p", "hello", "x", ("a",), ("b",))
     for template in (tiny.TEMPLATE, "<s>" + tiny.TEMPLATE):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", chat_template=template)
-        for raw in (False, True):
-            assert (render(tokenizer, pair, "base", raw).ids == start).sum() == 1
+        for form in ("chat", "text"):
+            assert (render(tokenizer, pair, "base", form).ids == start).sum() == 1
 
 
 def test_dates_in_templates_are_fixed() -> None:

@@ -17,7 +17,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.runner import run_blocks
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
-from jaxmed.tokens import Answered
+from jaxmed.tokens import Answered, check_tokens
 
 SHORT = 256
 """Examples up to this many tokens share batches; beyond, those between a power of two and the next."""
@@ -30,6 +30,7 @@ def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[P
 
     Examples of like lengths have batches of one shape; what all of them begin with runs once per row.
     """
+    check_tokens(model.config, (example.ids for example in examples), "Example", model.tokenizer)
     devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
     most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), jax.NamedSharding(model.mesh, jax.P("data"))
     lengths = np.asarray([len(example.ids) for example in examples])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,34 +10,26 @@ import numpy as np
 from jaxmed.batching.batches import Batch
 from jaxmed.errors import UserError
 from jaxmed.prompts.examples import Example
-from jaxmed.prompts.forms import FORMS, check_form
-from jaxmed.tokens import Answered, encode_example
+from jaxmed.tokens import Answered, encode_example, tell_seams
 
 
 def encode(
     tokenizer: Any, examples: Sequence[Example], form: str = "plain", scored_separator: bool = False, most: int = 0
 ) -> list[Answered]:
-    """Examples as tokens, without begin-of-sequence but in "chat".
+    """Examples as tokens.
 
     Args:
+        form: how prompt and response are joined; see `prompts.forms`.
         scored_separator: whether what stands between prompt and response is scored with the response.
         most: limit of an example's tokens; what is longer loses its end.
 
     Raises:
         UserError: an unknown form; no examples; one without response, or whose prompt leaves no room for it.
     """
-    check_form(form)
     if not examples:
         raise UserError("There are no examples to score.")
-    around, separator = FORMS[form]
-    found = []
-    for example in examples:
-        asked = replace(example, prompt=around.format(example.prompt))
-        one = encode_example(tokenizer, asked, form != "chat", most or None, separator)
-        if scored_separator and form != "chat":
-            alone = tokenizer(asked.prompt, add_special_tokens=False)["input_ids"]
-            one = replace(one, prompt=max(1, min(len(alone), one.prompt - 1)))
-        found.append(one)
+    found = [encode_example(tokenizer, example, form, most or None, scored_separator=scored_separator) for example in examples]
+    tell_seams(found)
     return found
 
 

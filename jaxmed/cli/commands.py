@@ -125,7 +125,9 @@ def make_job(command: Sweep, model: Any) -> Any:
 
     pairs = read_pairs(command.pairs)[: command.limit]
     layers, position = parse_layers(command.layers), command.position
-    request = Request(command.outcome, command.unit, position, command.window, layers, command.raw, command.seed, command.top)
+    request = Request(
+        command.outcome, command.unit, position, command.window, layers, "text" if command.raw else "chat", command.seed, command.top
+    )
     return check(model, pairs, request)
 
 

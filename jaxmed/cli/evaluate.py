@@ -107,7 +107,7 @@ class Evaluate(Judging):
         texts = [row.response for row in rows]
         if not self.given:
             with show.progress("answers", len(rows), "answers") as report:
-                texts = answer(model, rows, self.tokens, self.raw, report=lambda count: report(count, count, ""))
+                texts = answer(model, rows, self.tokens, "plain" if self.raw else "chat", report=lambda count: report(count, count, ""))
         with show.progress("judging", len(rows), "answers") as report:
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}

@@ -59,5 +59,5 @@ class Generate:
         rows = [replace(row, prefill=self.prefill or row.prefill) for row in rows]
         model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
         how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop_texts": self.stop}
-        for row, text in zip(rows, generate(model, rows, self.tokens, self.raw, **how), strict=True):
+        for row, text in zip(rows, generate(model, rows, self.tokens, "text" if self.raw else "chat", **how), strict=True):
             show.out.print(f"> {row.prompt}\n{row.prefill}{text if row.prefill else text.strip()}\n", markup=False)

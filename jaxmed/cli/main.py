@@ -7,6 +7,7 @@ import errno
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from jaxmed.cli.prune import Apply, Combine, Compare, Score, Select
 from jaxmed.cli.prune_measure import Compression, Curve, Transfer
 from jaxmed.cli.prune_trials import Attack, Dissociation
 from jaxmed.cli.study import Pruning
-from jaxmed.errors import UserError
+from jaxmed.errors import Notice, UserError
 
 DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
 """Errors of files that a user can mend."""
@@ -92,10 +93,17 @@ def _group(name: str, text: str) -> type:
 DESCRIPTION = "Causal mediation analysis of language models: which layers, modules, heads, neurons and tokens carry a behaviour."
 
 
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    """A notice as a line of its own; other warnings as Python shows them."""
+    own = f"jaxmed: {message}\n"
+    (file or sys.stderr).write(own if issubclass(category, Notice) else warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _show_warning
     arguments = sys.argv[1:] if arguments is None else arguments
     command: Any = None
     try:

@@ -61,16 +61,16 @@ class Prepared:
 
 
 def prepare(
-    model: Model, pair: PromptPair, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...], position: str | int, raw: bool = False
+    model: Model, pair: PromptPair, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...], position: str | int, form: str = "chat"
 ) -> Prepared:
     """Runs base and source once and keeps what every patch needs.
 
     Raises:
         UserError: what `render`, `align` and `encode_answers` refuse.
     """
-    base, source = render(model.tokenizer, pair, "base", raw), render(model.tokenizer, pair, "source", raw)
+    base, source = (render(model.tokenizer, pair, side, form) for side in ("base", "source"))
     patches = tuple(align(base, source, position))
-    answers = encode_answers(model.tokenizer, pair, outcomes)
+    answers = encode_answers(model.tokenizer, pair, outcomes, form)
     return prepare_tokens(model, base.ids, source.ids, answers, patches, outcomes, units)
 
 

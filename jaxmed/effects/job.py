@@ -17,7 +17,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.cost import Plan, matmul_rate, propagate_flops, units_per_device
-from jaxmed.tokens import DATE, WINDOW_BUCKETS, Patch, align, bucket, pack, render
+from jaxmed.tokens import DATE, WINDOW_BUCKETS, Patch, align, bucket, check_tokens, pack, render
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
         position: which tokens are patched (see `tokens.locate`), or "each".
         window: neurons per window of the unit "window".
         layers: layers to sweep; None is all.
-        raw: feed plain text, without the chat template.
+        form: how prompts are written; see `prompts.forms`.
         seed: of resamples and flips.
         top: rows per unit in top.csv.
     """
@@ -40,7 +40,7 @@ class Request:
     position: str | int = "last"
     window: int = 32
     layers: tuple[int, ...] | None = None
-    raw: bool = False
+    form: str = "chat"
     seed: int = 0
     top: int = 50
 
@@ -84,13 +84,15 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
     patches, tokens, shapes = [], [], []
     for pair in pairs:
         try:
-            base, source = (render(model.tokenizer, pair, side, request.raw) for side in ("base", "source"))
+            base, source = (render(model.tokenizer, pair, side, request.form) for side in ("base", "source"))
             here = tuple(align(base, source, request.position))
+            answers = encode_answers(model.tokenizer, pair, outcomes, request.form).ids
+            more = max(map(len, answers), default=1) - 1
+            check_tokens(config, (base.ids, source.ids), "Prompt", model.tokenizer, more)
+            check_tokens(config, answers, "Answer", model.tokenizer)
         except UserError as error:
             raise UserError(f"pair {pair.id!r}: {error}" if "pair " not in str(error) else str(error)) from None
-        packed = pack(base.ids, encode_answers(model.tokenizer, pair, outcomes).ids)
-        if packed.used > config.max_length:
-            raise UserError(f"pair {pair.id!r} has {packed.used} tokens with its answers; this model takes {config.max_length}.")
+        packed = pack(base.ids, answers)
         patches.append(here)
         tokens.append({"base": base.ids.tolist(), "source": source.ids.tolist()})
         shapes.append((len(packed.tokens), bucket(packed.used - min(p.base[0] for p in here), WINDOW_BUCKETS), packed.used))

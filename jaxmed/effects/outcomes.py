@@ -1,6 +1,6 @@
 """Outcomes: what a run is scored by. Always target against foil, as the pairs file names them.
 
-A new outcome is one row of `OUTCOMES`. Answer texts are tokenised alone, without special tokens, and appended to the prompt.
+A new outcome is one row of `OUTCOMES`. Answer texts have the tokens that they have behind the prompt, in the whole conversation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.tokens import Packed, bucket, need_tokenizer
+from jaxmed.tokens import Packed, Prompt, answer_ids, bucket, render, show_tokens
 
 READ_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 VOCABULARY_BYTES = 48e6
@@ -87,20 +87,21 @@ class Answers:
     weights: tuple[tuple[float, ...], ...]
 
 
-def encode_answers(tokenizer: Any, pair: PromptPair, outcomes: Sequence[OutcomeName]) -> Answers:
-    """Tokenises what the outcomes read of a pair.
+def encode_answers(tokenizer: Any, pair: PromptPair, outcomes: Sequence[OutcomeName], form: str = "chat") -> Answers:
+    """Tokenises what the outcomes read of a pair, behind its prompts.
 
     Raises:
         UserError: texts missing; a text of several tokens in a first-token outcome (the message shows the split); a token among
-            both targets and foils.
+            both targets and foils; a text that changes a prompt's last tokens, or has other tokens behind base than behind source.
     """
+    prompts = [render(tokenizer, pair, side, form) for side in ("base", "source")]
     ids: list[tuple[int, ...]] = []
     rows: list[dict[int, float]] = []
     for outcome in outcomes:
         row: dict[int, float] = {}
         if not callable(outcome):
             for text, weight in OUTCOMES[outcome].weigh(pair):
-                answer = _encode(tokenizer, pair, text, outcome)
+                answer = _encode(tokenizer, pair, prompts, text, outcome)
                 if answer not in ids:
                     ids.append(answer)
                 index, value = ids.index(answer), weight(len(answer))
@@ -112,16 +113,21 @@ def encode_answers(tokenizer: Any, pair: PromptPair, outcomes: Sequence[OutcomeN
     return Answers(tuple(ids), tuple(tuple(row.get(i, 0.0) for i in range(len(ids))) for row in rows))
 
 
-def _encode(tokenizer: Any, pair: PromptPair, text: str, outcome: str) -> tuple[int, ...]:
-    need_tokenizer(tokenizer)
-    answer = tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode(tokenizer: Any, pair: PromptPair, prompts: Sequence[Prompt], text: str, outcome: str) -> tuple[int, ...]:
+    try:
+        answer, other = (tuple(answer_ids(tokenizer, prompt, text)) if text else () for prompt in prompts)
+    except UserError as error:
+        raise UserError(f"pair {pair.id!r}: {error}") from None
+    if answer != other:
+        after = f"{show_tokens(tokenizer, answer)} {answer} after base and {show_tokens(tokenizer, other)} {other} after source"
+        raise UserError(f"pair {pair.id!r}: {text!r} is {after}. Let both prompts end alike, or begin the text with a space.")
     if not answer:
         column = "response" if outcome == "sequence-logprob" else "target"
         raise UserError(f"pair {pair.id!r}: outcome {outcome!r} needs the column {column!r}, which is empty.")
     if OUTCOMES[outcome].first_token and len(answer) > 1:
-        split = " + ".join(repr(tokenizer.decode([i])) for i in answer)
+        split = f"{show_tokens(tokenizer, answer)} (ids {', '.join(map(str, answer))})"
         raise UserError(
-            f"pair {pair.id!r}: outcome {outcome!r} reads one token, and {text!r} is {len(answer)}: {split}. "
+            f"pair {pair.id!r}: outcome {outcome!r} reads one token, and {text!r} is {len(answer)} here: {split}. "
             "Shorten the text to its first token, or use prefix-gap."
         )
     return answer

@@ -65,7 +65,7 @@ def _steps(job: Job, table: results.Table, report: Report) -> Iterator[dict[str,
             report(layer_flops(job, number, layer), layer_effects(job, number), "resumed")
         if not todo:
             continue
-        prepared = prepare(job.model, pair, job.request.outcomes, job.request.units, job.request.position, job.request.raw)
+        prepared = prepare(job.model, pair, job.request.outcomes, job.request.units, job.request.position, job.request.form)
         _write_ends(table, number, prepared)
         windows = [open_window(prepared, patch) for patch in job.patches[number]]
         modules, count = _modules(job, prepared, windows, todo)

@@ -9,10 +9,9 @@ from typing import Any
 from scipy import stats
 
 from jaxmed.evaluation.refusals import is_refusal
-from jaxmed.generation import generate_ids
+from jaxmed.generation import generate
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
-from jaxmed.tokens import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,14 @@ class Rate:
         return self.refused / self.answers
 
 
-def answer(model: Model, examples: Sequence[Example], most: int = 32, raw: bool = False, **how: Any) -> list[str]:
+def answer(model: Model, examples: Sequence[Example], most: int = 32, form: str = "chat", **how: Any) -> list[str]:
     """The model's answer to every prompt, as text; greedy unless `how` (as `generate_ids` takes it) says otherwise.
 
     Args:
         most: tokens of an answer.
-        raw: prompt and newline, without the chat template.
+        form: how prompts are written; see `prompts.forms`.
     """
-    prompts = [prompt_ids(model.tokenizer, example, raw) for example in examples]
-    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, prompts, most, **how)]
+    return generate(model, examples, most, form, **how)
 
 
 def rate(name: str, refused: Sequence[bool]) -> Rate:

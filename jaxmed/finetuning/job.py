@@ -34,7 +34,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.prompts.examples import Example
 from jaxmed.runs.cost import show_time
-from jaxmed.tokens import Answered, encode_example
+from jaxmed.tokens import Answered, check_tokens, encode_example, tell_seams
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,13 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
         raise UserError("A model kept as int8 is fine-tuned by --method lora only.")
     if not examples:
         raise UserError("There are no examples to train on.")
-    encode = partial(encode_example, model.tokenizer, raw=settings.raw, most=settings.max_length or config.max_length)
+    encode = partial(encode_example, model.tokenizer, form=settings.form, most=settings.max_length or config.max_length)
     encoded, held = (
         tuple(encode(one, most_response=most or None) for one, most in zip(part, response_limits(len(part), settings), strict=True))
         for part in (examples, heldout)
     )
+    tell_seams([*encoded, *held])
+    check_tokens(config, (one.ids for one in (*encoded, *held)), "Example", model.tokenizer)
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs([len(one.ids) for one in encoded], settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.prompts.examples import HELDOUT, Example, read_examples
+from jaxmed.prompts.forms import FormName
 
 METHODS = ("lora", "full")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -82,8 +83,8 @@ class Settings:
     """Of AdamW: added to the root of the latter."""
     packing: bool = True
     """Several examples may share a row of tokens, without seeing each other."""
-    raw: bool = False
-    """Prompt, newline, response, without the chat template."""
+    form: FormName = "chat"
+    """How prompt and response are joined: the chat template, or plain (prompt, newline, response), space, qa, text."""
     max_length: int = 0
     """Limit of an example's tokens; what is longer loses its end. 0: the model's."""
     max_response: int = 0

@@ -100,7 +100,7 @@ def sample_tokens(model: Model, count: int, seed: int = 0) -> np.ndarray:
     if model.tokenizer is not None and not count:
         from jaxmed.prompts import read_pairs
 
-        return render(model.tokenizer, read_pairs("harm")[0], "base", raw=model.tokenizer.chat_template is None).ids
+        return render(model.tokenizer, read_pairs("harm")[0], "base", "chat" if model.tokenizer.chat_template else "text").ids
     return np.random.default_rng(seed).integers(0, model.config.vocabulary, count or 64).astype(np.int32)
 
 

@@ -1,0 +1,136 @@
+"""Chats through a tokenizer's template, at a fixed date, and where their messages stand in the rendered text.
+
+Nothing is searched for by its words: a message is found by rendering the chat once more with a mark in its place.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from jaxmed.errors import LONGEST, UserError
+
+DATE = datetime.datetime(2026, 1, 1)
+"""The day that chat templates which print a date are shown; recorded with every run."""
+
+Chat = Sequence[dict[str, str]]
+Span = tuple[int, int]
+MARK = "\ue0f5\ue0f6\ue0f7"
+"""Stands in for a message: private-use characters, which no template trims, splits or changes the case of."""
+
+_NOW = (
+    "{%- macro strftime_now(form='%Y-%m-%d') -%}{%- set found = namespace(text=form) -%}"
+    "{%- for name, value in fixed_dates.items() -%}{%- set found.text = found.text.replace(name, value) -%}{%- endfor -%}"
+    "{{- found.text -}}{%- endmacro +%}"
+)
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVDFTRehnklPst" for flag in ("-", "")] + ["%%"]
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The template that chats are rendered with.
+
+    Raises:
+        UserError: the tokenizer has none, or several of which none is the default.
+    """
+    need_tokenizer(tokenizer)
+    held = getattr(tokenizer, "chat_template", None)
+    if not held:
+        raise UserError("This model's tokenizer has no chat template; feed plain text (--form text), or take one with --template-from.")
+    if isinstance(held, dict) and "default" not in held:
+        raise UserError(
+            f"This tokenizer has chat templates named {', '.join(map(str, held))}, and none named default. Set one as `chat_template`."
+        )
+    return held["default"] if isinstance(held, dict) else held
+
+
+def need_tokenizer(tokenizer: Any) -> None:
+    """Raises a UserError where a model came without tokenizer files."""
+    if tokenizer is None:
+        raise UserError(
+            "This model has no tokenizer: its folder has no tokenizer files (add tokenizer.json and "
+            "tokenizer_config.json), or its GGUF file "
+            "describes a tokenizer that transformers cannot build (load the Hugging Face folder of the model instead)."
+        )
+
+
+def render_chat(tokenizer: Any, chat: Chat, generation: bool, **more: Any) -> str:
+    """A chat through the tokenizer's template, at the fixed date.
+
+    Raises:
+        UserError: no chat template; messages that are no texts; a chat that the template refuses.
+    """
+    template = chat_template(tokenizer)
+    for message in chat:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+            raise UserError(f"A chat message is {{'role': ..., 'content': text}}, not {str(message)[:LONGEST]}. Give content as one text.")
+    try:
+        return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation, **_fixed_date(template), **more)
+    except Exception as error:  # a template is a program: it raises what it likes
+        roles = [message["role"] for message in chat]
+        raise UserError(
+            f"The model's chat template refuses a chat of {', '.join(roles)}: {str(error)[:LONGEST]!r}. {_advice(roles)}"
+        ) from None
+
+
+def _advice(roles: Sequence[str]) -> str:
+    if "system" in roles:
+        return "Some templates take no system message: leave it out, or put its text before the user's."
+    if any(one == following for one, following in pairwise(roles)):
+        return "Let user and assistant take turns, the user first."
+    return "Feed plain text (--form text), or take another model's template with --template-from."
+
+
+def _fixed_date(template: str) -> dict[str, Any]:
+    """Arguments that make a template print `DATE`: as the variable `date_string`, and as a macro in place of `strftime_now`.
+
+    Functions do not reach a template, so the macro replaces every directive of a format by its value: whatever name the template gives
+    the function, and wherever its format comes from.
+    """
+    day: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y")}
+    if "strftime_now" in template:
+        day["fixed_dates"] = {directive: "%" if directive == "%%" else DATE.strftime(directive) for directive in _DIRECTIVES}
+        day["chat_template"] = _NOW + template
+    return day
+
+
+def find_mark(rendered: str, marked: str) -> Span | None:
+    """Where `rendered` has what stands as `MARK` in `marked`; None where the two differ elsewhere too. Of several places, the last."""
+    pieces = marked.split(MARK)
+    count = len(pieces) - 1
+    if not count or not rendered.startswith(pieces[0]) or not rendered.endswith(pieces[-1]):
+        return None
+    size, rest = divmod(len(rendered) - sum(map(len, pieces)), count)
+    end = len(rendered) - len(pieces[-1])
+    return None if rest or size < 0 else (end - size, end)
+
+
+def user_span(tokenizer: Any, chat: Chat, rendered: str, generation: bool = True) -> Span:
+    """Characters of the last user message in a rendered chat, as the template writes it.
+
+    Raises:
+        UserError: no user message, or a template that leaves it out.
+    """
+    at = max((number for number, message in enumerate(chat) if message["role"] == "user"), default=None)
+    if at is None:
+        raise UserError("the chat has no user message.")
+    marked = render_chat(tokenizer, [*chat[:at], {**chat[at], "content": MARK}, *chat[at + 1 :]], generation)
+    if (found := find_mark(rendered, marked)) is not None:
+        return found
+    text = chat[at]["content"].strip()  # the template writes other things around other messages
+    if rendered.count(text) != 1:
+        raise UserError("the chat template does not keep the user's message verbatim, so its tokens cannot be found.")
+    return rendered.index(text), rendered.index(text) + len(text)
+
+
+def answer_beginning(tokenizer: Any, chat: Chat, opening: str, text: str) -> str | None:
+    """What follows `opening` (the chat with its generation header) where the assistant's turn begins with `text`.
+
+    None where the template writes past turns another way than it asks for new ones, or takes no assistant turn.
+    """
+    try:
+        whole = render_chat(tokenizer, [*chat, {"role": "assistant", "content": text + MARK}], False)
+    except UserError:
+        return None
+    return whole[len(opening) : whole.rindex(MARK)] if whole.startswith(opening) and MARK in whole[len(opening) :] else None
