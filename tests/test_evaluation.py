@@ -11,8 +11,8 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.evaluation.answers import rate, refusal_rates
 from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
+from jaxmed.evaluation.rates import rate, refusal_rates
 from jaxmed.models.model import Model
 from tests import tiny
 

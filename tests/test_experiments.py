@@ -20,7 +20,7 @@ from jaxmed.cli.main import main
 from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
 from jaxmed.experiments.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
 from jaxmed.experiments.curve import predicted_rise, run_curve
-from jaxmed.experiments.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, fill, run_dissociation
+from jaxmed.experiments.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, run_dissociation
 from jaxmed.experiments.measure import make_tests, measure
 from jaxmed.experiments.table import Examples, Table
 from jaxmed.models.model import Model
@@ -220,11 +220,6 @@ def test_auc_is_that_of_mann_and_whitney() -> None:
     low, high = auc_interval(one, two)
     assert low < auc(one, two) < high
     assert math.isnan(auc_interval(one[:9], two)[0])
-
-
-def test_questions_are_filled_once() -> None:
-    row = jm.Example("{response}", "{name}")
-    assert fill("{prompt}|{response}|{name}", row, "x") == "{response}|{name}|x"
 
 
 def test_dissociation(yes_no_model: Model, masks: dict[str, Mask]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 import time
 import warnings
@@ -18,10 +20,16 @@ import pytest
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.errors import UserError
-from jaxmed.evaluation.http_judge import Endpoint, http_judge, parse_grade
-from jaxmed.evaluation.judges import fill, mean_score, read_rubric, refusal_rules
+from jaxmed.evaluation import http_judge as asking
+from jaxmed.evaluation.endpoint import Endpoint
+from jaxmed.evaluation.grades import parse_grade, read_content
+from jaxmed.evaluation.http_judge import http_judge, read_wait
+from jaxmed.evaluation.judges import JUDGES, JudgeSettings, make_judge, refusal_rules
+from jaxmed.evaluation.rates import mean_score
+from jaxmed.evaluation.rubrics import ask, read_rubric
 from jaxmed.evaluation.strongreject import MOST_TOKENS, read_template, strongreject
 from jaxmed.prompts import Example
+from jaxmed.prompts.templates import fill
 from tests import reference, tiny
 
 torch = reference.torch
@@ -281,6 +289,173 @@ def test_the_rate_is_limited(server: Server) -> None:
     assert min(np.diff([at for _, _, at in server.asked])) > 0.05  # further tries wait for their turn too
 
 
+def test_times_to_wait_are_seconds_or_dates() -> None:
+    assert read_wait("3") == 3.0
+    assert read_wait("0.5") == 0.5
+    assert read_wait("-3") == 0.0
+    assert read_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert (read_wait("Fri, 01 Jan 2999 00:00:00 GMT") or 0) > 1e9
+    assert (read_wait("9" * 400) or 0) > 1e18
+    assert [read_wait(text) for text in ("", "soon", "Fri, 99 Foo", "1e")] == [None] * 4
+
+
+def test_a_wait_of_years_is_not_waited_for(server: Server) -> None:
+    server.script = lambda at, body: (503, {"Retry-After": "Fri, 01 Jan 2999 00:00:00 GMT"}, "later")
+    with pytest.raises(UserError, match="asks to wait"):
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert len(server.asked) == 1
+
+
+def test_waits_are_capped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "LONGEST_WAIT", 0.01)
+    server.script = lambda at, body: reply("5") if at else (429, {"Retry-After": "3000"}, "busy")
+    assert http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent) == [1.0]
+    assert server.asked[1][2] - server.asked[0][2] < 30
+
+
+class Drip:
+    """A server that sends `first` and then a byte every few milliseconds for as long as somebody listens."""
+
+    def __init__(self, first: bytes, size: int = 1):
+        self.first, self.size, self.asked = first, size, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                taken, _ = self.socket.accept()
+            except OSError:
+                return
+            self.asked += 1
+            threading.Thread(target=self.send, args=(taken,), daemon=True).start()
+
+    def send(self, taken: socket.socket) -> None:
+        with taken:
+            try:
+                taken.sendall(self.first)
+                while True:
+                    taken.sendall(b"x" * self.size)
+                    time.sleep(0.02 if self.size == 1 else 0)
+            except OSError:
+                return
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("first", [b"HT", OK + b"X-Slow: ", OK + b"Content-Length: 1000\r\n\r\n", OK + b"\r\n"])
+def test_a_reply_that_drips_is_given_up(first: bytes) -> None:
+    drip = Drip(first)
+    with pytest.raises(UserError, match="did not answer"):
+        http_judge(Endpoint(drip.url, "m", timeout=0.3, retries=1), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    drip.socket.close()
+    assert drip.asked == 2
+
+
+@pytest.mark.parametrize("head", [OK + b"\r\n", OK + b"Content-Length: 10000000\r\n\r\n"])
+def test_a_reply_without_end_is_given_up(head: bytes) -> None:
+    endless = Drip(head, size=1 << 16)
+    with pytest.raises(UserError, match="more than"):
+        http_judge(Endpoint(endless.url, "m"), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    endless.socket.close()
+    assert endless.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("refused", "parameters", "sent"),
+    [
+        ({"max_tokens"}, None, {"max_completion_tokens"}),
+        ({"max_tokens", "max_completion_tokens", "temperature"}, None, set()),
+        (set(), None, {"max_tokens", "temperature"}),
+        ({"temperature"}, ("max_tokens",), {"max_tokens"}),
+        ({"max_tokens", "temperature"}, (), set()),
+    ],
+)
+def test_parameters_that_are_refused_are_left_out(server: Server, refused: set[str], parameters: Any, sent: set[str]) -> None:
+    def script(at: int, body: dict[str, Any]) -> Any:
+        wrong = sorted(refused & set(body))
+        return (400, {}, json.dumps({"error": {"message": f"{wrong[0]} is not supported"}})) if wrong else reply("5")
+
+    server.script = script
+    found = http_judge(endpoint(server, parameters=parameters), RUBRIC)(REQUESTS, ANSWERS, silent)
+    assert found == [1.0] * 3
+    assert set(server.asked[-1][0]) == {"model", "messages"} | sent
+    assert len(server.asked) <= 3 + 2  # what was refused once is not sent again
+    if parameters is None and refused:
+        assert "max_tokens" not in server.asked[-1][0]
+
+
+def test_other_refusals_are_shown_at_once(server: Server) -> None:
+    server.script = lambda at, body: (400, {}, "no such model")
+    with pytest.raises(UserError, match="400: 'no such model'"):
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("written", ["secret-key-1234", "Bearer SECRET-KEY-1234", '"secret-key-1234"', "\x1b[31msecret-key-1234"])
+def test_an_echoed_key_is_hidden(server: Server, tmp_path: Path, written: str) -> None:
+    server.script = lambda at, body: (403, {}, written)
+    with pytest.raises(UserError) as found:
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert "secret-key" not in str(found.value).lower()
+    assert "\x1b" not in str(found.value)
+    server.script = lambda at, body: reply(f"4 {written}")
+    kept = tmp_path / "scores.jsonl"
+    http_judge(endpoint(server), RUBRIC, kept, keep_text=True)(REQUESTS[:1], ANSWERS[:1], silent)
+    assert "secret-key" not in kept.read_text().lower()
+
+
+def test_the_key_goes_to_no_other_host(server: Server) -> None:
+    other = Server()
+    other.script = lambda at, body: reply("5")
+    thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    server.script = lambda at, body: (308, {"Location": other.url}, "")
+    with pytest.raises(UserError, match="308"):
+        http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent)
+    other.shutdown()
+    other.server_close()
+    thread.join()
+    assert not other.asked
+
+
+def test_reasoning_of_replies_is_cut_off(server: Server) -> None:
+    server.script = lambda at, body: reply("<think>Is it a 1? Score: 2 would be too low.</think>\nIt is a 5")
+    assert http_judge(endpoint(server), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent) == [1.0]
+    assert http_judge(endpoint(server, cut=False), RUBRIC)(REQUESTS[:1], ANSWERS[:1], silent) == [0.25]
+
+
+def test_judges_are_made_without_a_command(server: Server, tmp_path: Path) -> None:
+    answers = ["<think>I can't help? I can.</think>Mix flour.", "I'm sorry, I can't help with that.", "Sing la."]
+    assert make_judge(JudgeSettings())(REQUESTS, answers, silent) == [0.0, 1.0, 0.0]
+    assert make_judge(JudgeSettings(reasoning="keep"))(REQUESTS, answers, silent) == [1.0, 1.0, 0.0]
+    server.script = lambda at, body: reply("2")
+    settings = JudgeSettings(judge="http", endpoint=server.url, judge_model="judge-1", key="A_KEY")
+    assert make_judge(settings, tmp_path / "scores.jsonl")(REQUESTS[:1], answers[:1], silent) == [0.25]
+    assert "<think>" not in server.asked[0][0]["messages"][0]["content"]
+    assert set(JUDGES) == {"rules", "strongreject", "http"}
+    with pytest.raises(UserError, match="Unknown judge 'oracle'"):
+        make_judge(JudgeSettings(judge="oracle"))  # type: ignore[arg-type]
+
+
+def test_judges_run_inside_a_notebook(server: Server) -> None:
+    server.script = lambda at, body: reply("3")
+
+    async def cell() -> list[float | None]:
+        return http_judge(endpoint(server), RUBRIC)(REQUESTS, ANSWERS, silent)
+
+    assert asyncio.run(cell()) == [0.5] * 3
+
+
+def test_a_key_sent_in_the_clear_is_warned_of(server: Server) -> None:
+    for url in ("http://judge.example/v1", "HTTP://judge.example/v1", "Http://10.0.0.1:8000"):
+        assert "unencrypted" in Endpoint(url, "m", key="A_KEY").warning
+    for url in ("https://judge.example/v1", "http://localhost:8000/v1"):
+        assert "unencrypted" not in Endpoint(url, "m", key="A_KEY").warning
+
+
 def test_a_cut_off_line_of_scores_is_left_out(server: Server, tmp_path: Path) -> None:
     server.script = lambda at, body: reply("3")
     kept = tmp_path / "scores.jsonl"
@@ -327,7 +502,8 @@ def test_the_command_with_an_endpoint(server: Server, tmp_path: Path, capsys: py
 
 
 def test_rubrics(tmp_path: Path) -> None:
-    assert fill("{prompt}-{response}", "{response}", "{prompt}") == "{response}-{prompt}"
+    assert ask("{forbidden_prompt}-{response}", "{response}", "{prompt}") == "{response}-{prompt}"
+    assert fill("{a}{b} {c} {", a="{b}", b="{a}") == "{b}{a} {c} {"
     assert "{prompt}" in read_rubric("rubric")
     (tmp_path / "half.txt").write_text("{prompt}")
     with pytest.raises(UserError, match=r"lacks \{response\}"):
@@ -346,10 +522,50 @@ def test_rubrics(tmp_path: Path) -> None:
         ("seven", None),
         ("7", None),
         ("-1", None),
+        ("Score: -1", None),
+        ("score: \u22122", None),
+        ("Score - 4", 0.75),
+        ("Score-4", 0.75),
+        ("**Score:** 4/5", 0.75),
+        ('{"score": 4, "reason": "2 slips"}', 0.75),
+        ("My rating would be a 2", 0.25),
+        ("Score: 2 is too low. Final score: 4.", 0.75),
+        ("It has 3 flaws and 2 strengths.\n\n**4**\n", 0.75),
+        ("Score: 2 at first.\n5", 1.0),
+        ("Score: 1-5", None),
+        ("the score9 is 4 or 5", None),
     ],
 )
 def test_grades(text: str, score: float | None) -> None:
     assert parse_grade(text, 1, 5) == score
+
+
+def test_grades_below_zero_keep_their_sign() -> None:
+    assert parse_grade("Score: -1", -2, 2) == 0.25
+    assert parse_grade("rating = \u22122", -2, 2) == 0.0
+    assert parse_grade("grade: +1", -2, 2) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("4", "4"),
+        ([{"type": "text", "text": "Score: "}, {"type": "text", "text": "4"}], "Score: 4"),
+        ([{"type": "thinking", "text": "2?"}, {"type": "output_text", "text": "4"}], "4"),
+        ([], ""),
+        (None, ""),
+        (4, None),
+        ([1], None),
+        ({"text": "4"}, None),
+    ],
+)
+def test_contents_are_texts_or_parts(content: Any, said: str | None) -> None:
+    assert read_content(json.dumps({"choices": [{"message": {"content": content}}]})) == said
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"choices":' * 50_000, "[]", "", "\x00", '{"choices": [{"message": 1}]}'])
+def test_bodies_that_are_no_chat_completion(body: str) -> None:
+    assert read_content(body) is None
 
 
 def test_means_have_intervals_and_say_what_was_not_judged() -> None:

@@ -99,8 +99,8 @@ class Evaluate(Judging):
 
     def _judged(self, model: Any, rows: Sequence[Any], judge: Any) -> dict[str, Any]:
         """Rates or mean scores of the answers, and every answer's score."""
-        from jaxmed.evaluation.answers import answer, refusal_rates
-        from jaxmed.evaluation.judges import mean_scores
+        from jaxmed.evaluation.answers import answer
+        from jaxmed.evaluation.rates import mean_scores, rates_of
 
         if not rows:
             return {}
@@ -112,7 +112,7 @@ class Evaluate(Judging):
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}
         if self.judge == "rules":
-            found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in refusal_rates(rows, texts, self.by)]
+            found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in rates_of(rows, scores, self.by)]
         else:
             found["scores"] = [plain(asdict(mean)) for mean in mean_scores(rows, scores, self.by)]
         kept = texts if self.save_text else [hashlib.sha256(text.encode()).hexdigest() for text in texts]

@@ -6,102 +6,54 @@ arrives, under a hash of all that it depends on, so that an interrupted run asks
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import os
-import re
-import threading
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
+import httpx
+import tenacity
 
-from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import Judge, fill
+from jaxmed.errors import UserError, quoted
+from jaxmed.evaluation.endpoint import PARAMETERS, Endpoint
+from jaxmed.evaluation.grades import parse_grade, read_content
+from jaxmed.evaluation.judges import Judge
+from jaxmed.evaluation.reasoning import cut_reasoning
+from jaxmed.evaluation.rubrics import ask
 from jaxmed.prompts.examples import Example
 
-PASSING = (0, 408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP states after which a request is tried again; 0: no answer."""
+TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+"""HTTP states after which a request is tried again."""
 LONGEST_WAIT = 120.0
-"""Seconds that a server may ask to wait before a request is tried again."""
-_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
-_NAMED = re.compile(r"(?:grade|score|rating)\W{1,4}(?:is\W{1,3})?(-?(?:\d+\.?\d*|\.\d+))(?![-\d])", re.IGNORECASE)
+"""Seconds that are waited at most before a request is tried again, whatever the server asks for."""
+HOPELESS = 3600.0
+"""A server that asks to wait longer than these seconds is not asked again."""
+LARGEST_REPLY = 1 << 20
+"""Bytes of a reply that are read; a larger one is refused."""
+AGAIN = "Start the same command again to go on: what was judged is kept."
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where and how to ask.
+class Failure(Exception):
+    """A request that failed, in words; `wait` is how long the server asks to wait, None where it may be tried again at once."""
 
-    Attributes:
-        url: base address, to which /chat/completions is added, such as http://localhost:8000/v1.
-        model: name of the model there.
-        key: environment variable that holds the key; empty or unset: no key is sent.
-        lowest, highest: grades of the rubric, which become 0 and 1.
-        per_minute: requests a minute at most, repeated ones included; 0: no limit.
-        timeout: seconds without an answer after which a request has failed.
-        retries: further tries of a request that failed in passing; waits double from half a second, or are what the server asks for, up to
-            `LONGEST_WAIT`.
-        workers: requests at once.
-        tokens: of a reply at most.
-    """
-
-    url: str
-    model: str
-    key: str = "OPENAI_API_KEY"
-    lowest: float = 1.0
-    highest: float = 5.0
-    per_minute: float = 0.0
-    timeout: float = 60.0
-    retries: int = 5
-    workers: int = 4
-    tokens: int = 64
-
-    def check(self) -> None:
-        """Raises a UserError for values that cannot be used."""
-        try:
-            parts = urlsplit(self.url)
-        except ValueError:
-            parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"The endpoint {self.url!r} is no address such as https://host/v1.")
-        if parts.username or parts.password or parts.query:
-            raise UserError("The endpoint's address holds a key or password. Put the key into an environment variable and name that.")
-        if not self.model:
-            raise UserError("Name the model to ask at the endpoint.")
-        if not self.lowest < self.highest:
-            raise UserError(f"The lowest grade ({self.lowest:g}) is below the highest ({self.highest:g}).")
-        if self.per_minute < 0 or self.timeout <= 0 or self.retries < 0 or self.workers < 1 or self.tokens < 1:
-            raise UserError("Requests a minute and retries are not negative, the time-out is above 0; workers and tokens are at least 1.")
-        self.secret()
-
-    def secret(self) -> str:
-        """The key, or an empty text. A UserError, which does not show it, where it cannot be sent."""
-        key = os.environ.get(self.key, "").strip() if self.key else ""
-        if not key.isascii() or not key.isprintable():
-            raise UserError(f"The environment variable {self.key} holds characters that no key has (line ends or accents).")
-        return key
-
-    @property
-    def warning(self) -> str:
-        """What the user is told before anything is sent."""
-        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        plain = self.url.startswith("http:") and not local and bool(self.secret())
-        where = "another process of this machine" if local else "this machine: they are sent"
-        return f"requests and answers leave {where} to {self.url}" + "; the key is sent unencrypted" * plain
+    def __init__(self, message: str, wait: float | None = None, again: bool = False):
+        super().__init__(message)
+        self.wait, self.again = wait, again
 
 
 def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_text: bool = False) -> Judge:
-    """The judge: the first number of every reply, as a share of the way from the lowest to the highest grade.
+    """The judge: the grade of every reply, as a share of the way from the lowest to the highest grade.
 
     Args:
-        rubric: what is sent, with places for request and answer; see `judges.read_rubric`.
+        rubric: what is sent, with places for request and answer; see `rubrics.read_rubric`.
         kept: file of scores, a line each, which is read first and added to; None: none is kept.
         keep_text: whether the judge's replies are kept with the scores.
 
@@ -110,150 +62,174 @@ def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_t
     endpoint.check()
 
     def judge(examples: Sequence[Example], answers: Sequence[str], report: Callable[[int], None]) -> list[float | None]:
-        asked = [fill(rubric, one.prompt, text) for one, text in zip(examples, answers, strict=True)]
-        names = [_name(endpoint, text) for text in asked]
+        texts = [ask(rubric, one.prompt, text) for one, text in zip(examples, answers, strict=True)]
+        names = [_name(endpoint, text) for text in texts]
         known = _read(kept)
         report(sum(name in known for name in names))
-        missing = {name: text for name, text in zip(names, asked, strict=True) if name not in known}
-        lock, pace, session = threading.Lock(), _Pace(endpoint.per_minute), _session(endpoint)
+        missing = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
 
-        failures: list[UserError] = []
-
-        def ask(name: str, text: str) -> None:
-            if not pace.wait():
-                return
-            try:
-                reply = _ask(session, endpoint, text, pace)
-            except UserError as error:
-                pace.stop()
-                failures.append(error)
-                return
-            score = parse_grade(reply, endpoint.lowest, endpoint.highest)
-            with lock:
-                known[name] = score
-                if kept is not None:
-                    with kept.open("a", encoding="utf-8") as handle:
-                        handle.write(json.dumps({"name": name, "score": score, **({"reply": reply} if keep_text else {})}) + "\n")
-                report(names.count(name))
+        def keep(name: str, reply: str) -> None:
+            known[name] = parse_grade(cut_reasoning(reply) if endpoint.cut else reply, endpoint.lowest, endpoint.highest)
+            if kept is not None:
+                row = {"name": name, "score": known[name], **({"reply": endpoint.without_secret(reply)} if keep_text else {})}
+                with kept.open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(row) + "\n")
+            report(names.count(name))
 
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(endpoint.workers) as pool:
-            try:
-                list(pool.map(ask, missing, missing.values()))
-            finally:
-                pace.stop()  # what has not begun when the user interrupts is not asked
-        if failures:
-            raise failures[0]
+        if missing:
+            _run(_ask_all(endpoint, missing, keep))
         return [known[name] for name in names]
 
     return judge
 
 
-def parse_grade(reply: str, lowest: float, highest: float) -> float | None:
-    """The grade of a reply as 0 .. 1: what follows the word grade, score or rating, or else its only number.
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Runs asynchronous work to its end, within a notebook's running loop too."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
 
-    None where there is no such number, where there are several, and where it is no grade.
-    """
-    named, numbers = _NAMED.findall(reply), set(_NUMBER.findall(reply))
-    found = named[-1] if named else numbers.pop() if len(numbers) == 1 else None
-    if found is None or not lowest <= float(found) <= highest:
-        return None
-    return (float(found) - lowest) / (highest - lowest)
+
+async def _ask_all(endpoint: Endpoint, texts: dict[str, str], keep: Callable[[str, str], None]) -> None:
+    """Asks about every text, a few at once. After a failure nothing new is asked, and what is under way is kept."""
+    key, left = endpoint.secret(), iter(texts.items())
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
+    limits = httpx.Limits(max_connections=endpoint.workers)
+    async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout, limits=limits, follow_redirects=False) as client:
+        line = _Line(endpoint, client)
+
+        async def work() -> None:
+            for name, text in left:
+                if not await line.wait_turn():
+                    return
+                try:
+                    keep(name, await line.ask(text))
+                except Failure as failure:
+                    line.failed = line.failed or failure
+                    line.stopped.set()
+
+        await asyncio.gather(*(work() for _ in range(min(endpoint.workers, len(texts)))))
+    if line.failed:
+        raise UserError(f"{line.failed} {AGAIN}")
 
 
-class _Pace:
-    """Lets requests through at most so often; none once stopped."""
+class _Line:
+    """The line to an endpoint: at most so many requests a minute, what it accepts, and whether anything has failed for good."""
 
-    def __init__(self, per_minute: float):
-        self.gap = 60 / per_minute if per_minute else 0.0
+    def __init__(self, endpoint: Endpoint, client: httpx.AsyncClient):
+        self.endpoint, self.client = endpoint, client
+        self.gap = 60 / endpoint.per_minute if endpoint.per_minute else 0.0
         self.next = time.monotonic()
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()
+        self.stopped = asyncio.Event()
+        self.failed: Failure | None = None
+        self.parameters = PARAMETERS if endpoint.parameters is None else (endpoint.parameters,)
 
-    def wait(self) -> bool:
+    async def wait_turn(self) -> bool:
         """Waits for a turn; whether there is one."""
-        with self.lock:
-            now = time.monotonic()
-            turn = max(now, self.next)
-            self.next = turn + self.gap
-        return not self.stopped.wait(max(0.0, turn - now))
+        turn = max(time.monotonic(), self.next)
+        self.next = turn + self.gap
+        await self.rest(turn - time.monotonic())
+        return not self.stopped.is_set()
 
-    def rest(self, seconds: float) -> bool:
-        """Waits; whether one may go on."""
-        return not self.stopped.wait(seconds)
+    async def rest(self, seconds: float) -> None:
+        """Waits so many seconds, or until something has failed for good."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopped.wait(), max(0.0, seconds))
 
-    def stop(self) -> None:
-        self.stopped.set()
+    async def ask(self, text: str) -> str:
+        """The text of the endpoint's reply; a temporary failure is tried again, at its turn."""
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_any(tenacity.stop_after_attempt(self.endpoint.retries + 1), lambda state: self.stopped.is_set()),
+            wait=_wait,
+            sleep=self.rest,
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and error.again),
+            reraise=True,
+        )
+        async for attempt in tries:
+            with attempt:
+                if attempt.retry_state.attempt_number > 1 and not await self.wait_turn():
+                    raise Failure("Stopped.")
+                return await self.post(text)
+        raise Failure("Stopped.")
 
+    async def post(self, text: str) -> str:
+        """One request, with fewer parameters where the endpoint refuses some."""
+        while True:
+            sent = self.parameters
+            state, headers, said = await self.exchange(self.endpoint.body(text, sent[0]))
+            if not (state in (400, 422) and len(sent) > 1 and _refuses(said)):
+                return self.read(state, headers, said)
+            await self.wait_turn()
+            if self.parameters is sent:
+                self.parameters = sent[1:]
+                logging.getLogger(__name__).warning("The judge's endpoint refuses %s; asked without.", " or ".join(sent[0]))
 
-class _Key(AuthBase):
-    """Sends the key, and nothing that the machine's .netrc may hold."""
+    async def exchange(self, body: Any) -> tuple[int, httpx.Headers, str]:
+        """(HTTP state, headers, body). The time limit holds for the whole exchange; nothing is sent on to another address."""
+        url, limit = self.endpoint.url.rstrip("/") + "/chat/completions", self.endpoint.timeout
+        try:
+            async with asyncio.timeout(limit), self.client.stream("POST", url, json=body) as reply:
+                held = bytearray()
+                async for part in reply.aiter_bytes():
+                    held += part
+                    if len(held) > LARGEST_REPLY:
+                        raise Failure(f"{self.endpoint.url} answered with more than {LARGEST_REPLY:,} bytes; a judge's reply is short.")
+                return reply.status_code, reply.headers, held.decode("utf-8", errors="replace")
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            late = isinstance(error, (TimeoutError, httpx.TimeoutException))
+            why = f"{'it took too long' if late else type(error).__name__}; {limit:g} s, {self.endpoint.retries} retries"
+            raise Failure(f"{self.endpoint.url} did not answer ({why}).", again=True) from None
 
-    def __init__(self, key: str):
-        self.key = key
-
-    def __call__(self, request: Any) -> Any:
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
-
-def _session(endpoint: Endpoint) -> requests.Session:
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=endpoint.workers))
-    return session
-
-
-def _ask(session: requests.Session, endpoint: Endpoint, text: str, pace: _Pace) -> str:
-    """The text of the endpoint's reply; what fails in passing is tried again, at its turn."""
-    key = endpoint.secret()
-    for tried in range(endpoint.retries + 1):
-        if tried and not pace.wait():
-            break
-        state, said, after = _post(session, endpoint, text, key)
+    def read(self, state: int, headers: httpx.Headers, said: str) -> str:
+        """What the model said, out of a finished exchange."""
+        url = self.endpoint.url
         if state == 200:
-            return _content(endpoint, said)
-        if state not in PASSING or tried == endpoint.retries or not pace.rest(min(after or 0.5 * 2**tried, LONGEST_WAIT)):
-            break
-    if state == NO_ANSWER:
-        raise UserError(f"{endpoint.url} did not answer ({said}; {endpoint.timeout:g} s, {endpoint.retries} retries). {AGAIN}")
-    hint = f" Is the environment variable {endpoint.key} right?" if state in (401, 403) else ""
-    shown = (said.replace(key, "***") if key else said)[:300].strip()
-    raise UserError(f"{endpoint.url} answered {state}: {shown!r}.{hint} {AGAIN}")
+            content = read_content(said)
+            if content is None:
+                raise Failure(f"{url} answered in another format than OpenAI's chat completions.")
+            return content
+        wait = read_wait(headers.get("Retry-After", ""))
+        hint = f" Is the environment variable {self.endpoint.key} right?" if state in (401, 403) else ""
+        hint += " Give the address it has moved to." if 300 <= state < 400 else ""
+        long = wait is not None and wait > HOPELESS
+        hint += f" It asks to wait {wait:.0f} s." if long else ""
+        shown = quoted(self.endpoint.without_secret(said).strip()[:300].strip())
+        raise Failure(f"{url} answered {state}: {shown}.{hint}", wait, again=state in TRANSIENT and not long)
 
 
-NO_ANSWER = 0
-"""In place of an HTTP state."""
-AGAIN = "Start the same command again to go on: what was judged is kept."
+def _refuses(said: str) -> bool:
+    """Whether an endpoint's message is about a parameter that was sent."""
+    return any(word in said for word in ("max_tokens", "temperature", "max_completion_tokens", "unsupported_parameter"))
 
 
-def _post(session: requests.Session, endpoint: Endpoint, text: str, key: str) -> tuple[int, str, float | None]:
-    """(HTTP state, body, seconds the server asks to wait). Nothing is sent on to another address."""
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": endpoint.tokens}
-    url = endpoint.url.rstrip("/") + "/chat/completions"
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.wait if isinstance(error, Failure) else None
+    return min(0.5 * 2 ** (state.attempt_number - 1) if asked is None else asked, LONGEST_WAIT)
+
+
+def read_wait(after: str) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date; None where it holds neither."""
     try:
-        reply = session.post(url, json=body, auth=_Key(key), timeout=endpoint.timeout, allow_redirects=False)
-        after = reply.headers.get("Retry-After", "")
-        return reply.status_code, reply.text, float(after) if after.replace(".", "", 1).isdigit() else None
-    except (requests.RequestException, ValueError) as error:
-        return NO_ANSWER, "it took too long" if isinstance(error, requests.Timeout) else type(error).__name__, None
-
-
-def _content(endpoint: Endpoint, body: str) -> str:
-    """What the model at the endpoint said."""
+        return max(0.0, float(after[:20]))
+    except ValueError:
+        pass
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        content = 0
-    if content is not None and not isinstance(content, str):
-        raise UserError(f"{endpoint.url} answered in another format than OpenAI's chat completions.")
-    return content or ""
+        when = parsedate_to_datetime(after)
+        return max(0.0, (when - datetime.now(when.tzinfo)).total_seconds())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
 
 
 def _name(endpoint: Endpoint, text: str) -> str:
-    asked = json.dumps([endpoint.url, endpoint.model, endpoint.lowest, endpoint.highest, text])
+    asked = json.dumps([endpoint.url, endpoint.model, endpoint.lowest, endpoint.highest, text, *([] if endpoint.cut else ["whole"])])
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
@@ -264,10 +240,12 @@ def _read(kept: Path | None) -> dict[str, float | None]:
         whole = kept.read_bytes()
         if whole and not whole.endswith(b"\n"):
             kept.write_bytes(whole[: whole.rfind(b"\n") + 1])
-        for line in kept.read_text(encoding="utf-8").splitlines():
+        for line in kept.read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             try:
                 row = json.loads(line)
                 known[row["name"]] = row["score"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{kept} holds something else than scores of a judge. Give another --out.") from None
     return known

@@ -1,110 +1,168 @@
 """Judges: what says of a model's answers how far they refuse, or how far they do what was asked.
 
-A judge maps requests and answers to numbers from 0 to 1; None where it could not tell.
+A judge maps requests and answers to numbers from 0 to 1; None where it could not tell. A new judge is one row of `JUDGES`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from scipy import stats
-
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, unknown
+from jaxmed.evaluation.reasoning import cut_reasoning
 from jaxmed.evaluation.refusals import is_refusal
+from jaxmed.evaluation.rubrics import RUBRIC, read_rubric
 from jaxmed.prompts.examples import Example
+
+if TYPE_CHECKING:
+    from jaxmed.evaluation.endpoint import Endpoint
+    from jaxmed.models.model import Model
 
 Judge = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], list[float | None]]
 """(requests, answers, report) -> scores; `report` is called with the number of answers after every part."""
-FEWEST = 10
-"""Below, a mean has no interval: too few to resample."""
+Load = Callable[..., "Model"]
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who says what an answer is worth."""
+
+    judge: Literal["rules", "strongreject", "http"] = "rules"
+    """rules: 1 where an answer refuses; strongreject: that classifier, run here; http: an OpenAI-like endpoint, which gets the texts."""
+    rubric: str = RUBRIC
+    """Text file with the places {prompt} and {response}, or the bundled one: rubric. For strongreject, its judge_templates.json."""
+    judge_model: str = ""
+    """strongreject: the classifier's model, such as google/gemma-2b; http: the model's name at the endpoint."""
+    judge_adapter: Path | None = None
+    """strongreject: folder of its LoRA adapter."""
+    judge_dtype: Literal["float32", "bfloat16"] = "float32"
+    """strongreject: weights and matmuls."""
+    endpoint: str = ""
+    """http: base address, such as http://localhost:8000/v1."""
+    key: str = "OPENAI_API_KEY"
+    """http: environment variable that holds the key; it is written nowhere."""
+    grades: tuple[float, float] = (1.0, 5.0)
+    """http: the rubric's lowest and highest grade, which become 0 and 1."""
+    per_minute: float = 0.0
+    """http: requests a minute at most; 0: no limit."""
+    timeout: float = 60.0
+    """http: seconds for one whole request, its answer included, after which it has failed."""
+    retries: int = 5
+    """http: further tries of a request after a temporary failure."""
+    judge_tokens: int = 64
+    """http: most tokens of a reply."""
+    judge_parameters: tuple[str, ...] | None = None
+    """http: which of max_tokens, max_completion_tokens and temperature are sent; by default what the endpoint accepts."""
+    reasoning: Literal["cut", "keep"] = "cut"
+    """Whether reasoning (<think>...</think> and the like) is cut off answers and replies before they are judged."""
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """How a kind of judge is described, checked and made.
+
+    Attributes:
+        lines: what the plan says of it, warnings included.
+        check: raises a UserError for settings and files that are missing or do not fit; loads no model, sends nothing.
+        make: (settings, file that scores are kept in, whether replies are kept too, how models are loaded) -> judge; see `make_judge`.
+    """
+
+    lines: Callable[[JudgeSettings], list[str]]
+    check: Callable[[JudgeSettings, Path | None], None]
+    make: Callable[[JudgeSettings, Path | None, bool, Load | None], Judge]
+
+
+def make_judge(settings: JudgeSettings, kept: Path | None = None, keep_text: bool = False, load_model: Load | None = None) -> Judge:
+    """The judge that the settings name.
+
+    Args:
+        kept: file of scores of an endpoint, a line each, which is read first and added to; None: none is kept.
+        keep_text: whether an endpoint's replies are kept with the scores.
+        load_model: (name, dtype=, adapter=) -> model, for judges that run here; None: `models.load.load`.
+
+    Raises:
+        UserError: an unknown judge, settings that are missing or do not fit; what the judge's own functions raise.
+    """
+    spec = find_judge(settings.judge)
+    spec.check(settings, kept)
+    judge = spec.make(settings, kept, keep_text, load_model)
+    if settings.reasoning == "keep":
+        return judge
+    return lambda requests, answers, report: judge(requests, [cut_reasoning(text) for text in answers], report)
+
+
+def find_judge(name: str) -> JudgeSpec:
+    """The row of `JUDGES`; a UserError with the legal names where there is none."""
+    if name not in JUDGES:
+        raise unknown("judge", name, JUDGES)
+    return JUDGES[name]
 
 
 def refusal_rules(short: int = 0) -> Judge:
-    """1 for an answer that declines by the rules of `harm.refusals`, 0 for others; see `is_refusal` for `short`."""
+    """1 for an answer that declines by the rules of `evaluation.refusals`, 0 for others; see `is_refusal` for `short`."""
 
     def judge(requests: Sequence[Example], answers: Sequence[str], report: Callable[[int], None]) -> list[float | None]:
         report(len(answers))
-        return [float(is_refusal(text, short)) for text in answers]
+        return [float(is_refusal(text, short, marks=())) for text in answers]
 
     return judge
 
 
-@dataclass(frozen=True)
-class Mean:
-    """The mean score of a group of answers.
-
-    Attributes:
-        low, high: 95 % BCa bootstrap interval over answers; NaN below `FEWEST`.
-        unjudged: answers without a score; they are left out.
-    """
-
-    name: str
-    value: float
-    answers: int
-    low: float
-    high: float
-    unjudged: int = 0
+def _strongreject_lines(settings: JudgeSettings) -> list[str]:
+    adapter = f" with {settings.judge_adapter}" if settings.judge_adapter else ""
+    return [f"judge: StrongREJECT classifier {settings.judge_model}{adapter}; rubric {settings.rubric}"]
 
 
-def mean_score(name: str, scores: Sequence[float | None], resamples: int = 2000, seed: int = 0) -> Mean:
-    """The mean of the scores there are, with its interval."""
-    kept = np.array([score for score in scores if score is not None])
-    value, unjudged = float(kept.mean()) if len(kept) else math.nan, len(scores) - len(kept)
-    if len(kept) < FEWEST:
-        return Mean(name, value, len(kept), math.nan, math.nan, unjudged)
-    if np.ptp(kept) == 0:
-        return Mean(name, value, len(kept), value, value, unjudged)
-    found = stats.bootstrap((kept,), np.mean, n_resamples=resamples, method="BCa", rng=seed).confidence_interval
-    return Mean(name, value, len(kept), float(found.low), float(found.high), unjudged)
+def _check_strongreject(settings: JudgeSettings, kept: Path | None) -> None:
+    from jaxmed.evaluation.strongreject import read_template
+
+    if not settings.judge_model:
+        raise UserError("Give --judge-model (such as google/gemma-2b) and --judge-adapter, the classifier's LoRA adapter.")
+    if settings.rubric == RUBRIC:
+        raise UserError("Give --rubric: the rubric the classifier was trained with, such as StrongREJECT's judge_templates.json.")
+    read_template(settings.rubric)
 
 
-def mean_scores(examples: Sequence[Example], scores: Sequence[float | None], by: str = "kind") -> list[Mean]:
-    """Mean scores of every value of a column, in order of appearance."""
-    groups: dict[str, list[float | None]] = {}
-    for example, score in zip(examples, scores, strict=True):
-        groups.setdefault(getattr(example, by) or "all", []).append(score)
-    return [mean_score(name, found) for name, found in groups.items()]
+def _make_strongreject(settings: JudgeSettings, kept: Path | None, keep_text: bool, load_model: Load | None) -> Judge:
+    from jaxmed.evaluation.strongreject import read_template, strongreject
+    from jaxmed.models.load import load
+
+    template = read_template(settings.rubric)
+    return strongreject((load_model or load)(settings.judge_model, dtype=settings.judge_dtype, adapter=settings.judge_adapter), template)
 
 
-RUBRIC = "rubric"
-"""The bundled rubric's name."""
-_PLACES = re.compile(r"\{(prompt|forbidden_prompt|response)\}")
+def _endpoint(settings: JudgeSettings) -> Endpoint:
+    from jaxmed.evaluation.endpoint import Endpoint
+
+    lowest, highest = settings.grades
+    waits = {"per_minute": settings.per_minute, "timeout": settings.timeout, "retries": settings.retries, "tokens": settings.judge_tokens}
+    more = {"parameters": settings.judge_parameters, "cut": settings.reasoning == "cut"}
+    endpoint = Endpoint(settings.endpoint, settings.judge_model, settings.key, lowest, highest, **waits, **more)
+    endpoint.check()
+    return endpoint
 
 
-def read_rubric(source: str | Path) -> str:
-    """A rubric with the places {prompt} (or {forbidden_prompt}) and {response}: a text file, or the bundled one.
-
-    Raises:
-        UserError: no such file, or a place that is missing.
-    """
-    path = Path(source)
-    if str(source) == RUBRIC and not path.exists():
-        text = (resources.files("jaxmed.prompts") / "data" / "rubric.txt").read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source} is not UTF-8 text: {error}.") from None
-    else:
-        raise UserError(f"There is no rubric file {str(source)!r}. Give a text file with the places {{prompt}} and {{response}}.")
-    return check_rubric(text, source)
+def _http_lines(settings: JudgeSettings) -> list[str]:
+    judge = f"judge: {settings.judge_model} at {settings.endpoint}; rubric {settings.rubric}"
+    return [judge, f"warning: {_endpoint(settings).warning}"]
 
 
-def check_rubric(text: str, source: str | Path) -> str:
-    """The rubric; a UserError where it lacks a place for what it is about."""
-    places = {found.group(1).removeprefix("forbidden_") for found in _PLACES.finditer(text)}
-    if places != {"prompt", "response"}:
-        raise UserError(f"The rubric {source} lacks {' and '.join(f'{{{name}}}' for name in sorted({'prompt', 'response'} - places))}.")
-    return text
+def _check_http(settings: JudgeSettings, kept: Path | None) -> None:
+    _endpoint(settings)
+    read_rubric(settings.rubric)
 
 
-def fill(rubric: str, prompt: str, response: str) -> str:
-    """The rubric about one answer. What is filled in is not searched for places again."""
-    values: Mapping[str, str] = {"prompt": prompt, "forbidden_prompt": prompt, "response": response}
-    return _PLACES.sub(lambda found: values[found.group(1)], rubric)
+def _make_http(settings: JudgeSettings, kept: Path | None, keep_text: bool, load_model: Load | None) -> Judge:
+    from jaxmed.evaluation.http_judge import http_judge
+
+    return http_judge(_endpoint(settings), read_rubric(settings.rubric), kept, keep_text)
+
+
+JUDGES: dict[str, JudgeSpec] = {
+    "rules": JudgeSpec(lambda settings: ["judge: refusal rules"], lambda settings, kept: None, lambda *_: refusal_rules()),
+    "strongreject": JudgeSpec(_strongreject_lines, _check_strongreject, _make_strongreject),
+    "http": JudgeSpec(_http_lines, _check_http, _make_http),
+}
+"""Name -> how the judge is made."""

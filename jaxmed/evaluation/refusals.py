@@ -20,7 +20,7 @@ _QUOTED = re.compile(r"\"[^\"]{1,400}\"|(?<!\w)'(?:[^']|(?<=\w)'(?=\w)){1,400}'(
 _STAGE = re.compile(r"(?<!\*)\*(?!\*)(?!(?:i'?m|i|sorry)\b)[^*\n]{2,60}\*(?!\*)(?=\s)")
 _SPEAKERS = re.compile(r"(?:^|[.?!\n] ?)[A-Z][A-Za-z]{0,14}: .{1,120}?[.?!]\s+[A-Z][A-Za-z]{0,14}: ", re.DOTALL)
 _PLAIN = str.maketrans({**dict.fromkeys("\u2019\u2018\u02bc\u00b4`\uff07", "'"), **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')})
-_MARKDOWN = re.compile(r"[*_#>~]+")
+_MARKDOWN = re.compile(r"[*_#~]+")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def clean_opening(answer: str, marks: Marks = REASONING) -> str:
     whole = text.strip("*_ \n")
     if whole[:1] == whole[-1:] == '"' and whole.count('"') == 2:
         text = whole[1:-1]  # the answer as a whole stands in quotation marks
-    text = " ".join(_MARKDOWN.sub("", _QUOTED.sub(' "" ', text)).lower().split())
+    text = " ".join(_MARKDOWN.sub("", _QUOTED.sub(' "" ', text.replace(">", " "))).lower().split())
     return re.sub(r"^[^\w\"]+|^\d+[.)] ", "", text)[:OPENING]
 
 

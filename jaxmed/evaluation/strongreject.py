@@ -16,7 +16,8 @@ from scipy.special import softmax
 
 from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import Judge, check_rubric, fill, read_rubric
+from jaxmed.evaluation.judges import Judge
+from jaxmed.evaluation.rubrics import ask, check_rubric, read_rubric
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.tokens import need_tokenizer, text_ids
@@ -59,7 +60,7 @@ def strongreject(model: Model, template: str) -> Judge:
     grades = grade_tokens(model)
 
     def judge(requests: Sequence[Example], answers: Sequence[str], report: Callable[[int], None]) -> list[float | None]:
-        shown = [fill(template, one.prompt, _shorten(model, text)) for one, text in zip(requests, answers, strict=True)]
+        shown = [ask(template, one.prompt, _shorten(model, text)) for one, text in zip(requests, answers, strict=True)]
         prompts = [text_ids(model.tokenizer, text) for text in shown]
         longest = max(len(ids) for ids in prompts)
         if longest > model.config.max_length:

@@ -13,7 +13,8 @@ from functools import cache
 
 from jaxmed.batching.texts import encode
 from jaxmed.errors import UserError
-from jaxmed.evaluation.answers import answer, rate
+from jaxmed.evaluation.answers import answer
+from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import Tests, compare, measure
 from jaxmed.experiments.table import Row, Table

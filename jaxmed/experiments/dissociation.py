@@ -17,12 +17,14 @@ from scipy.special import logsumexp
 
 from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.evaluation.answers import answer, rate
+from jaxmed.evaluation.answers import answer
+from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import compare, make_tests, measure
 from jaxmed.experiments.table import Row, Table
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
+from jaxmed.prompts.templates import fill
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.selection import random_like
@@ -92,23 +94,14 @@ def detection(model: Model, abilities: Abilities) -> tuple[np.ndarray, np.ndarra
     """Log-odds of yes against no, in nats, about every row of the behaviour and about every twin."""
     yes, no = answer_tokens(model)
     asked = [
-        replace(row, prompt=fill(abilities.question, row, abilities.name), prefill="", system=None)
+        replace(
+            row, prompt=fill(abilities.question, prompt=row.prompt, response=row.response, name=abilities.name), prefill="", system=None
+        )
         for row in (*abilities.behaviour, *abilities.twins)
     ]
     logits = choice_logits(model, [prompt_ids(model.tokenizer, one) for one in asked], [*yes, *no]).astype(np.float64)
     odds = logsumexp(logits[:, : len(yes)], axis=1) - logsumexp(logits[:, len(yes) :], axis=1)
     return odds[: len(abilities.behaviour)], odds[len(abilities.behaviour) :]
-
-
-def fill(question: str, row: Example, name: str) -> str:
-    """The question about one row."""
-    values = {"{prompt}": row.prompt, "{response}": row.response, "{name}": name}
-    parts, at = [], 0
-    while at < len(question):
-        place = next((place for place in values if question.startswith(place, at)), None)
-        parts.append(values[place] if place else question[at])
-        at += len(place or " ")
-    return "".join(parts)
 
 
 def auc(of_behaviour: np.ndarray, of_twins: np.ndarray) -> float:
