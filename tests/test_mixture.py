@@ -19,6 +19,7 @@ from jaxmed.models.model import Model
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.record import read
 from jaxmed.reports.tables import top_tables
+from jaxmed.runs.folder import read_run
 from jaxmed.tokens import align, render
 from tests import naive, tiny, tolerances
 
@@ -115,16 +116,16 @@ def test_an_interrupted_run_resumes_to_the_same_table(mixture: Model, table: xr.
     cut = results.open_results(tmp_path).load()
     assert np.array_equal(cut.routing_margin[0], table.routing_margin[0])
     assert np.isnan(cut.routing_margin[1]).all()
-    assert "near_tied_routing" not in results.read_run(tmp_path)
+    assert "near_tied_routing" not in read_run(tmp_path)
     assert jm.sweep(mixture, PAIRS, **SETTINGS, out=tmp_path, resume=True).identical(table)
 
 
 def test_near_ties_are_said(mixture: Model, folder: Path, tmp_path: Path) -> None:
     jm.sweep(tied(mixture, 1), PAIRS, **SETTINGS, out=tmp_path)
-    assert results.read_run(tmp_path)["near_tied_routing"] == {"chunks": 2, "of": 6, "margin_below": 1e-3}
+    assert read_run(tmp_path)["near_tied_routing"] == {"chunks": 2, "of": 6, "margin_below": 1e-3}
     said = [caution for caution in cautions(read(tmp_path)) if "Near-tied routing in 2 of 6 (pair, layer)" in caution.text]
     assert [caution.serious for caution in said] == [True]
-    assert results.read_run(folder)["near_tied_routing"]["chunks"] == 0
+    assert read_run(folder)["near_tied_routing"]["chunks"] == 0
     assert not [caution for caution in cautions(read(folder)) if "routing" in caution.text]
 
 
@@ -139,7 +140,7 @@ def test_dense_models_have_none_of_this(plain_model: Model, tmp_path: Path) -> N
     assert not {*EXPERT, "routing_margin"} & {*table.variables}
     header = (tmp_path / results.TOP).read_text().splitlines()[0].split(",")
     assert not {*EXPERT} & {*header}
-    assert "near_tied_routing" not in results.read_run(tmp_path)
+    assert "near_tied_routing" not in read_run(tmp_path)
     record = read(tmp_path)
     assert not [caution for caution in cautions(record) if "routing" in caution.text]
     assert all("expert" not in each.columns for each in top_tables(record))

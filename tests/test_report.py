@@ -17,10 +17,12 @@ from plotly.offline import get_plotlyjs
 
 from jaxmed import results
 from jaxmed.errors import UserError
+from jaxmed.files import write_json
 from jaxmed.reports.maps import binned
 from jaxmed.reports.page import write_report
 from jaxmed.reports.record import mean_effect, read
 from jaxmed.reports.style import number, spans, visible
+from jaxmed.runs.folder import RUN
 
 COLUMNS = ("rank", "unit", "layer", "index", "position", "outcome", "mean", "share", "ci_low", "ci_high", "p", "q")
 COLUMNS += ("pairs_agreeing", "promotes", "suppresses")
@@ -88,7 +90,7 @@ def _write_records(folder: Path, units: Any, outcomes: Any, layers: int, positio
     manifest = {"request": request, "layers": list(range(layers)), "device": "cpu", "mesh": {"data": 2}, "tokens": [{"base": [11, 22]}]}
     manifest["model"] = {"name": "toy-model", "revision": None, "weights": "abcdef0123456789", "dtype": "float32"}
     session = {"started": "2026-01-02T03:04:05+00:00", "versions": {"jax": "0.0.1"}, "seconds": 1234.5, "passes": 42, "layers": layers}
-    results.write_json(folder / results.RUN, {"manifest": manifest, "sessions": [session], "status": "running" if partial else "finished"})
+    write_json(folder / RUN, {"manifest": manifest, "sessions": [session], "status": "running" if partial else "finished"})
     if partial:
         return
     plain = {"position": "last", "outcome": outcomes[0], "share": 0.25, "ci_low": 0.1111, "ci_high": 0.9999, "p": 0.00123, "q": "nan"}

@@ -12,7 +12,7 @@ import xarray as xr
 import jaxmed as jm
 from jaxmed.effects.units import UNITS
 from jaxmed.models.model import Model
-from jaxmed.results import read_run
+from jaxmed.runs.folder import read_run
 from tests import tiny
 
 

@@ -19,6 +19,8 @@ from jaxmed import results
 from jaxmed.effects import sweep as sweep_module
 from jaxmed.effects.units import UNITS
 from jaxmed.models.model import Model
+from jaxmed.runs import folder as run_folder
+from jaxmed.runs.folder import read_run
 from tests import tiny
 
 SETTINGS = {"outcome": ("prefix-gap", "sequence-logprob"), "unit": tuple(UNITS), "window": 5}
@@ -43,7 +45,7 @@ def test_an_interrupted_run_resumes_to_the_same_table(plain_model: Model, tmp_pa
     assert int(results.open_results(tmp_path / "cut").done.sum()) == after
     resumed = jm.sweep(plain_model, tiny.LONG[:2], **SETTINGS, out=tmp_path / "cut", resume=True)
     assert _same(whole, resumed)
-    sessions = results.read_run(tmp_path / "cut")["sessions"]
+    sessions = read_run(tmp_path / "cut")["sessions"]
     assert sessions[1]["layers"] == 2 * plain_model.config.layers - after
 
 
@@ -103,7 +105,7 @@ def test_a_full_disk_keeps_what_was_finished(plain_model: Model, tmp_path: Path,
 
 
 def test_too_little_space_is_said_before_anything_is_written(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
     with pytest.raises(jm.UserError, match="needs up to"):
         jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -115,7 +115,7 @@ def build(name: str) -> None:
     """Builds a variant of a known model, with a progress display, unless the cache holds it."""
     from jaxmed.finetuning.variants import build_variant
 
-    build_variant(name, lambda job: show.progress(f"building {name}", job.steps, "tokens"))
+    build_variant(name, show.progress)
 
 
 def make_job(command: Sweep, model: Any) -> Any:
@@ -137,9 +137,10 @@ def sweep_job(job: Any, out: Path, resume: bool, dry_run: bool = False, title: s
     from jaxmed.effects.job import estimate_rate, plan, progress_total
     from jaxmed.effects.summary import summarise
     from jaxmed.effects.sweep import run
-    from jaxmed.results import check_folder
+    from jaxmed.results import LEGAL
+    from jaxmed.runs.folder import check_folder
 
-    check_folder(out, resume)
+    check_folder(out, resume, LEGAL)
     rate = estimate_rate(job)
     show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", plan(job, rate).lines())
     if dry_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,21 +37,21 @@ class Finetune(Recipe):
 
     def run(self) -> None:
         """Checks, plans, trains, writes."""
-        from jaxmed.finetuning.folder import CURVE, LOSSES, check_folder
+        from jaxmed.finetuning.folder import CURVE, LEGAL, LOSSES
         from jaxmed.finetuning.job import check
         from jaxmed.finetuning.run import finish, run
         from jaxmed.reports.curves import write_loss_curve
+        from jaxmed.runs.folder import check_folder
 
-        check_folder(self.out, self.resume)
+        check_folder(self.out, self.resume, LEGAL)
         model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run)
         job = check(model, *self.examples(), self.settings)
         show.lines(f"finetune: {self.model}, {self.dtype}", plan(job))
         if self.dry_run:
             return
-        begun = time.perf_counter()
         with watch(job) as report:
             tuned = run(job, self.out, self.resume, report)
-        said = finish(tuned, self.out, self.save, time.perf_counter() - begun)
+        said = finish(tuned, self.out, self.save)
         ended = f"stopped after step {len(tuned.losses)}: {tuned.stopped}; kept are the parameters of step {tuned.step}"
         curve = write_loss_curve(self.out / LOSSES, self.out / CURVE)
         show.lines("finished", [*([ended] if tuned.stopped else []), f"losses: {curve}", *said])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,11 +92,11 @@ def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list
     return [f"{masks} masks, each applied in memory; examples: {each}" + (f"; perplexity on {text}" if text else "")]
 
 
-def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str, Any]) -> None:
-    """Begins or continues a folder of tables and their figure; raises what `tables.begin` does."""
+def begin(out: Path, resume: bool, tables: Sequence[str], manifest: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Begins or continues a folder of tables and their figure, and holds it inside the block; raises what `table.begin` does."""
     from jaxmed.experiments.table import begin
 
-    begin(out, resume, (tables[0].replace(".csv", ".html"), *tables), tables, manifest)
+    return begin(out, resume, (tables[0].replace(".csv", ".html"), *tables), tables, manifest)
 
 
 def digests(masks: Mapping[str, Any]) -> dict[str, Any]:

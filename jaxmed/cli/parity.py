@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +100,7 @@ def _table(differences: list[Any], tolerance: float) -> Table:
 
 
 def _write(file: Path, differences: list[Any]) -> None:
+    from jaxmed.files import write_csv
     from jaxmed.parity.compare import rows
 
-    found = rows(differences)
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, found[0])
-        writer.writeheader()
-        writer.writerows(found)
+    write_csv(file, rows(differences))

@@ -66,9 +66,10 @@ class Score:
     def run(self) -> None:
         """Checks, plans, scores."""
         from jaxmed.pruning.scores import check, run
-        from jaxmed.pruning.store import check_folder
+        from jaxmed.pruning.store import LEGAL
+        from jaxmed.runs.folder import check_folder
 
-        check_folder(self.out, self.resume)
+        check_folder(self.out, self.resume, LEGAL)
         model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run, adapter=self.adapter)
         names = ("form", "scored_separator", "max_length", "rows", "layers_per_pass", "remat")
         wanted = {which for which in ("behaviour", "preserve") if any(kind.startswith(which) for kind in self.kinds)}

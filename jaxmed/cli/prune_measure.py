@@ -63,10 +63,10 @@ class Curve(Rule, Measuring):
         if self.scored:
             check_scored(scores, tests.sets["scored"])
         asked = self.manifest("scores", "tests", "scored", "seeds", "qs", "against") | {"rule": given, "scored_by": scores.digest}
-        begin(self.out, self.resume, (CURVE, EXAMPLES), asked | {"contents": contents(sets, self.text)})
-        examples = Examples(CURVE_KEY, self.out / EXAMPLES)
-        work = lambda table: run_curve(model, scores, tests, rule, self.qs, self.against, self.seeds, table, examples)  # noqa: E731
-        measure_table("curve", masks + 1, "masks", CURVE_KEY, self.out / CURVE, work, write_pruning_curve)
+        with begin(self.out, self.resume, (CURVE, EXAMPLES), asked | {"contents": contents(sets, self.text)}):
+            examples = Examples(CURVE_KEY, self.out / EXAMPLES)
+            work = lambda table: run_curve(model, scores, tests, rule, self.qs, self.against, self.seeds, table, examples)  # noqa: E731
+            measure_table("curve", masks + 1, "masks", CURVE_KEY, self.out / CURVE, work, write_pruning_curve)
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class Transfer(Masked):
             return
         model = self.checked(load_model(self.model, self.dtype, None, self.mesh), masks)
         asked = self.manifest("tests", "seeds") | {"masks": digests(masks), "contents": contents(sets, self.text)}
-        begin(self.out, self.resume, (TRANSFER,), asked)
-        tests = make_tests(model, sets, self.text, form=self.form)
-        work = lambda table: run_transfer(model, masks, tests, self.seeds, table)  # noqa: E731
-        measure_table("transfer", trials, "masks", TRANSFER_KEY, self.out / TRANSFER, work, write_transfer)
+        with begin(self.out, self.resume, (TRANSFER,), asked):
+            tests = make_tests(model, sets, self.text, form=self.form)
+            work = lambda table: run_transfer(model, masks, tests, self.seeds, table)  # noqa: E731
+            measure_table("transfer", trials, "masks", TRANSFER_KEY, self.out / TRANSFER, work, write_transfer)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Compression:
     def run(self) -> None:
         """Reads curves, compares, draws."""
         from jaxmed.experiments.compression import COMPRESSION, compression_rows
-        from jaxmed.experiments.table import write_rows
+        from jaxmed.files import write_csv
         from jaxmed.reports.curves import write_compression
 
         curves = self._curves()
@@ -133,17 +133,17 @@ class Compression:
             raise UserError(f"The control {self.control!r} is none of --behaviours ({', '.join(self.behaviours)}).")
         folders = {"base": [str(one) for one in self.base], "aligned": [str(one) for one in self.aligned], "names": list(curves)}
         asked = {"behaviours": self.behaviours, "control": self.control, "utility": self.utility, "seed": self.seed}
-        begin(self.out, False, (COMPRESSION,), asked | folders)
-        rows = compression_rows(curves, next(iter(curves)), self.control, 1 + self.utility, seed=self.seed)
-        write_rows(self.out / COMPRESSION, rows)
+        with begin(self.out, False, (COMPRESSION,), asked | folders):
+            rows = compression_rows(curves, next(iter(curves)), self.control, 1 + self.utility, seed=self.seed)
+            write_csv(self.out / COMPRESSION, rows)
         show_compression(rows, self.control)
         show.out.print(f"compression: {write_compression(self.out / COMPRESSION, self.out / 'compression.html')}", markup=False)
 
     def _curves(self) -> dict[str, dict[str, Any]]:
-        from jaxmed import results
         from jaxmed.experiments.compression import read_curve
         from jaxmed.experiments.curve import CURVE, EXAMPLES
         from jaxmed.experiments.table import read_rows
+        from jaxmed.runs.folder import read_run
 
         count = len(self.behaviours)
         if not count or len(self.base) != count or not self.aligned or len(self.aligned) % count:
@@ -158,7 +158,7 @@ class Compression:
                     raise UserError(f"{folder} holds no curve. Give --out folders of `jaxmed prune curve`.")
             for one, other in zip(self.base, held, strict=True):
                 check_alike(one, other)
-            name = self.names[number] if self.names else results.read_run(held[0])["manifest"]["model"]
+            name = self.names[number] if self.names else read_run(held[0])["manifest"]["model"]
             if name in curves:
                 raise UserError(f"Two models are called {name!r}. Tell them apart with --names.")
             curves[name] = {
@@ -170,11 +170,11 @@ class Compression:
 
 def check_alike(one: Path, other: Path) -> None:
     """Raises a UserError where two curves are not finished, or not of the same request but for the model."""
-    from jaxmed import results
     from jaxmed.experiments.curve import CURVE
     from jaxmed.experiments.table import read_rows
+    from jaxmed.runs.folder import read_run
 
-    found = [results.read_run(folder)["manifest"] for folder in (one, other)]
+    found = [read_run(folder)["manifest"] for folder in (one, other)]
     for folder, manifest in zip((one, other), found, strict=True):
         missing = {float(q) for q in manifest["qs"]} - {float(row["q"]) for row in read_rows(folder / CURVE)}
         if missing:

@@ -56,9 +56,9 @@ class Dissociation(Masked):
         abilities.check(model)
         asked = self.manifest("seeds", "behaviour", "twins", "explanations", "requests", "preserve", "tokens", "name")
         asked |= {"question": question, "masks": digests(masks), "contents": contents({**sets, "requests": requests}, self.text)}
-        begin(self.out, self.resume, (DISSOCIATION,), asked)
-        work = lambda table: run_dissociation(model, masks, abilities, self.seeds, table)  # noqa: E731
-        measure_table("dissociation", trials, "masks", KEY, self.out / DISSOCIATION, work, write_dissociation)
+        with begin(self.out, self.resume, (DISSOCIATION,), asked):
+            work = lambda table: run_dissociation(model, masks, abilities, self.seeds, table)  # noqa: E731
+            measure_table("dissociation", trials, "masks", KEY, self.out / DISSOCIATION, work, write_dissociation)
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,6 @@ class Attack(Masked):
         attack.check(model)
         asked |= {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p, "masks": digests(masks)}
         asked["contents"] = contents({**sets, "preserve": attack.preserve}, self.text)
-        begin(self.out, self.resume, (attacks.ATTACKS,), asked)
-        work = lambda table: attacks.run_attacks(model, masks, attack, table)  # noqa: E731
-        measure_table("attacks", trials, "models", attacks.KEY, self.out / attacks.ATTACKS, work, write_attacks)
+        with begin(self.out, self.resume, (attacks.ATTACKS,), asked):
+            work = lambda table: attacks.run_attacks(model, masks, attack, table)  # noqa: E731
+            measure_table("attacks", trials, "models", attacks.KEY, self.out / attacks.ATTACKS, work, write_attacks)

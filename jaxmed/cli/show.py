@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
+from jaxmed.files import read_csv
 from jaxmed.runs.watch import err, lines, out, progress, speed
 
 __all__ = ["err", "lines", "out", "progress", "speed", "top_units"]
@@ -17,8 +17,7 @@ COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "r
 
 def top_units(folder: Path, count: int = 12) -> None:
     """The first rows of a run's top.csv; columns that hold one value throughout are left out."""
-    with (folder / "top.csv").open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+    rows = read_csv(folder / "top.csv")
     for unit in dict.fromkeys(row["unit"] for row in rows):
         of_unit = [row for row in rows if row["unit"] == unit][:count]
         table = Table(title=f"{unit}: largest mean effects (all in {folder / 'top.csv'})", title_justify="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from jaxmed.cli import show
 from jaxmed.cli.commands import Config, Dtype, load_model
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import DEFAULT
-from jaxmed.results import check_space
+from jaxmed.runs.folder import check_space
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,8 @@ class Pruning:
         show.lines(f"study of targeted pruning: {', '.join(self.models)}", self._plan(study))
         if self.dry_run:
             return
-        study_run.begin(self.resume, self.dtype)
-        begun, finished = time.perf_counter(), False
-        try:
+        with study_run.begin(self.resume, self.dtype):
             study_run.everything()
-            finished = True
-        finally:
-            study_run.note(time.perf_counter() - begun, finished)
         show.out.print(f"report: {write_study(self.out)}", markup=False)
 
     def _plan(self, study: Any) -> list[str]:

@@ -221,6 +221,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "mesh": dict(model.mesh.shape),
         "device": model.mesh.devices.flat[0].device_kind,
         "pairs": [pair.id for pair in job.pairs],
+        "labels": [[pair.category, pair.group, pair.split, pair.control] for pair in job.pairs],
         "answers": [{"target": list(pair.target), "foil": list(pair.foil), "response": pair.response} for pair in job.pairs],
         "tokens": list(job.tokens),
         "template_date": DATE.date().isoformat(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.units import EXPERT, UNITS
+from jaxmed.files import write_csv
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import head, matrix_rows
+from jaxmed.runs.folder import hold
 
 COLUMNS = [
     "rank",
@@ -58,10 +59,11 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         joined = xr.concat(parts, "outcome") if "outcome" in table[unit].dims else parts[0]
         for name in ("mean", "ci_low", "ci_high", "p", "q"):
             added[f"{unit}_{name}"] = (joined[name].dims, joined[name].values, parts[0].attrs if name == "mean" else {})
-    results.append(folder, added)
     _name_tokens(rows, model, window)
-    _write_top(folder, rows)
-    return results.open_results(folder).load()
+    with hold(folder):
+        results.append(folder, added)
+        _write_top(folder, rows)
+    return results.open_results(folder, check=False).load()
 
 
 def _statistics(table: xr.Dataset, effects: xr.DataArray, seed: int) -> xr.Dataset:
@@ -135,10 +137,4 @@ def _name_tokens(rows: list[dict[str, Any]], model: Model | None, window: int) -
 
 def _write_top(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Writes top.csv; the columns of experts are there where a row has one."""
-    columns = [name for name in COLUMNS if name not in EXPERT or any(name in row for row in rows)]
-    partial = folder / (results.TOP + ".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(folder / results.TOP)
+    write_csv(folder / results.TOP, rows, [name for name in COLUMNS if name not in EXPERT or any(name in row for row in rows)])

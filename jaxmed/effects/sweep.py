@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,68 +14,53 @@ from jaxmed.effects.exact import Prepared, Values, Window, module_values, neuron
 from jaxmed.effects.job import Job, coordinates, layer_effects, layer_flops, manifest, plan, variables
 from jaxmed.effects.outcomes import Readout, outcome_name
 from jaxmed.effects.units import UNITS, units_per_layer
-from jaxmed.runs.provenance import versions
-
-Report = Callable[[float, int, str], None]
-"""Called with (FLOPs done, effects done, what is being done) after every step."""
+from jaxmed.runs.folder import RunFolder
+from jaxmed.runs.watch import RESUMED, Watch, silent
 
 
-def run(job: Job, out: Path, resume: bool = False, report: Report = lambda *_: None, rate: float | None = None) -> None:
+def run(job: Job, out: Path, resume: bool = False, report: Watch = silent, rate: float | None = None) -> None:
     """Runs a job into `out`. What is finished is on disk at every moment; an interrupted run goes on with `resume`.
 
     Raises:
-        UserError: `out` holds something else, a run without `resume`, or a run of another request; no room on the disk.
+        UserError: `out` holds something else, a run without `resume`, or a run of another request; it is in use, or has no room; a
+            finished table that is damaged (what is damaged is computed when the run is resumed again).
     """
-    continues = results.check_folder(out, resume)
-    record = manifest(job)
-    begun = time.time()
-    if continues:
-        stored = results.read_run(out)
-        results.check_same(out, stored["manifest"], record)
-    else:
-        planned = plan(job, rate)
-        results.check_space(out, planned.disk + 1_000_000)
-        out.mkdir(parents=True, exist_ok=True)
-        attributes = {"position": str(job.request.position), "window": job.request.window, "model": job.model.name}
-        attributes["outcome"] = ", ".join(outcome_name(outcome) for outcome in job.request.outcomes)
-        results.create(out, variables(job), coordinates(job), attributes)
-        plan_record = {k: v for k, v in asdict(planned).items() if k != "chunk"}
-        stored = {"manifest": record, "plan": plan_record, "sessions": [], "status": "running"}
-    session = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions(), "seconds": 0.0}
-    stored["sessions"].append(session | {"passes": 0, "layers": 0})
-    stored["status"] = "running"
-    results.write_json(out / results.RUN, stored)
-    for step in _steps(job, results.Table(out), report):
-        stored["sessions"][-1].update(step, seconds=round(time.time() - begun, 3))
-    stored["sessions"][-1]["seconds"] = round(time.time() - begun, 3)
-    stored["status"] = "finished"
-    stored |= _near_ties(job, out)
-    results.write_json(out / results.RUN, stored)
+    planned = plan(job, rate)
+    with RunFolder.open(out, manifest(job), resume, results.LEGAL, planned.disk + 1_000_000) as folder:
+        if not folder.continues:
+            attributes = {"position": str(job.request.position), "window": job.request.window, "model": job.model.name}
+            attributes["outcome"] = ", ".join(outcome_name(outcome) for outcome in job.request.outcomes)
+            results.create(out, variables(job), coordinates(job), attributes)
+            folder.record["plan"] = {k: v for k, v in asdict(planned).items() if k != "chunk"}
+        with folder.session() as session:
+            results.mend(folder)
+            session.count(passes=0, layers=0)
+            for done in _steps(job, results.Table(out), report):
+                session.count(**done)
+            folder.record |= _near_ties(job, out)
 
 
-def _steps(job: Job, table: results.Table, report: Report) -> Iterator[dict[str, Any]]:
-    """Runs what is not done yet; yields the counts of this session after every layer."""
+def _steps(job: Job, table: results.Table, report: Watch) -> Iterator[dict[str, int]]:
+    """Runs what is not done yet; yields what was done after every layer."""
     done = table.done()
-    passes = layers = 0
     for number, pair in enumerate(job.pairs):
         todo = [layer for layer in job.layers if not done[number, layer]]
         for layer in set(job.layers) - set(todo):
-            report(layer_flops(job, number, layer), layer_effects(job, number), "resumed")
+            report(layer_flops(job, number, layer), layer_effects(job, number), RESUMED)
         if not todo:
             continue
         prepared = prepare(job.model, pair, job.request.outcomes, job.request.units, job.request.position, job.request.form)
         _write_ends(table, number, prepared)
         windows = [open_window(prepared, patch) for patch in job.patches[number]]
-        modules, count = _modules(job, prepared, windows, todo)
-        passes += count
+        modules, passes = _modules(job, prepared, windows, todo)
         pending: tuple[int, Any] | None = None
         for layer in [*todo, None]:  # one layer is computed while the one before is written
             ahead = None if layer is None else (layer, _dispatch(job, prepared, windows, layer))
             if pending is not None:
                 passes += _commit(job, table, number, pending, modules)
-                layers += 1
                 report(layer_flops(job, number, pending[0]), layer_effects(job, number), pair.id)
-                yield {"passes": passes, "layers": layers}
+                yield {"passes": passes, "layers": 1}
+                passes = 0
             pending = ahead
 
 
@@ -85,7 +68,7 @@ def _near_ties(job: Job, out: Path) -> dict[str, Any]:
     """The entry of run.json on near-tied routing; empty without experts."""
     if not job.model.config.experts:
         return {}
-    count, known = results.near_ties(results.open_results(out))
+    count, known = results.near_ties(results.open_results(out, check=False))
     return {"near_tied_routing": {"chunks": count, "of": known, "margin_below": results.NEAR_TIE}}
 
 

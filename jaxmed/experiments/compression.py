@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
-from jaxmed.experiments.table import Row
+from jaxmed.files import Row
 
 COMPRESSION = "compression.csv"
 HALVED = math.log(2)

@@ -21,7 +21,8 @@ from jaxmed.evaluation.answers import answer
 from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import compare, make_tests, measure
-from jaxmed.experiments.table import Row, Table
+from jaxmed.experiments.table import Table
+from jaxmed.files import Row
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.templates import fill

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxmed import results
-from jaxmed.errors import UserError
-from jaxmed.runs.provenance import versions
-
-Row = dict[str, Any]
-TEXTS = ("rule", "mask", "attack", "set", "model", "behaviour", "reached")
-"""Columns that hold names, whatever they look like."""
+from jaxmed.files import NAME_COLUMNS, Row, read_csv, write_csv
+from jaxmed.runs import signals
+from jaxmed.runs.folder import Legal, RunFolder, Session
+from jaxmed.runs.watch import RESUMED, Watch
 
 
 class Table:
@@ -34,40 +31,36 @@ class Table:
         return any(tuple(row[column] for column in self.key) == values for row in self.rows)
 
     def add(self, row: Row) -> None:
-        """Keeps a row."""
+        """Keeps a row; raises `Interrupted` where a signal has come meanwhile."""
         self.rows.append(row)
         if self.file is not None:
-            write_rows(self.file, self.rows)
+            write_csv(self.file, self.rows)
         self.report(row)
+        signals.check()
 
 
-def continued(key: Sequence[str], file: Path, report: Callable[[float, int, str], None]) -> Table:
+def continued(key: Sequence[str], file: Path, report: Watch) -> Table:
     """The table in a file; tells a display of progress what an earlier run has done, and every new row."""
     table = Table(key, file, lambda row: report(1, 1, ""))
     if table.rows:
-        report(len(table.rows), 0, "resumed")
+        report(len(table.rows), 0, RESUMED)
     return table
 
 
-def begin(out: Path, resume: bool, names: Iterable[str], measured: Iterable[str], manifest: Mapping[str, Any]) -> None:
-    """Begins or continues a folder of tables.
+@contextmanager
+def begin(out: Path, resume: bool, names: Iterable[str], measured: Iterable[str], manifest: Mapping[str, Any]) -> Iterator[Session]:
+    """Begins or continues a folder of tables, and holds it inside the block; see `RunFolder`.
 
     Args:
         names: what the folder may hold.
         measured: those of them that are worth nothing without the record of what they are of.
 
     Raises:
-        UserError: foreign files; a run without `resume`, or of another request.
+        UserError: foreign files; a run without `resume`, or of another request; another writer in the folder.
     """
-    held = results.check_contents(out, resume, {one for name in (results.RUN, *names) for one in (name, name + ".tmp")})
-    if results.RUN in held:
-        results.check_same(out, results.read_run(out)["manifest"], manifest)
-        return
-    nameless = sorted(held & set(measured))
-    if nameless:
-        raise UserError(f"--out {out} holds {nameless[0]} without {results.RUN}, so nobody can say what it is of. Give a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / results.RUN, {"manifest": dict(manifest), "versions": versions()})
+    legal = Legal(tuple(names), measured=tuple(measured))
+    with RunFolder.open(out, manifest, resume, legal) as folder, folder.session() as session:
+        yield session
 
 
 class Examples:
@@ -87,31 +80,9 @@ class Examples:
             for number, loss in enumerate(found)
         ]
         if self.file is not None:
-            write_rows(self.file, self.rows)
+            write_csv(self.file, self.rows)
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a CSV file that `write_rows` wrote; numbers as numbers."""
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as handle:
-        return [{key: value if key in TEXTS else _number(value) for key, value in row.items()} for row in csv.DictReader(handle)]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of the same columns as CSV, whole or not at all."""
-    partial = file.with_name(file.name + ".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(file)
+    """The rows of a table, numbers as numbers; none where there is no file."""
+    return read_csv(file, NAME_COLUMNS) if file.is_file() else []

@@ -5,7 +5,7 @@ OUT/checkpoint-STEP appears whole or not at all; the one before it is removed af
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxmed.errors import UserError
+from jaxmed.files import check_sums, read_json, write_json, write_sums
 from jaxmed.models.checkpoints.new_folder import new_folder
 from jaxmed.models.checkpoints.orbax_store import restore_arrays, save_arrays
 
@@ -36,7 +37,8 @@ def save(out: Path, step: int, arrays: dict[str, Any], progress: dict[str, Any])
         return
     with new_folder(target, sum(leaf.nbytes for leaf in flat.values())) as scratch:
         save_arrays(flat, scratch / STATE)
-        (scratch / PROGRESS).write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
+        write_json(scratch / PROGRESS, {"step": step, **progress})
+        write_sums(scratch, sorted(path for path in scratch.rglob("*") if path.is_file()))
     for old in found(out):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -61,9 +63,11 @@ def restore(folder: Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         UserError: a damaged checkpoint, or one of other arrays.
     """
     try:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / PROGRESS} cannot be read: {error}. Delete {folder} to begin anew.") from None
+        check_sums(folder)
+        progress = read_json(folder / PROGRESS, "where a run stands")
+    except UserError as error:
+        raise UserError(f"{error}\nDelete {folder} to begin anew.") from None
+    progress["rows"] = [{key: math.nan if value is None else value for key, value in row.items()} for row in progress["rows"]]
     kept = {name: tree for name, tree in like.items() if name in progress["arrays"]}
     flat = restore_arrays(folder / STATE, _flat(kept))
     return {name: _unflat(name, tree, flat) for name, tree in kept.items()}, progress

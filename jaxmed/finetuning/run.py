@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from jaxmed.batching.batches import Batch, scored_tokens
 from jaxmed.errors import UserError
 from jaxmed.finetuning import checkpoint
 from jaxmed.finetuning.feed import Feed
-from jaxmed.finetuning.folder import COLUMNS, close_run, open_run, write_losses
-from jaxmed.finetuning.job import Job, check
+from jaxmed.finetuning.folder import COLUMNS, LEGAL, write_losses
+from jaxmed.finetuning.job import Job, check, manifest
 from jaxmed.finetuning.lora import Factors, lay_out, merge, save_adapter
 from jaxmed.finetuning.settings import Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_evaluation, make_optimiser, make_step, start
@@ -28,9 +27,12 @@ from jaxmed.models.checkpoints.export import export_folder
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_dtype
 from jaxmed.prompts.examples import Example
+from jaxmed.runs import signals
+from jaxmed.runs.folder import RunFolder, Session, hold, read_run, seconds_spent
+from jaxmed.runs.watch import RESUMED, Watch, silent
 
-Report = Callable[[float, int, str], None]
-"""Called with (steps done, tokens done, what is being done)."""
+TRAINED = "trained"
+"""Status of a run whose steps are done, and whose results are not written yet."""
 
 
 @dataclass
@@ -59,10 +61,6 @@ class Tuned:
         return save_adapter(self.base, self.factors, self.settings.lora, folder)
 
 
-def _silent(*_: Any) -> None:
-    return None
-
-
 @dataclass
 class _Stand:
     """Where a run stands.
@@ -78,46 +76,50 @@ class _Stand:
     progress: dict[str, Any] = field(default_factory=lambda: {"rows": [], "best": None, "best_step": 0, "since": 0, "stopped": ""})
 
 
-def run(job: Job, out: Path | None = None, resume: bool = False, report: Report = _silent) -> Tuned:
+def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Tuned:
     """Runs a job. With `out`, where it stands is kept there, and an interrupted run goes on with `resume`, equal to the bit.
 
     Raises:
-        UserError: `out` holds something else, a run without `resume`, or a run of other settings, data or weights; a full disk; a
-            loss that is not finite.
+        UserError: `out` holds something else, a run without `resume`, or a run of other settings, data or weights; another writer in it;
+            a damaged checkpoint; a full disk; a loss that is not finite.
     """
-    model, settings = job.model, job.settings
-    if out is not None:
-        refuse_attacks(model.history)
-    optimiser = make_optimiser(settings, job.steps)
-    trained, state, frozen, moved = start(model, settings, optimiser)
-    stand = _Stand((0, trained, state))
-    restored = None if out is None else open_run(job, out, resume, {"trained": trained, "state": state, "best": trained})
-    if restored is not None:
-        arrays, progress = restored
-        stand = _Stand((len(progress["rows"]), arrays["trained"], arrays["state"]), arrays.get("best"), progress)
-    step = make_step(model.config, settings, optimiser, model.mesh, moved)
+    if out is None:
+        return _train(job, None, None, report)
+    refuse_attacks(job.model.history)
+    with RunFolder.open(out, manifest(job), resume, LEGAL) as folder, folder.session(ended=TRAINED) as session:
+        return _train(job, folder, session, report)
+
+
+def _train(job: Job, folder: RunFolder | None, session: Session | None, report: Watch) -> Tuned:
+    optimiser = make_optimiser(job.settings, job.steps)
+    trained, state, frozen, moved = start(job.model, job.settings, optimiser)
+    stand = _restored(folder, {"trained": trained, "state": state, "best": trained}) or _Stand((0, trained, state))
+    out = None if folder is None else folder.path
+    step = make_step(job.model.config, job.settings, optimiser, job.model.mesh, moved)
     feed = Feed(job)
     heldout_loss = _heldout_loss(job, feed.heldout(), frozen)
-    rates = learning_rates(settings, job.steps)
+    rates = learning_rates(job.settings, job.steps)
     if stand.point[0]:
-        report(stand.point[0], 0, "resumed")
+        report(stand.point[0], 0, RESUMED)
     try:
         for number in range(stand.point[0], job.steps):
             if stand.progress["stopped"]:
                 break
-            *after, found = step(*stand.point[1:], frozen, feed.batch(number))
-            stand.point = (number + 1, *after)
-            loss, norm = float(found["loss"]), float(found["norm"])
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(f"The loss of step {number + 1} is {loss}, its gradient's norm {norm}. Lower the learning rate.")
-            last = number + 1 == job.steps
-            held = heldout_loss(stand, last) if last or (number + 1) % job.evaluate_every == 0 else math.nan
-            epoch, tokens = (number + 1) / job.steps_per_epoch, scored_tokens(job.examples, job.order[number])
-            row = (number + 1, epoch, loss, held, norm, float(np.asarray(rates(number))), tokens)
-            stand.progress["rows"].append(dict(zip(COLUMNS, row, strict=True)))
-            report(1, sum(len(job.examples[i].ids) for i in job.order[number]), f"loss {loss:.3f}")
-            if out is not None and (last or stand.progress["stopped"] or (number + 1) % job.save_every == 0):
-                _save(out, stand)
+            with signals.delayed():  # a step that has begun is finished, so that it can be kept
+                *after, found = step(*stand.point[1:], frozen, feed.batch(number))
+                stand.point = (number + 1, *after)
+                loss, norm = float(found["loss"]), float(found["norm"])
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise UserError(f"The loss of step {number + 1} is {loss}, its gradient's norm {norm}. Lower the learning rate.")
+                last = number + 1 == job.steps
+                held = heldout_loss(stand, last) if last or (number + 1) % job.evaluate_every == 0 else math.nan
+                epoch, tokens = (number + 1) / job.steps_per_epoch, scored_tokens(job.examples, job.order[number])
+                row = (number + 1, epoch, loss, held, norm, float(np.asarray(rates(number))), tokens)
+                stand.progress["rows"].append(dict(zip(COLUMNS, row, strict=True)))
+                report(1, sum(len(job.examples[i].ids) for i in job.order[number]), f"loss {loss:.3f}")
+                if out is not None and (last or stand.progress["stopped"] or (number + 1) % job.save_every == 0):
+                    _save(out, stand)
+            signals.check() if session is None else session.count(steps=1, scored_tokens=tokens)
     except KeyboardInterrupt:
         if out is not None and stand.point[0] == len(stand.progress["rows"]) > 0 and not _is_donated(stand.point):
             _save(out, stand)
@@ -125,6 +127,18 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Report 
     rows, stopped = stand.progress["rows"], stand.progress["stopped"]
     chosen, at = (stand.best, stand.progress["best_step"]) if stand.best is not None else (stand.point[1], len(rows))
     return _tuned(job, chosen, rows, at, stopped)
+
+
+def _restored(folder: RunFolder | None, like: dict[str, Any]) -> _Stand | None:
+    """Where a continued run stands; None at its beginning."""
+    if folder is None or not folder.continues:
+        return None
+    checkpoint.clean(folder.path)
+    held = checkpoint.found(folder.path)
+    if not held:
+        return None
+    arrays, progress = checkpoint.restore(held[-1], like)
+    return _Stand((len(progress["rows"]), arrays["trained"], arrays["state"]), arrays.get("best"), progress)
 
 
 def _is_donated(point: tuple[int, Any, Any]) -> bool:
@@ -173,15 +187,18 @@ def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stop
     return Tuned(new, rows, settings, trained if settings.method == "lora" else None, step, stopped, model)
 
 
-def finish(tuned: Tuned, out: Path, save: Sequence[str], seconds: float) -> list[str]:
+def finish(tuned: Tuned, out: Path, save: Sequence[str]) -> list[str]:
     """Writes what a run leaves: losses, run.json, and of "adapter" and "model" what is asked for. Returns lines that say what."""
     said = []
-    write_losses(out, tuned.losses)
-    if "adapter" in save and tuned.factors is not None and not (out / "adapter").exists():
-        said.append(f"adapter (PEFT): {tuned.save_adapter(out / 'adapter')}")
-    if "model" in save and not (out / "model").exists():
-        said.append(f"model (Hugging Face): {export_folder(tuned.model, out / 'model')}")
-    close_run(out, seconds, stopped=tuned.stopped, steps=len(tuned.losses), parameters_of_step=tuned.step)
+    with hold(out):
+        write_losses(out, tuned.losses)
+        if "adapter" in save and tuned.factors is not None and not (out / "adapter").exists():
+            said.append(f"adapter (PEFT): {tuned.save_adapter(out / 'adapter')}")
+        if "model" in save and not (out / "model").exists():
+            said.append(f"model (Hugging Face): {export_folder(tuned.model, out / 'model')}")
+        folder = RunFolder(out, read_run(out), True)
+        found = {"stopped": tuned.stopped, "steps": len(tuned.losses), "parameters_of_step": tuned.step}
+        folder.note(status="finished", seconds=round(seconds_spent(folder.record), 3), **found)
     return said
 
 
@@ -206,9 +223,8 @@ def finetune(
     Raises:
         UserError: unknown or impossible settings; no examples, or some that do not tokenise; see also `run`.
     """
-    begun = time.perf_counter()
     job = check(model, examples, heldout, make_settings(**settings))
     tuned = run(job, None if out is None else Path(out), resume)
     if out is not None:
-        finish(tuned, Path(out), (), time.perf_counter() - begun)
+        finish(tuned, Path(out), ())
     return tuned

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import yaml
 
 from jaxmed.errors import unknown
 from jaxmed.finetuning import checkpoint
-from jaxmed.finetuning.job import Job, check
-from jaxmed.finetuning.run import Report, finish, run
+from jaxmed.finetuning.job import check
+from jaxmed.finetuning.run import finish, run
 from jaxmed.finetuning.settings import read_recipe
 from jaxmed.models.catalog import VARIANTS, built_folder, cache_folder, is_built
 from jaxmed.models.checkpoints.export import export_folder
 from jaxmed.models.load import load
-
-Watch = Callable[[Job], AbstractContextManager[Report]]
-"""Opens the display of a run's progress."""
+from jaxmed.runs.watch import Display, no_display
 
 
-def build_variant(name: str, watch: Watch = lambda job: nullcontext(lambda *_: None)) -> Path:
+def build_variant(name: str, display: Display = no_display) -> Path:
     """Makes a variant of `catalog.VARIANTS` if the cache does not hold it yet, and returns its folder.
 
     It says on stderr what it costs. An interrupted build goes on where it stood.
@@ -41,10 +36,9 @@ def build_variant(name: str, watch: Watch = lambda job: nullcontext(lambda *_: N
     recipe = read_recipe(yaml.safe_load(variant.config_text()))
     job = check(load(recipe.model), *recipe.examples(), recipe.settings)
     scratch = cache_folder() / "builds" / folder.name
-    begun = time.perf_counter()
-    with watch(job) as report:
+    with display(f"building {name}", job.steps, "tokens") as report:
         tuned = run(job, scratch, True, report)
-    finish(tuned, scratch, (), time.perf_counter() - begun)
+    finish(tuned, scratch, ())
     export_folder(tuned.model, folder)
     checkpoint.clean(scratch, finished=True)
     return folder

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,13 +35,13 @@ from jaxmed.prompts.examples import Example
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
 from jaxmed.pruning.totals import add_batch, fresh_totals
+from jaxmed.runs import signals
+from jaxmed.runs.watch import RESUMED, Watch, silent
 from jaxmed.tokens import Answered
 
 SETS = ("behaviour", "preserve")
 KINDS = ("signed", "absolute", "inputs")
 USUAL = ("behaviour_signed", "preserve_absolute")
-Report = Callable[[float, int, str], None]
-"""Called with (batches done, examples done, what is being done)."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ def score(
     kinds: Sequence[str] = USUAL,
     out: str | Path | None = None,
     resume: bool = False,
-    report: Report = lambda *_: None,
+    report: Watch = silent,
     **how: Any,
 ) -> Scores:
     """Scores every weight of the blocks' matrices (no embeddings, head, norms, biases).
@@ -176,32 +177,30 @@ def check(
     return Job(model, tuple(kinds), sets, plans, how)
 
 
-def run(job: Job, out: Path | None = None, resume: bool = False, report: Report = lambda *_: None) -> Scores:
+def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Scores:
     """Runs a job; with `out`, every finished pass is kept there, and `resume` goes on after the last one."""
     model = job.model
     examples = {which: len(found) for which, found in job.sets.items()}
     scores = Scores(model.name, model.identity, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
     scores.tokens = {which: token_digest(found) for which, found in job.sets.items()}
     folder = None if out is None else ScoreFolder(out)
-    if folder is not None:
-        folder.open(record(job), resume)
-        scores.folder, scores.losses = folder, folder.losses()
-    for which, plan in job.plans.items():
-        for span in plan.spans:
-            if folder is not None and folder.has(which, span):
-                report(plan.batches, 0, "resumed")
-                continue
-            totals, loss = _one_pass(job, which, span, report)
-            found = _scores_of(model, totals, span[0], _response_count(job.sets[which]))
-            if folder is None:
-                for kind, matrices in found.items():
-                    scores.held.setdefault(f"{which}_{kind}", {}).update(dict(matrices))
+    with nullcontext() if folder is None else folder.session(record(job), resume) as session:
+        if folder is not None:
+            scores.folder, scores.losses = folder, folder.losses()
+        for which, plan in job.plans.items():
+            for span in plan.spans:
+                if folder is not None and folder.has(which, span):
+                    report(plan.batches, 0, RESUMED)
+                    continue
+                totals, loss = _one_pass(job, which, span, report)
+                found = _scores_of(model, totals, span[0], _response_count(job.sets[which]))
                 scores.losses[which] = loss
-            else:
-                folder.write(which, span, found, loss)
-                scores.losses[which] = loss
-    if folder is not None:
-        folder.close(job.kinds)
+                if folder is None:
+                    for kind, matrices in found.items():
+                        scores.held.setdefault(f"{which}_{kind}", {}).update(dict(matrices))
+                else:
+                    folder.write(which, span, found, loss)
+                    session.count(passes=1, batches=plan.batches)
     return scores
 
 
@@ -246,7 +245,7 @@ def _response_count(examples: Sequence[Answered]) -> int:
     return sum(len(one.ids) - one.prompt for one in examples)
 
 
-def _one_pass(job: Job, which: str, span: tuple[int, int], report: Report) -> tuple[Params, float]:
+def _one_pass(job: Job, which: str, span: tuple[int, int], report: Watch) -> tuple[Params, float]:
     """The totals [layers, ...] of one span over one set, and the mean loss."""
     model, plan, examples = job.model, job.plans[which], job.sets[which]
     devices = model.mesh.shape["data"]
@@ -258,6 +257,7 @@ def _one_pass(job: Job, which: str, span: tuple[int, int], report: Report) -> tu
         totals, loss = add_batch(model.config, model.params, totals, *on_devices, span, plan.remat, model.mesh)
         losses += float(np.asarray(loss).sum())
         report(1, len(members), which)
+        signals.check()
     return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.sum(0), tree))(totals), losses / len(examples)
 
 

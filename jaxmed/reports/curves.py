@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from math import exp, log
 from pathlib import Path
 
 import plotly.graph_objects as go
 
+from jaxmed.files import atomic, read_csv
 from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas, label
 
 
 def write_loss_curve(table: Path, out: Path) -> Path:
     """Draws losses per step, and the held-out losses, as one HTML file that works offline; returns its path."""
-    rows = read_table(table)
+    rows = read_csv(table)
     figure = canvas(420, "optimiser step", "loss, nats per response token")
     steps = [int(row["step"]) for row in rows]
     figure.add_trace(go.Scatter(x=steps, y=[float(row["loss"]) for row in rows], name="training batch", line={"color": CATEGORICAL[0]}))
@@ -26,16 +26,9 @@ def write_loss_curve(table: Path, out: Path) -> Path:
 
 
 def _write(figure: go.Figure, out: Path) -> Path:
-    partial = out.with_name(out.name + ".tmp")
-    figure.write_html(partial, include_plotlyjs=True)
-    partial.replace(out)
+    with atomic(out) as partial:
+        figure.write_html(partial, include_plotlyjs=True)
     return out
-
-
-def read_table(table: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, as texts."""
-    with table.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
 
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -61,7 +54,7 @@ def _numbers(rows: Rows, column: str) -> list[float]:
 
 def write_pruning_curve(table: Path, out: Path) -> Path:
     """Draws `draw_pruning_curve` as one HTML file that works offline; returns its path."""
-    return _write(draw_pruning_curve(read_table(table)), out)
+    return _write(draw_pruning_curve(read_csv(table)), out)
 
 
 def draw_pruning_curve(rows: Rows) -> go.Figure:
@@ -106,7 +99,7 @@ def _left(rows: Rows) -> list[tuple[str, Rise, Rise, Rise]]:
 
 def write_transfer(table: Path, out: Path) -> Path:
     """Draws `draw_transfer` as one HTML file that works offline; returns its path."""
-    return _write(draw_transfer(read_table(table)), out)
+    return _write(draw_transfer(read_csv(table)), out)
 
 
 def draw_transfer(rows: Rows) -> go.Figure:
@@ -125,7 +118,7 @@ def draw_transfer(rows: Rows) -> go.Figure:
 
 def write_compression(table: Path, out: Path) -> Path:
     """Draws `draw_compression` as one HTML file that works offline; returns its path."""
-    return _write(draw_compression(read_table(table)), out)
+    return _write(draw_compression(read_csv(table)), out)
 
 
 def draw_compression(rows: Rows) -> go.Figure:
@@ -150,7 +143,7 @@ def draw_compression(rows: Rows) -> go.Figure:
 
 def write_dissociation(table: Path, out: Path) -> Path:
     """Draws `draw_dissociation` as one HTML file that works offline; returns its path."""
-    return _write(draw_dissociation(read_table(table)), out)
+    return _write(draw_dissociation(read_csv(table)), out)
 
 
 def draw_dissociation(rows: Rows) -> go.Figure:
@@ -163,7 +156,7 @@ def draw_dissociation(rows: Rows) -> go.Figure:
 
 def write_attacks(table: Path, out: Path) -> Path:
     """Draws `draw_attacks` as one HTML file that works offline; returns its path."""
-    return _write(draw_attacks(read_table(table)), out)
+    return _write(draw_attacks(read_csv(table)), out)
 
 
 def draw_attacks(rows: Rows) -> go.Figure:

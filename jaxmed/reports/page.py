@@ -11,6 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxmed.errors import UserError
+from jaxmed.files import write_text
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
 from jaxmed.reports.record import Record, read
@@ -31,14 +32,11 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         raise UserError("There is nothing to report. Give at least one --out folder of a sweep.")
     records = [read(Path(folder)) for folder in folders]
     page, out = render(records), Path(out)
-    partial = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        partial.replace(out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"The report cannot be written to {out}: {error.strerror or error}. Give another file.") from None
+    write_text(out, page)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import results
+from jaxmed.files import read_csv
+from jaxmed.runs.folder import read_run
 
 UNITS = ("neuron", "window", "head_out", "attention_out", "mlp_out", "residual_out")
 MODULES = ("attention_out", "mlp_out", "residual_out")
@@ -57,12 +58,9 @@ def read(folder: Path) -> Record:
     Raises:
         UserError: no table, or no readable run.json there.
     """
-    table, run, file = results.open_results(folder), results.read_run(folder), folder / results.TOP
+    table, run, file = results.open_results(folder), read_run(folder), folder / results.TOP
     table = table.load() if table.nbytes < HELD else table
-    if not file.is_file():
-        return Record(folder, table, run, None)
-    with file.open(newline="", encoding="utf-8", errors="backslashreplace") as handle:
-        return Record(folder, table, run, list(csv.DictReader(handle)))
+    return Record(folder, table, run, read_csv(file) if file.is_file() else None)
 
 
 def labels(record: Record, name: str) -> np.ndarray:

@@ -14,11 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from jaxmed import results
 from jaxmed.errors import UserError
-from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer, read_table
+from jaxmed.files import NAME_COLUMNS, read_csv, write_text
+from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer
 from jaxmed.reports.page import embedded
 from jaxmed.reports.style import Figure, number, visible
+from jaxmed.runs.folder import last_versions, read_run, seconds_spent
 
 LEAD = (
     "Weights are scored by what their removal does to a behaviour's loss, to first order; a share q of each matrix is set to zero, but for "
@@ -29,7 +30,6 @@ NOTES = (
     "of random weights of the same counts.",
     "The bundled sets are mild stand-ins for harmful behaviour. A claim about harm needs the harm sets themselves.",
 )
-TEXTS = ("rule", "mask", "attack", "model", "behaviour", "reached")
 TRANSFER = "Rows: what is pruned for. Columns: what is tested. A behaviour's own weights should matter to it most."
 COMPRESSION = (
     "q50: the rule's share q of chosen weights at which a behaviour's probability per token is halved (its loss has risen by ln 2); what "
@@ -54,7 +54,7 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: a folder without a study.
     """
-    run = results.read_run(folder)
+    run = read_run(folder)
     manifest = run.get("manifest", {})
     if "study" not in manifest:
         raise UserError(f"{folder} holds no study. Give the --out folder of `jaxmed study`.")
@@ -68,7 +68,7 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
         ("Controls", ", ".join(manifest["controls"])),
         ("Spared by", f"{manifest['preserve']}, p = {manifest['p']:g}"),
         ("q of masks", f"{manifest['q']:g}"),
-        ("Time", f"{sum(run.get('sessions', [])) / 60:.0f} min" if run.get("status") == "finished" else "not finished"),
+        ("Time", f"{seconds_spent(run) / 60:.0f} min" if run.get("status") == "finished" else "not finished"),
     ]
     page = environment.get_template("study.html.j2").render(
         title=f"Study of {manifest['study']}: {', '.join(manifest['models'])}",
@@ -77,14 +77,12 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
         notes=NOTES,
         parts=parts,
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
-        versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
+        versions=", ".join(f"{name} {version}" for name, version in last_versions(run).items()),
         redraw=f"jaxmed report {shlex.quote(str(folder))}",
         plotly=Markup(get_plotlyjs()),
     )
     out = out or folder / "report.html"
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    partial.replace(out)
+    write_text(out, page)
     return out
 
 
@@ -112,7 +110,7 @@ def _parts(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str, Path,
 
 
 def _part(at: int, title: str, caption: str, table: Path, draw: Draw) -> dict[str, Any]:
-    rows = read_table(table)
+    rows = read_csv(table)
     columns = list(rows[0])
     figure = Figure(title, caption, draw(rows) if draw is not draw_pruning_curve or len(rows) > 1 else go.Figure())
     return {
@@ -122,8 +120,8 @@ def _part(at: int, title: str, caption: str, table: Path, draw: Draw) -> dict[st
         "data": embedded(figure),
         "file": f"{table.parent.name}/{table.name}" if table.name == "curve.csv" else table.name,
         "columns": columns,
-        "texts": [number for number, name in enumerate(columns) if name in TEXTS],
-        "rows": [[visible(row[name]) if name in TEXTS else _shown(name, row[name]) for name in columns] for row in rows],
+        "texts": [number for number, name in enumerate(columns) if name in NAME_COLUMNS],
+        "rows": [[visible(row[name]) if name in NAME_COLUMNS else _shown(name, row[name]) for name in columns] for row in rows],
     }
 
 
@@ -140,6 +138,6 @@ def _shown(column: str, value: str) -> str:
 def is_study(folders: Sequence[Path]) -> bool:
     """Whether the first of some folders holds a study."""
     try:
-        return "study" in results.read_run(folders[0]).get("manifest", {})
+        return "study" in read_run(folders[0]).get("manifest", {})
     except UserError:
         return False

@@ -1,10 +1,10 @@
-"""What a sweep will cost, before it runs: chunks, passes, FLOPs, bytes on disk, time."""
+"""What a run will cost, before it begins: passes, FLOPs, bytes, programs, time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.models.config import ModelConfig
+from jaxmed.runs.watch import show_time
 
 TOKENS_PER_DEVICE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Most row tokens of one chunk on one device: enough to keep the matmuls busy, little enough to stay in memory."""
@@ -71,6 +72,56 @@ def count_flops(jaxpr: Any, trips: float = 1.0) -> float:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a piece of work takes. Costs add up: `sum(costs, Cost("in all"))`.
+
+    Attributes:
+        title: what the work is, in words.
+        flops: of matmuls.
+        passes: runs of a model over one row.
+        read, written: bytes from and to the disk.
+        peak: most bytes on one device at once; of a sum the largest.
+        programs: programs to compile.
+    """
+
+    title: str
+    flops: float = 0.0
+    passes: float = 0
+    read: int = 0
+    written: int = 0
+    peak: int = 0
+    programs: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("flops", "passes", "read", "written", "programs")}
+        return Cost(self.title, peak=max(self.peak, other.peak), **sums)
+
+    def line(self, rate: float | None = None) -> str:
+        """The cost in one line; parts that are zero are left out. With `rate` in FLOP/s, the time too."""
+        parts = [
+            f"{self.passes:,.0f} passes" if self.passes else "",
+            f"{self.flops / 1e12:,.2f} TFLOP of matmuls" if self.flops else "",
+            f"{show_bytes(self.read)} read" if self.read else "",
+            f"{show_bytes(self.written)} written" if self.written else "",
+            f"at most {show_bytes(self.peak)} on a device" if self.peak else "",
+            f"{self.programs} programs to compile" if self.programs else "",
+            f"about {show_time(self.flops / rate)}" if rate and self.flops else "",
+        ]
+        return f"{self.title}: {', '.join(part for part in parts if part)}".removesuffix(": ")
+
+
+def cost_lines(costs: Sequence[Cost], rate: float | None = None) -> list[str]:
+    """Several costs and their sum, a line each."""
+    total = sum(costs, Cost("in all"))
+    return [cost.line(rate) for cost in costs] + ([total.line(rate)] if len(costs) > 1 else [])
+
+
+def show_bytes(size: float) -> str:
+    """Bytes as "12.3 MB" or "4.5 GB"."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cost of a sweep.
 
@@ -103,15 +154,6 @@ class Plan:
         if self.seconds is not None:
             lines.append(f"about {show_time(self.seconds)} at this machine's matmul rate ({self.flops / self.seconds / 1e9:,.0f} GFLOP/s)")
         return lines
-
-
-def show_time(seconds: float) -> str:
-    """Seconds as "42 s", "3 min 5 s" or "2 h 10 min"."""
-    seconds = max(1, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> float:

@@ -1,16 +1,47 @@
-"""What long work shows on a terminal: consoles, plans in lines, progress with rate and time left."""
+"""What long work shows: consoles, plans in lines, progress with rate and time left, on a terminal or line by line where there is none."""
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+RESUMED = "resumed"
+"""Said of work that an earlier run has done: it leaves the total instead of being counted."""
+FIRST_LINE, LINES = 5.0, (10.0, 300.0)
+"""Without a terminal: seconds before the first line of progress, and between two lines (shortest, longest)."""
+
+
+class Watch(Protocol):
+    """Told of progress after every item."""
+
+    def __call__(self, work: float, count: int, what: str) -> None:
+        """Tells that more was done.
+
+        Args:
+            work: part of the total that was announced (FLOPs, steps, examples).
+            count: what a reader counts (effects, tokens, examples).
+            what: the item, or RESUMED.
+        """
+
+
+Display = Callable[[str, float, str], AbstractContextManager[Watch]]
+"""Opens the display of one piece of work: (title, total work, what is counted)."""
+
+
+def silent(work: float, count: int, what: str) -> None:
+    """A `Watch` that shows nothing."""
+
+
+def no_display(title: str, total: float, unit: str) -> AbstractContextManager[Watch]:
+    """A `Display` that shows nothing."""
+    return nullcontext(silent)
 
 
 def lines(title: str, content: Sequence[str]) -> None:
@@ -21,10 +52,48 @@ def lines(title: str, content: Sequence[str]) -> None:
 
 
 @contextmanager
-def progress(title: str, total: float, what_counts: str = "effects") -> Iterator[Callable[[float, int, str], None]]:
-    """A progress bar on stderr with rate and time left; yields `report(work done, effects (or what counts) done, what)`."""
+def progress(title: str, total: float, what_counts: str = "effects") -> Iterator[Watch]:
+    """Progress on stderr: a bar with rate and time left on a terminal; lines now and then in a pipe or on a dumb terminal."""
+    shown = _bar if err.is_terminal and not err.is_dumb_terminal else _lines
+    tally = Tally(total)
+    with shown(title, tally, what_counts) as refresh:
+
+        def report(work: float, count: int, what: str) -> None:
+            tally.add(work, count, what)
+            refresh(what)
+
+        yield report
+    if tally.count:
+        what = "exact effects" if what_counts == "effects" else what_counts
+        err.print(f"{title}: {tally.count:,} {what} in {tally.seconds:,.1f} s, {speed(tally.count, tally.seconds)}", markup=False)
+
+
+class Tally:
+    """What was done of a total, and since when."""
+
+    def __init__(self, total: float):
+        self.total, self.done, self.count, self.begun = total, 0.0, 0, time.perf_counter()
+
+    def add(self, work: float, count: int, what: str) -> None:
+        """Counts work; what an earlier run did leaves the total."""
+        if what == RESUMED:
+            self.total -= work
+        else:
+            self.done, self.count = self.done + work, self.count + count
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.total) if self.total > 0 else 1.0
+
+
+@contextmanager
+def _bar(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>5.1f}%"),
         TextColumn("{task.fields[rate]}"),
@@ -32,27 +101,31 @@ def progress(title: str, total: float, what_counts: str = "effects") -> Iterator
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    import time
+    with Progress(*columns, console=err, refresh_per_second=4) as bar:
+        task = bar.add_task(title, total=tally.total, rate="")
 
-    begun = time.perf_counter()
-    effects = 0
-    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), refresh_per_second=4) as bar:
-        task = bar.add_task(title, total=total, rate="")
+        def refresh(what: str) -> None:
+            name = title if what == RESUMED else f"{title} {what}"
+            bar.update(task, total=tally.total, completed=tally.done, description=name, rate=speed(tally.count, tally.seconds, unit))
 
-        def report(work: float, count: int, what: str) -> None:
-            nonlocal effects, begun
-            if what == "resumed":
-                bar.update(task, total=(bar.tasks[task].total or 0) - work)
-                return
-            effects += count
-            pace = speed(effects, time.perf_counter() - begun, what_counts)
-            bar.update(task, advance=work, description=f"{title} {what}", rate=pace)
+        yield refresh
 
-        yield report
-    if effects:
-        seconds = time.perf_counter() - begun
-        what = "exact effects" if what_counts == "effects" else what_counts
-        err.print(f"{title}: {effects:,} {what} in {seconds:,.1f} s, {speed(effects, seconds)}")
+
+@contextmanager
+def _lines(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]:
+    following = time.monotonic() + FIRST_LINE
+
+    def refresh(what: str) -> None:
+        nonlocal following
+        if time.monotonic() < following or not tally.done:
+            return
+        left = tally.seconds * (1 - tally.share) / tally.share
+        rate = speed(tally.count, tally.seconds, unit)
+        item = "" if what == RESUMED else f" {what}"
+        err.print(f"{title}{item}: {tally.share:.1%}, {rate}, {show_time(left)} left", markup=False)
+        following = time.monotonic() + min(max(LINES[0], (left + tally.seconds) / 20), LINES[1])
+
+    yield refresh
 
 
 def speed(count: int, seconds: float, what: str = "") -> str:
@@ -60,3 +133,12 @@ def speed(count: int, seconds: float, what: str = "") -> str:
     if 0 < count < seconds:
         return f"{seconds / count:,.1f} s each"
     return f"{count / max(seconds, 1e-9):,.0f} {what}/s" if what else f"{count / max(seconds, 1e-9):,.0f} per second"
+
+
+def show_time(seconds: float) -> str:
+    """Seconds as "42 s", "3 min 5 s" or "2 h 10 min"."""
+    seconds = max(1, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
 
-from jaxmed import results
 from jaxmed.experiments.attacks import ATTACKS, run_attacks
 from jaxmed.experiments.attacks import KEY as ATTACK_KEY
 from jaxmed.experiments.compression import COMPRESSION, compression_rows, read_curve
@@ -15,23 +14,24 @@ from jaxmed.experiments.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curv
 from jaxmed.experiments.dissociation import DISSOCIATION, run_dissociation
 from jaxmed.experiments.dissociation import KEY as ABILITY_KEY
 from jaxmed.experiments.measure import Measured, Tests, make_tests, measure
-from jaxmed.experiments.table import Examples, begin, continued, read_rows, write_rows
+from jaxmed.experiments.table import Examples, begin, continued, read_rows
+from jaxmed.files import write_csv
 from jaxmed.models.model import Model
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores, check, read_scores, run
 from jaxmed.pruning.selection import select
+from jaxmed.runs.folder import Session
+from jaxmed.runs.watch import Display
 from jaxmed.studies.pruning import PruningStudy, short
 
 Load = Callable[[str], Model]
-Watch = Callable[[str, float, str], AbstractContextManager[Callable[[float, int, str], None]]]
-"""(title, work, what is counted) -> opens a display of progress."""
 
 
 class Run:
     """A study in its folder."""
 
-    def __init__(self, study: PruningStudy, out: Path, load: Load, watch: Watch):
+    def __init__(self, study: PruningStudy, out: Path, load: Load, watch: Display):
         self.study, self.out, self.load, self.watch = study, out, load, watch
 
     def folder(self, *parts: str) -> Path:
@@ -40,14 +40,14 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def begin(self, resume: bool, dtype: str = "float32") -> None:
-        """Begins or continues the study's folder.
+    def begin(self, resume: bool, dtype: str = "float32") -> AbstractContextManager[Session]:
+        """Begins or continues the study's folder, and holds it inside the block.
 
         Raises:
             UserError: foreign files; a study without `resume`, or another one.
         """
         names = ("report.html", *(f"model{at}" for at in range(len(self.study.models))), TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
-        begin(self.out, resume, names, names, {**self.study.manifest(), "dtype": dtype})
+        return begin(self.out, resume, names, names, {**self.study.manifest(), "dtype": dtype})
 
     def everything(self) -> None:
         """All steps; those that are finished are passed over."""
@@ -144,10 +144,4 @@ class Run:
                 for behaviour, folder in folders.items()
             }
         control = short(study.controls[0]) if study.controls else ""
-        write_rows(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))
-
-    def note(self, seconds: float, finished: bool) -> None:
-        """Notes how long this session took, and whether everything is done."""
-        record = results.read_run(self.out)
-        sessions = [*record.get("sessions", []), round(seconds, 1)]
-        results.write_json(self.out / results.RUN, {**record, "status": "finished" if finished else "running", "sessions": sessions})
+        write_csv(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))

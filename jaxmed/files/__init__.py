@@ -1,0 +1,30 @@
+"""One way to files: paths checked first, written whole or not at all, CSV and JSON by one set of rules, arrays with checksums."""
+
+from jaxmed.files.arrays import ArrayLayout, find_damage, open_array
+from jaxmed.files.paths import TMP, check_file, check_path
+from jaxmed.files.sums import SUMS, check_sums, file_digest, write_sums
+from jaxmed.files.tables import NAME_COLUMNS, Row, read_csv, write_csv
+from jaxmed.files.whole import atomic, read_json, read_text, simple, write_json, write_text
+
+__all__ = [
+    "NAME_COLUMNS",
+    "SUMS",
+    "TMP",
+    "ArrayLayout",
+    "Row",
+    "atomic",
+    "check_file",
+    "check_path",
+    "check_sums",
+    "file_digest",
+    "find_damage",
+    "open_array",
+    "read_csv",
+    "read_json",
+    "read_text",
+    "simple",
+    "write_csv",
+    "write_json",
+    "write_sums",
+    "write_text",
+]

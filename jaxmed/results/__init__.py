@@ -1,0 +1,21 @@
+"""Results of sweeps on disk."""
+
+from jaxmed.results.damage import Damage, damaged_parts, mend, open_results
+from jaxmed.results.table import LEGAL, NEAR_TIE, REPORT, TABLE, TOP, Table, Variable, append, create, near_ties
+
+__all__ = [
+    "LEGAL",
+    "NEAR_TIE",
+    "REPORT",
+    "TABLE",
+    "TOP",
+    "Damage",
+    "Table",
+    "Variable",
+    "append",
+    "create",
+    "damaged_parts",
+    "mend",
+    "near_ties",
+    "open_results",
+]

@@ -1,0 +1,150 @@
+"""Labelled effect tables on disk: `effects.zarr` and `top.csv`, beside the record of the run.
+
+zarr and xarray lay the table out; TensorStore writes the numbers, one chunk per (pair, layer). `done[pair, layer]` is written
+after the layer's chunks are committed, and is the only thing a resumed run trusts. Every chunk carries a checksum, and one that is
+missing or damaged though its layer is done is found before anything is made of the table (`damage`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from jaxmed.errors import UserError
+from jaxmed.files.arrays import open_array, reason
+from jaxmed.runs.folder import Legal
+
+TABLE, TOP, REPORT = "effects.zarr", "top.csv", "report.html"
+NEAR_TIE = 1e-3
+"""Margin in router logits below which rounding may decide which expert of a mixture a token uses."""
+_PARTIAL = ".effects.zarr.partial"
+LEGAL = Legal((TABLE, TOP, REPORT, _PARTIAL), needed=(TABLE,))
+"""What the folder of a sweep may hold."""
+CODECS = (ZstdCodec(level=0), Crc32cCodec())
+"""Of every array; the checksum covers the bytes on the disk."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One numeric variable of the table; its chunks hold one (pair, layer), or one pair where it has no layer axis."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str = "float32"
+
+
+def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    """Lays out an empty table (NaN, nothing done). `coordinates` maps a name to values, or to (dimension, values)."""
+    partial, table = folder / _PARTIAL, folder / TABLE
+    for leftover in (partial, table):
+        shutil.rmtree(leftover, ignore_errors=True)
+    coords = {k: v if isinstance(v, tuple) else ((k,), v) for k, v in coordinates.items()}
+    dataset = xr.Dataset(coords=coords, attrs=dict(attributes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet
+        encoding = {name: {"compressors": CODECS} for name in coords}
+        dataset.to_zarr(partial, mode="w", zarr_format=3, consolidated=False, encoding=encoding, write_empty_chunks=True)
+        group = zarr.open_group(partial, mode="a")
+        for variable in variables:
+            shape = tuple(dataset.sizes[dim] for dim in variable.dims)
+            chunks = tuple(1 if dim in _chunk_dims(variable.name) else size for dim, size in zip(variable.dims, shape, strict=True))
+            fill = np.nan if variable.dtype == "float32" else 0
+            group.create_array(
+                variable.name,
+                shape=shape,
+                chunks=chunks,
+                dtype=variable.dtype,
+                fill_value=fill,
+                dimension_names=variable.dims,
+                compressors=CODECS,
+            )
+    partial.rename(table)
+
+
+def _chunk_dims(name: str) -> tuple[str, ...]:
+    return ("pair",) if name == "done" else ("pair", "layer")
+
+
+class Table:
+    """An open table that chunks are written to."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._arrays: dict[str, Any] = {}
+
+    def _array(self, name: str) -> Any:
+        if name not in self._arrays:
+            self._arrays[name] = open_array(self.folder / TABLE / name, partial=True)
+        return self._arrays[name]
+
+    def write(self, chunks: Sequence[tuple[str, dict[str, int], np.ndarray]]) -> None:
+        """Writes (variable, {dimension: index}, values) chunks; returns when all are committed.
+
+        Raises:
+            UserError: the disk is full or cannot be written; chunks committed before stay.
+        """
+        try:
+            for pending in [self._array(name)[label(self._array(name), at)].write(values) for name, at, values in chunks]:
+                pending.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            text = str(error)
+            if any(word in text for word in ("No space", "RESOURCE_EXHAUSTED", "ENOSPC", "File too large", "quota", "Disk", "Permission")):
+                raise UserError(
+                    f"Could not write to {self.folder}: {text.splitlines()[0][:300]}\nWhat was finished is kept; continue with --resume."
+                ) from None
+            raise
+
+    def done(self) -> np.ndarray:
+        """uint8 [pair, layer]: which chunks are committed.
+
+        Raises:
+            UserError: the markers are damaged; see `damage.mend`.
+        """
+        try:
+            return np.asarray(self._array("done").read().result())
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.folder / TABLE / 'done'}: {reason(error)}. Continue the run with --resume.") from None
+
+    def mark_done(self, pair: int, layer: int, done: int = 1) -> None:
+        """Marks one (pair, layer); call it after `write` returned."""
+        self.write([("done", {"pair": pair, "layer": layer}, np.asarray(done, np.uint8))])
+
+
+def label(array: Any, at: Mapping[str, int]) -> tuple[Any, ...]:
+    """The index of a chunk: numbers where `at` has them, all along the other axes."""
+    return tuple(at.get(label, slice(None)) for label in array.domain.labels)
+
+
+def near_ties(table: xr.Dataset) -> tuple[int, int]:
+    """How many (pair, layer) have a `routing_margin` below `NEAR_TIE`, and of how many it is known."""
+    margin = table["routing_margin"].values
+    return int((margin < NEAR_TIE).sum()), int((~np.isnan(margin)).sum())
+
+
+def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]) -> None:
+    """Adds float32 variables name -> (dimensions, values, attributes) to a table; those already there are replaced."""
+    group = zarr.open_group(folder / TABLE, mode="a")
+    for name, (dims, values, attributes) in added.items():
+        values = np.asarray(values, np.float32)
+        array = group.create_array(
+            name,
+            shape=values.shape,
+            chunks=values.shape,
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=tuple(dims),
+            compressors=CODECS,
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+        array[...] = values
+        array.attrs.update(dict(attributes))

@@ -1,0 +1,273 @@
+"""The folder of a run: what may lie in it, what makes it the same run, who writes to it, and a record of every session.
+
+RUN (run.json) holds `manifest` (all that decides a number or a label), `status` and `sessions`. A session is written when it begins, now
+and then while it runs, and on every exit. One process at a time holds the folder; the lock ends with its process, however that ends.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jaxmed.errors import UserError, all_problems
+from jaxmed.files import TMP, check_path, read_json, simple, write_json
+from jaxmed.runs import signals
+from jaxmed.runs.provenance import versions
+
+RUN, LOCK = "run.json", ".lock"
+NOTED_EVERY = 10.0
+"""Seconds between two records of a session while it runs."""
+
+
+@dataclass(frozen=True)
+class Legal:
+    """What a folder may hold.
+
+    Attributes:
+        names: files and folders; RUN and what is left of half-written ones (.tmp) are legal everywhere.
+        begins: what other names may begin with.
+        needed: names without which there is nothing to continue: the run begins anew.
+        measured: names that are worth nothing without RUN, which says what they are of.
+    """
+
+    names: tuple[str, ...]
+    begins: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+
+
+def check_folder(out: Path, resume: bool, legal: Legal) -> bool:
+    """Whether a run can begin or continue in `out`, before anything is loaded; returns True if it holds one to continue.
+
+    Raises:
+        UserError: a path that cannot be written, a file instead of a folder, foreign files, or a run and no --resume.
+    """
+    check_path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file. Give a folder; nothing was written.")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {one for name in (RUN, *legal.names) for one in (name, name + TMP)} | {LOCK}
+    foreign = sorted(name for name in held if name not in ours and not name.startswith(legal.begins))
+    if foreign:
+        shown = ", ".join(ascii(name)[1:-1][:80] for name in foreign[:5]) + f" and {len(foreign) - 5} more" * (len(foreign) > 5)
+        raise UserError(f"--out {out} holds something else ({shown}). Give a new or empty folder; nothing was written.")
+    if RUN in held and not resume:
+        raise UserError(f"--out {out} holds a run already. Add --resume to continue it, or give another folder; nothing was written.")
+    nameless = sorted(held & set(legal.measured)) if RUN not in held else []
+    if nameless:
+        raise UserError(f"--out {out} holds {nameless[0]} without {RUN}, so nobody can say what it is of. Give a new folder.")
+    return {RUN, *legal.needed} <= held
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder; raises a UserError where it cannot be read."""
+    record = read_json(folder / RUN, "the record of a run")
+    if not isinstance(record, dict) or not isinstance(record.get("sessions", []), list):
+        raise UserError(f"{folder / RUN} is no record of a run. Give another folder.")
+    return record
+
+
+def seconds_spent(record: Mapping[str, Any]) -> float:
+    """Seconds of all sessions of a run."""
+    return sum(session.get("seconds", 0.0) if isinstance(session, dict) else session for session in record.get("sessions", []))
+
+
+def last_versions(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions of what computed a run, in its last session; of earlier versions' runs, in all."""
+    sessions = [session for session in record.get("sessions", []) if isinstance(session, dict)]
+    return (sessions or [record])[-1].get("versions", {})
+
+
+def check_same(out: Path, stored: Mapping[str, Any], now: Mapping[str, Any], reused: Sequence[str] = ()) -> None:
+    """Raises a UserError where the manifest of a run in `out` is not that of the run that would continue it; see `RunFolder.open`."""
+    now = simple(now)
+    different = [key for key in now if key not in reused and stored.get(key) != now[key]]
+    if different:
+        shown = "\n".join(f"  - {key}: {_differ(stored.get(key), now[key])}" for key in different)
+        raise UserError(
+            f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
+        )
+
+
+def _differ(stored: Any, now: Any) -> str:
+    """What differs between two values, the innermost parts of mappings and lists."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys = [key for key in now if stored.get(key) != now[key]] or [key for key in stored if key not in now]
+        return ", ".join(f"{key}: {_differ(stored.get(key), now.get(key))}" for key in keys[:3])
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        at = next(at for at, pair in enumerate(zip(stored, now, strict=True)) if pair[0] != pair[1])
+        return f"entry {at + 1}: {_differ(stored[at], now[at])}"
+    return f"{str(stored)[:120]} there, {str(now)[:120]} now"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a UserError if the disk has no room for `needed` bytes."""
+    at = folder.absolute()
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise UserError(f"--out {folder} needs up to {needed / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free. Nothing was written.")
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other writers out of an existing folder; raises a UserError where one is in it."""
+    lock = FileLock(str(folder / LOCK), timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--out {folder} is in use{_by_whom(folder)}. Wait for it, or give another folder; nothing was written.") from None
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}. Give another folder; nothing was written.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _by_whom(folder: Path) -> str:
+    try:
+        session = read_run(folder)["sessions"][-1]
+        return f" by process {session['pid']} on {session['host']}, which began at {session['started']}"
+    except (UserError, LookupError, TypeError):
+        return " by another process"
+
+
+class RunFolder:
+    """An open folder, which no other process writes to.
+
+    Attributes:
+        path: the folder.
+        continues: whether it holds a run that goes on.
+        ended: status of the run when it was opened: "finished", "interrupted", "failed", "killed"; "new" at its beginning.
+        record: what RUN holds.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], continues: bool):
+        self.path, self.record, self.continues = path, record, continues
+        self.ended = str(record.get("status", "")) if record.get("status") != "running" else "killed"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as stored; of a run that continues, it holds the values to reuse."""
+        return self.record["manifest"]
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, out: Path, manifest: Mapping[str, Any], resume: bool, legal: Legal, needed: int = 0, reused: Sequence[str] = ()
+    ) -> Iterator[RunFolder]:
+        """Begins or continues a run in `out`, and holds the folder inside the block.
+
+        Args:
+            manifest: all that decides a number or a label; a run continues where all of it agrees.
+            needed: bytes that a new run will write.
+            reused: keys of the manifest that are taken from the stored one instead of compared, such as the chunk size.
+
+        Raises:
+            UserError: what `check_folder` raises; a run of another request; no room on the disk; another writer in the folder.
+        """
+        if check_folder(out, resume, legal):  # before the lock, so that a refusal touches nothing
+            check_same(out, read_run(out).get("manifest", {}), manifest, reused)
+        else:
+            check_space(out, needed)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made: {error.strerror or error}. Give another folder; nothing was written.") from None
+        with hold(out):
+            continues = check_folder(out, resume, legal)
+            record = read_run(out) if continues else {"manifest": simple(manifest), "status": "new", "sessions": []}
+            if continues:
+                check_same(out, record.get("manifest", {}), manifest, reused)
+            yield cls(out, record, continues)
+
+    def note(self, **entries: Any) -> None:
+        """Keeps entries in RUN."""
+        self.record |= entries
+        with signals.delayed():
+            write_json(self.path / RUN, self.record)
+
+    def tell_damage(self, shown: Sequence[str]) -> None:
+        """Says which stored parts of a continued run are damaged; the caller has marked them as not done.
+
+        Raises:
+            UserError: the run was finished: its numbers may be in use, so they change at the next --resume alone.
+        """
+        if not shown:
+            return
+        if self.ended == "finished":
+            fix = "The run was finished. What is damaged is marked as not done now: --resume again computes it."
+            raise all_problems(f"{self.path} is damaged", list(shown), fix)
+        print(all_problems(f"jaxmed: {self.path} is damaged", list(shown), "It is computed again."), file=sys.stderr)
+
+    @contextmanager
+    def session(self, ended: str = "finished") -> Iterator[Session]:
+        """A session of the run. Its record is written at its beginning and on every exit.
+
+        Its status, and the run's, is `ended` at the end of the block; "interrupted" by a signal or Ctrl-C; "failed" by an error.
+        """
+        earlier = self.record.setdefault("sessions", [])
+        if earlier and isinstance(earlier[-1], dict) and earlier[-1].get("status") == "running":
+            earlier[-1]["status"] = "killed"
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        session = Session(self, {"started": started, "status": "running", "seconds": 0.0, "versions": versions()})
+        session.record |= {"host": platform.node(), "pid": os.getpid()}
+        earlier.append(session.record)
+        self.note(status="running")
+        try:
+            yield session
+        except BaseException as error:
+            ended = "failed" if isinstance(error, Exception) else "interrupted"
+            told = str(error).splitlines()[:1] if isinstance(error, Exception) else []
+            with suppress(UserError):  # where the disk is full, what ended the run is the thing to say
+                session.close(ended, reason=": ".join([type(error).__name__, *told])[:300])
+            raise
+        session.close(ended)
+
+
+class Session:
+    """One process's part of a run.
+
+    Attributes:
+        record: its entry in RUN: when it began, status, seconds, versions, and its counts.
+    """
+
+    def __init__(self, folder: RunFolder, record: dict[str, Any]):
+        self.folder, self.record = folder, record
+        self._begun = self._noted = time.monotonic()
+
+    def count(self, **done: float) -> None:
+        """Adds to the counts of this session after an item was finished, and ends the run where a signal has come.
+
+        Raises:
+            Interrupted: see `signals`.
+        """
+        for name, number in done.items():
+            self.record[name] = self.record.get(name, 0) + number
+        if time.monotonic() - self._noted > NOTED_EVERY:
+            self._write("running")
+        signals.check()
+
+    def close(self, status: str, **entries: Any) -> None:
+        """Writes how the session ended."""
+        ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.record |= {"ended": ended, **entries}
+        self._write(status)
+
+    def _write(self, status: str) -> None:
+        self._noted = time.monotonic()
+        self.record |= {"status": status, "seconds": round(self._noted - self._begun, 3)}
+        self.folder.note(status=status)
