@@ -1,4 +1,4 @@
-"""Entry point: `jaxmed COMMAND`. Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted."""
+"""Entry point: `jaxmed COMMAND`. Exit codes: 0 done, 2 wrong usage or bad input, 130 and 143 after SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from jaxmed.cli.prune_measure import Compression, Curve, Transfer
 from jaxmed.cli.prune_trials import Attack, Dissociation
 from jaxmed.cli.study import Pruning
 from jaxmed.errors import Notice, UserError
+from jaxmed.runs import signals
+from jaxmed.runs.folder import RUN
 
 DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
 """Errors of files that a user can mend."""
@@ -105,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning
     arguments = sys.argv[1:] if arguments is None else arguments
+    with signals.handled():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Parses and runs a command; turns what ends it into a message and an exit code."""
     command: Any = None
     try:
         command = parse(arguments)
@@ -112,13 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxmed: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         kept = ""
-        if hasattr(command, "resume"):
+        if hasattr(command, "resume") and (command.out / RUN).is_file():
             again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
             kept = f" What was finished is kept in {command.out}; continue with: jaxmed {shlex.join(again)}"
-        print(f"\njaxmed: interrupted.{kept}", file=sys.stderr)
-        return 130
+        print(f"\njaxmed: interrupted{f' by {error}' if str(error) else ''}.{kept}", file=sys.stderr)
+        return signals.exit_code(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
