@@ -7,10 +7,10 @@ and then while it runs, and on every exit. One process at a time holds the folde
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from jaxmed.errors import UserError, all_problems
+from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import TMP, check_path, read_json, simple, write_json
 from jaxmed.runs import signals
 from jaxmed.runs.provenance import versions
@@ -123,18 +121,35 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps other writers out of an existing folder; raises a UserError where one is in it."""
-    lock = FileLock(str(folder / LOCK), timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"--out {folder} is in use{_by_whom(folder)}. Wait for it, or give another folder; nothing was written.") from None
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}. Give another folder; nothing was written.") from None
+    """Keeps other writers out of an existing folder; raises a UserError where one is in it.
+
+    The kernel drops the lock with its process, however that ends. The file goes too, but after a kill, when it locks nobody out. (The
+    library filelock leaves it behind always.)
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--out {folder} cannot be written: {error.strerror}. Give another folder; nothing was written.") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"--out {folder} is in use{_by_whom(folder)}. Wait for it, or give another folder; nothing was written."
+            ) from None
+        except OSError as error:
+            notice(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes there.")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                break
+        os.close(handle)  # its last holder removed the file before it was locked here
     try:
         yield
     finally:
-        lock.release()
+        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _by_whom(folder: Path) -> str:
@@ -211,7 +226,7 @@ class RunFolder:
         if self.ended == "finished":
             fix = "The run was finished. What is damaged is marked as not done now: --resume again computes it."
             raise all_problems(f"{self.path} is damaged", list(shown), fix)
-        print(all_problems(f"jaxmed: {self.path} is damaged", list(shown), "It is computed again."), file=sys.stderr)
+        notice(str(all_problems(f"{self.path} is damaged", list(shown), "It is computed again.")))
 
     @contextmanager
     def session(self, ended: str = "finished") -> Iterator[Session]:
