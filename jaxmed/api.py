@@ -20,7 +20,8 @@ from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run
 from jaxmed.errors import UserError
 from jaxmed.finetuning.variants import build_variant
-from jaxmed.interventions.edits import Edit, check_edits
+from jaxmed.interventions.checks import Extent, check_edits
+from jaxmed.interventions.edits import Edit
 from jaxmed.interventions.sites import INTERNAL, site_name
 from jaxmed.models.catalog import needs_building
 from jaxmed.models.load import load as load_unchecked
@@ -90,7 +91,9 @@ def forward(
     if padding is not None and np.shape(padding) != (ids.shape[0],):
         raise UserError(f"padding is int [B] = [{ids.shape[0]}], the number of pad tokens at the left of each row.")
     names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
-    checked = check_edits(edits, config.layers, config.sizes | {"S": ids.shape[1]})
+    left = np.zeros(ids.shape[0], int) if padding is None else padding
+    rows = None if isinstance(left, Tracer) else tuple(int(ids.shape[1] - count) for count in np.asarray(left))
+    checked = check_edits(edits, Extent(config.layers, config.sizes | {"S": ids.shape[1], "T": ids.shape[1]}, rows))
     layout = runner.causal_layout(ids.shape[0], ids.shape[1], padding)
     logits, recorded = runner.forward(config, model.params, ids, layout, checked, tuple(sorted(set(names))))
     return logits, {asked: recorded[name] for asked, name in zip(taps, names, strict=True)}

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import UserError, unknown
-from jaxmed.interventions.edits import Edit, TokenIndex, apply_edit, check_edits
-from jaxmed.interventions.sites import SITES
+from jaxmed.interventions.checks import Extent, check_edits
+from jaxmed.interventions.edits import Edit, TokenIndex
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import MASKED, attention_scores, contract
 from jaxmed.models.model import Model
-from jaxmed.models.rope import layer_windows, model_angles
-from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
+from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
-from jaxmed.runner import causal_layout, run_blocks
+from jaxmed.runner import Layout, Prefix, Recording, causal_layout, extend, logits_of, run_tokens
 from jaxmed.tokens import bucket, check_tokens, render, written_text
 
 WHERE = ("both", "prompt", "generated")
@@ -49,7 +47,27 @@ class Sampling:
     top_p: Any
 
 
-@partial(jax.jit, static_argnames=("config", "most", "sampled"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written:
+    """Texts while they are written.
+
+    Attributes:
+        token: int [B], the newest token of every text.
+        prefix: keys and values of everything before it, with room for what comes: [L, B, S + room, K, H].
+        padding: int [B], columns of padding at the left of every prompt.
+        length: int, columns of the prompts.
+        step: int, how many tokens have been written before the newest.
+    """
+
+    token: Any
+    prefix: Prefix
+    padding: Any
+    length: Any
+    step: Any
+
+
+@partial(jax.jit, static_argnames=("config", "room", "sampled"))
 def read_prompts(
     config: ModelConfig,
     params: Params,
@@ -57,92 +75,49 @@ def read_prompts(
     padding: jax.Array,
     edits: dict[str, Edit],
     sampling: Sampling,
-    most: int,
+    room: int,
     sampled: bool,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Prompts int [B,S], padded at the left by `padding` int [B] -> the next token int [B], and keys and values [L,B,S+most,K,H]."""
-    layout = causal_layout(tokens.shape[0], tokens.shape[1], padding)
-    h, cached = run_blocks(config, params, tokens, layout, edits, ("cached_key", "cached_value"))
-    room = ((0, 0), (0, 0), (0, most), (0, 0), (0, 0))
-    caches = jnp.pad(cached["cached_key"], room), jnp.pad(cached["cached_value"], room)
-    return _choose(config, params, h[:, -1], jnp.int32(0), sampling, sampled), caches
+) -> Written:
+    """Prompts int [B,S], padded at the left by `padding` int [B] -> the beginning of their texts, with room for `room` tokens."""
+    rows, length = tokens.shape
+    ran = run_tokens(config, params, tokens, causal_layout(rows, length, padding), Recording(keep=True), edits=edits)
+    assert ran.kept is not None
+    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))) for x in ran.kept)
+    columns = jnp.arange(length + room)
+    prefix = Prefix(key, value, columns - padding[:, None], (columns < length) & (columns >= padding[:, None]))
+    token = _choose(config, params, ran.stream[:, -1], jnp.int32(0), sampling, sampled)
+    return Written(token, prefix, padding, jnp.int32(length), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("config", "sampled"), donate_argnames=("caches",))
+@partial(jax.jit, static_argnames=("config", "sampled"), donate_argnames=("written",))
 def write_token(
-    config: ModelConfig,
-    params: Params,
-    token: jax.Array,
-    caches: tuple[jax.Array, jax.Array],
-    padding: jax.Array,
-    length: jax.Array,
-    step: jax.Array,
-    edits: dict[str, Edit],
-    sampling: Sampling,
-    sampled: bool,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The token after `token` int [B], the `step`-th that was written after prompts of `length` columns; and the caches with it.
+    config: ModelConfig, params: Params, written: Written, edits: dict[str, Edit], sampling: Sampling, sampled: bool
+) -> Written:
+    """The texts with one more token each.
 
     One call a token, and no loop over tokens inside: with caches carried by a `while` loop, XLA on the CPU (jaxlib 0.10) read
     stale keys and values on two devices from eight rows each on.
     """
-    column, columns = length + step, jnp.arange(caches[0].shape[2])
-    position = (column - padding)[:, None]
-    index = TokenIndex(position, length - padding)
-    angles, windows = model_angles(config, position), layer_windows(config)
-    seen = (columns < column) & (columns >= padding[:, None])
-
-    def layer(h: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        arrays, window, number, cache = inputs
-        block, held = open_block(config, arrays), []
-
-        def touch(name: str, a: jax.Array) -> jax.Array:
-            return apply_edit(_now(edits[name], number), SITES[name], a, number, index) if name in edits else a
-
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            held.extend((key, value))
-            return _attend_cached(config, query, key, value, cache, seen & (column - columns < window))
-
-        h = block.mlp(block.attention(h, angles(window), attend, touch), touch)
-        return h, tuple(held)
-
-    inputs = params["blocks"], windows, jnp.arange(config.layers), caches
-    h, new = jax.lax.scan(layer, embed(config, params, token[:, None], position), inputs)
-    caches = jax.tree.map(lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, column, 2), caches, new)
-    return _choose(config, params, h[:, -1], step + 1, sampling, sampled), caches
+    column = written.length + written.step
+    position = (column - written.padding)[:, None]
+    layout = Layout(position, jnp.ones((1, 1, 1), bool), TokenIndex(position, written.length - written.padding))
+    ran = extend(config, params, written.token[:, None], layout, written.prefix, Recording(keep=True), edits=edits)
+    assert ran.kept is not None
+    held = written.prefix
+    key, value = (jax.lax.dynamic_update_slice_in_dim(x, new, column, 2) for x, new in zip((held.key, held.value), ran.kept, strict=True))
+    prefix = Prefix(key, value, held.position, held.seen | (jnp.arange(held.seen.shape[1]) == column))
+    token = _choose(config, params, ran.stream[:, -1], written.step + 1, sampling, sampled)
+    return Written(token, prefix, written.padding, written.length, written.step + 1)
 
 
 def _choose(config: ModelConfig, params: Params, h: jax.Array, step: jax.Array, sampling: Sampling, sampled: bool) -> jax.Array:
     """The next token [B] after residual streams [B,D]."""
-    logits = as_logits(config, contract("BD,VD->BV", final_norm(config, params, h), head(params)))
+    logits = logits_of(config, params, h)
     if not sampled:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = _nucleus(logits / sampling.temperature, sampling.top_p)
     draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
     return jax.vmap(draw)(sampling.keys, logits).astype(jnp.int32)
-
-
-def _attend_cached(
-    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, cache: tuple[jax.Array, jax.Array], seen: jax.Array
-) -> jax.Array:
-    """Attention of one new token to those before it and to itself.
-
-    query [B,1,K,G,H], key and value [B,1,K,H], cache two [B,S,K,H], seen bool [B,S] -> [B,1,K,G,H].
-    """
-    before = attention_scores(config, contract("BTKGH,BSKH->BTKGS", query, cache[0]))
-    before = jnp.where(seen[:, None, None, None], before, MASKED)
-    own = attention_scores(config, contract("BTKGH,BTKH->BTKG", query, key))[..., None]
-    pattern = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(value.dtype)
-    mixed = contract("BTKGS,BSKH->BTKGH", pattern[..., :-1], cache[1])
-    return (mixed + pattern[..., -1:].astype(jnp.float32) * value[:, :, :, None]).astype(value.dtype)
-
-
-def _now(edit: Edit, layer: jax.Array) -> Edit:
-    """A dense edit's slice of one layer."""
-    if edit.where is not None:
-        return edit
-    take = lambda x: x if jnp.ndim(x) == 0 else jnp.asarray(x)[jnp.minimum(layer, jnp.shape(x)[0] - 1)]  # noqa: E731
-    return Edit(take(edit.gate), take(edit.value), take(edit.add), edit.basis)
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -274,9 +249,9 @@ def _write(
     sampled: bool,
 ) -> list[np.ndarray]:
     """The texts of the first `count` rows of one batch; it ends when all of them have ended."""
-    config, params, length = model.config, model.params, np.int32(tokens.shape[1])
-    token, caches = read_prompts(config, params, tokens, padding, halves[0], sampling, most, sampled)
-    columns, stopped = [np.asarray(token)[:count]], np.full(count, most)
+    config, params = model.config, model.params
+    written = read_prompts(config, params, tokens, padding, halves[0], sampling, most, sampled)
+    columns, stopped = [np.asarray(written.token)[:count]], np.full(count, most)
 
     def alive() -> bool:
         """Whether a row goes on, after noting the rows that end with the newest token."""
@@ -288,17 +263,13 @@ def _write(
         return bool((stopped == most).any())
 
     while alive() and len(columns) < most:
-        step = np.int32(len(columns) - 1)
-        token, caches = write_token(config, params, token, caches, padding, length, step, halves[1], sampling, sampled)
-        columns.append(np.asarray(token)[:count])
+        written = write_token(config, params, written, halves[1], sampling, sampled)
+        columns.append(np.asarray(written.token)[:count])
     return [row[:end] for row, end in zip(np.stack(columns, axis=1), stopped, strict=True)]
 
 
 def _check(model: Model, edits: Mapping[str, Edit] | None) -> dict[str, Edit]:
-    checked = check_edits(edits, model.config.layers, model.config.sizes | {"S": 1})
-    for name, edit in checked.items():
-        if name == "attention_pattern":
-            raise UserError("Attention patterns cannot be edited while text is written: they grow with it. Use `forward`.")
-        if edit.where is None and any(jnp.ndim(x) > 2 and jnp.shape(x)[2] > 1 for x in (edit.gate, edit.value, edit.add)):
-            raise UserError(f"The edit at {name!r} has values of single tokens; while text is written, name tokens with `where`.")
+    checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
+    if "attention_pattern" in checked:
+        raise UserError("Attention patterns cannot be edited while text is written: they grow with it. Use `forward`.")
     return checked

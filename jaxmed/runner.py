@@ -1,27 +1,31 @@
-"""The two ways to run a decoder, both over the same `Block`: the full forward, and `propagate`, which restarts it.
+"""One run over blocks: the full forward, the restarted run, and the continuation of a cached prompt are calls of it.
 
-`forward` is a `lax.scan` over stacked blocks, with edits and taps. `propagate` is a `fori_loop` with a traced first layer
-over the same blocks: it carries only the tokens from the first patched one on and reads every earlier token's keys and
-values from the base run. Changing any unit at layer l changes the residual stream there by a known vector, so the exact
-effect of the unit is one row of `propagate`; thousands of units are the batch axis of its matmuls.
+`run` carries a residual stream through the blocks, from any layer on. With a static first layer it is a `lax.scan` (gradients, taps of
+all layers); with a traced one a `fori_loop`, so that one program restarts at every layer. Both take the same step: edits act and taps
+read at every site, rows may enter late, and earlier tokens are seen through the keys and values that another run has left. Changing any
+unit at layer l changes the residual stream there by a known vector, so the exact effect of the unit is one row of a restarted run;
+thousands of units are the batch axis of its matmuls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxmed.interventions.edits import Edit, TokenIndex, apply_edit
+from jaxmed.attention import Segment, attend
+from jaxmed.interventions.acting import apply_edit, at_layer, split_dense
+from jaxmed.interventions.edits import Edit, TokenIndex
 from jaxmed.interventions.sites import INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import MASKED, attention_scores, contract, recomputed, sees
+from jaxmed.models.layers import contract, recomputed, sees
 from jaxmed.models.rope import layer_windows, model_angles
-from jaxmed.models.transformer import Params, Touch, as_logits, embed, final_norm, head, open_block, untouched
+from jaxmed.models.rules import EXACT, Rules
+from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +34,8 @@ class Layout:
     """How the tokens of a batch see each other.
 
     Attributes:
-        position: int [B, T], RoPE position of every token.
-        visible: bool [B, T, S], whether query token t may see key token s (causal and padding masks included).
+        position: int [B, T], RoPE position of every token; [1, T] where all rows have the same.
+        visible: bool [B or 1, T, S], whether query token t may see key token s (causal and padding masks included).
         index: which real token each column is, for `Where.position`.
         trunk, branch: where `branch` is not 0, a row is `trunk` tokens of ordinary text, and then branches of `branch` tokens each; a
             branch sees the trunk and itself alone, and `visible` is of branches: [B, branches, branch, trunk + branch].
@@ -54,117 +58,224 @@ def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
     return Layout(jnp.maximum(counted, 0), visible, TokenIndex(counted, length - left))
 
 
-def run_blocks(
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values that earlier tokens have left behind, rotated: of a base run, or of prompts that are continued.
+
+    Attributes:
+        key, value: [L, b, S, K, H]; each of the b rows serves B / b rows of the run that sees it.
+        position: int [b, S], RoPE position of every token.
+        seen: bool [b, S], which of them may be seen (not padding, not beyond the first patched token).
+    """
+
+    key: Any
+    value: Any
+    position: Any
+    seen: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entry:
+    """Rows that join the stream late, each at its own layer.
+
+    Attributes:
+        stream: float32 [B, T, D], each row's residual stream where it joins.
+        layer: int [B].
+        mid: bool [B], whether the row replaces residual_mid (its layer's MLP still runs) or residual_out.
+    """
+
+    stream: Any
+    layer: Any
+    mid: Any
+
+
+class Ran(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        stream: float32 [B, T, D], the last residual stream.
+        taps: site -> [layers, B, T, ...].
+        kept: the run's own keys and values [layers, B, T, K, H], with `keep`; else None.
+    """
+
+    stream: jax.Array
+    taps: dict[str, jax.Array]
+    kept: tuple[jax.Array, jax.Array] | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a run records and how it is differentiated; static.
+
+    Attributes:
+        taps: names of sites.
+        keep: whether the run's keys and values are returned.
+        remat: gradients keep the residual stream between blocks alone and run each block again.
+        rules: what gradients flow through.
+    """
+
+    taps: tuple[str, ...] = ()
+    keep: bool = False
+    remat: bool = False
+    rules: Rules = EXACT
+
+
+def run(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    stream: jax.Array,
     layout: Layout,
+    recording: Recording = Recording(),
+    *,
+    first: int | jax.Array = 0,
+    prefix: Prefix | None = None,
+    entry: Entry | None = None,
     edits: dict[str, Edit] | None = None,
-    taps: Sequence[str] = (),
-    gather: jax.Array | None = None,
-    remat: bool = False,
-    h: jax.Array | None = None,
-    first: int = 0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """All blocks over tokens int [B,T]: the last residual stream float32 [B,T,D], and the tapped activations [L,B,T,...].
+    columns: jax.Array | None = None,
+) -> Ran:
+    """Blocks from number `first` on over a residual stream float32 [B,T,D]. More than six arguments: each is one seam of the engine.
 
     Args:
-        gather: int [B,W], keeps only these columns of every tap but the cached keys and values.
-        remat: gradients keep the residual stream between blocks alone and run each block again.
-        h, first: the stream to begin with instead of the embedding, where `params` holds the blocks from number `first` on alone.
+        first: static: a scan over the blocks that `params` holds, of which the lowest has this number. Traced: a loop from this layer to
+            the last; `params` holds all blocks, and taps of layers before it are zero.
+        prefix: earlier tokens, seen through their keys and values.
+        entry: rows that join late; until then they carry `stream`.
+        edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row.
+        columns: int [B,W], keeps only these columns of every tap but the cached keys and values.
     """
-    edits = edits or {}
-    scanned, fixed = _split_dense(edits)
-    angles = model_angles(config, layout.position)
+    edits, names = edits or {}, recording.taps + (("cached_key", "cached_value") if recording.keep else ())
+    scanned, fixed = split_dense(edits)
+    angles, windows = model_angles(config, layout.position), layer_windows(config)
 
-    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        arrays, window, layer, dense = inputs
-        block = open_block(config, arrays)
+    def step(stream: jax.Array, at: _Layer) -> tuple[jax.Array, dict[str, jax.Array]]:
         recorded: dict[str, jax.Array] = {}
-        here = {name: _at_layer(edit, fixed[name], dense[name]) for name, edit in edits.items()}
+        here = {name: at_layer(edit, fixed[name], at.dense[name]) for name, edit in edits.items()}
 
         def touch(name: str, a: jax.Array) -> jax.Array:
+            if entry is not None and name in ("residual_mid", "residual_out"):
+                joins = (entry.layer == at.number) & (entry.mid == (name == "residual_mid"))
+                a = jnp.where(joins[:, None, None], entry.stream, a)
             if name in here:
-                a = apply_edit(here[name], SITES[name], a, layer, layout.index)
-            if name in taps:
-                recorded[name] = a if gather is None or name.startswith("cached_") else _take_tokens(name, a, gather)
+                a = apply_edit(here[name], SITES[name], a, at.number, layout.index)
+            if name in names:
+                recorded[name] = a if columns is None or name.startswith("cached_") else _take_tokens(name, a, columns)
             return a
 
-        if layout.branch:
-            attend = partial(_attend_branches, config, layout, window)
-        else:
-            visible = layout.visible & sees(layout.position, layout.position, window)
-            attend = partial(_attend_all, config, visible=visible, touch=touch)
-        h = block.attention(h, angles(window), attend, touch)
-        return block.mlp(h, touch), recorded
+        block = open_block(config, at.arrays, recording.rules)
+        at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in (*names, *here) else None
+        see = partial(_attend, config, layout, at, prefix, at_pattern, recording.rules)
+        return block.mlp(block.attention(stream, angles(at.window), see, touch), touch), recorded
 
-    layers = first + jnp.arange(jax.tree.leaves(params["blocks"])[0].shape[0])
-    inputs = (params["blocks"], layer_windows(config)[first : first + len(layers)], layers, scanned)
-    h = embed(config, params, tokens, layout.position) if h is None else h
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, h, inputs)
+    kv = None if prefix is None else (prefix.key, prefix.value)
+    if isinstance(first, int):
+        count = jax.tree.leaves(params["blocks"])[0].shape[0]
+        layers = _Layer(params["blocks"], windows[first : first + count], first + jnp.arange(count), scanned, kv)
+        stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
+    else:
+        layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
+        stream, recorded = _loop(config, step, stream, first, layers, bool(names))
+    kept = (recorded.pop("cached_key"), recorded.pop("cached_value")) if recording.keep else None
+    return Ran(stream, recorded, kept)
 
 
-def _attend_all(
-    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, touch: Touch = untouched
+class _Layer(NamedTuple):
+    """What differs between layers; stacked on a leading axis outside the loop."""
+
+    arrays: Params
+    window: jax.Array
+    number: jax.Array
+    dense: dict[str, Any]
+    cached: tuple[jax.Array, jax.Array] | None
+
+
+def _loop(
+    config: ModelConfig, step: Callable[..., Any], stream: jax.Array, first: jax.Array, layers: _Layer, records: bool
+) -> tuple[jax.Array, Any]:
+    """`step` from a traced layer on; what it records, if anything, is put into arrays with an axis of all layers."""
+
+    def at(number: jax.Array) -> _Layer:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), layers)
+
+    shapes = jax.eval_shape(lambda: step(stream, at(jnp.int32(0)))[1]) if records else {}
+    empty = jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), shapes)
+
+    def body(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        stream, recorded = step(carry[0], at(number))
+        return stream, jax.tree.map(lambda all_layers, x: all_layers.at[number].set(x), carry[1], recorded)
+
+    return jax.lax.fori_loop(first, config.layers, body, (stream, empty))
+
+
+def _attend(
+    config: ModelConfig, layout: Layout, at: _Layer, prefix: Prefix | None, at_pattern: Any, rules: Rules, *qkv: jax.Array
 ) -> jax.Array:
-    """Attention among the tokens of a batch: query [B,T,K,G,H], key and value [B,S,K,H] -> [B,T,K,G,H]."""
-    batch, length, kv_heads, group, _ = query.shape
-    scores = attention_scores(config, contract("BTKGH,BSKH->BKGTS", query, key))
-    pattern = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    pattern = touch("attention_pattern", pattern.reshape(batch, kv_heads * group, length, -1))
-    pattern = pattern.reshape(scores.shape).astype(value.dtype)
-    return contract("BKGTS,BSKH->BTKGH", pattern, value, dtype=value.dtype)
+    """Attention of a layer: query [B,T,K,G,H], key and value [B,T,K,H] -> [B,T,K,G,H]."""
+    if layout.branch:
+        return recomputed(partial(_attend_branches, config, layout.trunk, layout.branch, rules))(
+            *qkv, layout.position, layout.visible, at.window
+        )
+    query, key, value = qkv
+    position = layout.position
+    segments = [Segment(key, value, layout.visible & sees(position, position, at.window))]
+    if prefix is not None and at.cached is not None:
+        near = sees(_for_rows(position, len(prefix.position)), prefix.position, at.window)
+        before = prefix.seen[:, None, :] & near
+        segments.insert(0, Segment(*at.cached, before if len(before) == 1 else _repeat(before, len(query))))
+    return attend(config, query, segments, at_pattern, rules)
 
 
-def _attend_branches(config: ModelConfig, layout: Layout, window: jax.Array, *qkv: jax.Array) -> jax.Array:
+def _for_rows(position: jax.Array, rows: int) -> jax.Array:
+    """Positions [B or 1, T] of queries, as the prefix's rows see them where there are fewer: rows of one prefix have equal positions."""
+    return position[:: len(position) // rows] if rows < len(position) else position
+
+
+def _repeat(mask: jax.Array, rows: int) -> jax.Array:
+    return jnp.repeat(mask, rows // len(mask), axis=0) if len(mask) < rows else mask
+
+
+def _attend_branches(config: ModelConfig, trunk: int, branch: int, rules: Rules, *operands: jax.Array) -> jax.Array:
     """Attention in rows of a trunk and its branches: query [B,T,K,G,H], key and value [B,T,K,H] -> [B,T,K,G,H]. It has no sites."""
-    sizes = layout.trunk, layout.visible.shape[1], layout.branch
-    return recomputed(partial(_trunk_and_branches, config, sizes), *qkv, layout.position, layout.visible, window)
-
-
-def _trunk_and_branches(config: ModelConfig, sizes: tuple[int, int, int], *operands: jax.Array) -> jax.Array:
     query, key, value, position, visible, window = operands
-    trunk, count, branch = sizes
     rows = query.shape[0]
+
+    def of_branches(x: jax.Array) -> jax.Array:
+        return x[:, trunk:].reshape(-1, branch, *x.shape[2:])
 
     def of_trunk(x: jax.Array) -> jax.Array:
         return x[:, :trunk]
 
-    def of_branches(x: jax.Array) -> jax.Array:
-        return x[:, trunk:].reshape(rows * count, branch, *x.shape[2:])
-
-    def seen(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([jnp.repeat(of_trunk(x), count, axis=0), of_branches(x)], axis=1)
-
-    near = sees(of_branches(position), seen(position), window)
-    mask = visible.reshape(near.shape) & near
-    out = _attend_all(config, of_branches(query), seen(key), seen(value), mask).reshape(rows, -1, *query.shape[2:])
+    near = sees(of_branches(position), of_branches(position), window)
+    own = Segment(of_branches(key), of_branches(value), visible[..., trunk:].reshape(near.shape) & near)
     if not trunk:
-        return out
-    mask = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
-    return jnp.concatenate([_attend_all(config, of_trunk(query), of_trunk(key), of_trunk(value), mask), out], axis=1)
+        return attend(config, of_branches(query), [own], None, rules).reshape(query.shape)
+    near = sees(position[:, trunk:], of_trunk(position), window)
+    above = Segment(of_trunk(key), of_trunk(value), (visible[..., :trunk].reshape(near.shape) & near).reshape(-1, branch, trunk))
+    branches = attend(config, of_branches(query), [above, own], None, rules).reshape(rows, -1, *query.shape[2:])
+    causal = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
+    stem = attend(config, of_trunk(query), [Segment(of_trunk(key), of_trunk(value), causal)], None, rules)
+    return jnp.concatenate([stem, branches], axis=1)
 
 
-def _split_dense(edits: dict[str, Edit]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Dense fields with a layer axis (scanned) and those without (fixed)."""
-    scanned, fixed = {}, {}
-    for name, edit in edits.items():
-        fields = {} if edit.where is not None else {f: getattr(edit, f) for f in ("gate", "value", "add")}
-        per_layer = {f: jnp.asarray(x) for f, x in fields.items() if jnp.ndim(x) > 0 and jnp.shape(x)[0] > 1}
-        scanned[name] = per_layer
-        fixed[name] = {f: (x if jnp.ndim(x) == 0 else x[0]) for f, x in fields.items() if f not in per_layer}
-    return scanned, fixed
-
-
-def _at_layer(edit: Edit, fixed: dict[str, Any], dense: dict[str, Any]) -> Edit:
-    return edit if edit.where is not None else Edit(**fixed, **dense, basis=edit.basis)
-
-
-def _take_tokens(name: str, a: jax.Array, gather: jax.Array) -> jax.Array:
+def _take_tokens(name: str, a: jax.Array, columns: jax.Array) -> jax.Array:
     axis = {**SITES, **INTERNAL}[name].axes.index("T")
     shape = [1] * a.ndim
-    shape[0], shape[axis] = gather.shape
-    return jnp.take_along_axis(a, gather.reshape(shape), axis)
+    shape[0], shape[axis] = columns.shape
+    return jnp.take_along_axis(a, columns.reshape(shape), axis)
+
+
+def run_tokens(
+    config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout, recording: Recording = Recording(), **how: Any
+) -> Ran:
+    """`run` over tokens int [B,T], from their embedding on; `how` as `run` takes it."""
+    return run(config, params, embed(config, params, tokens, layout.position), layout, recording, **how)
+
+
+def logits_of(config: ModelConfig, params: Params, stream: jax.Array) -> jax.Array:
+    """Logits float32 [...,V] of residual streams [...,D]."""
+    flat = final_norm(config, params, stream.reshape(-1, stream.shape[-1]))
+    return as_logits(config, contract("UD,VD->UV", flat, head(params))).reshape(*stream.shape[:-1], -1)
 
 
 @partial(jax.jit, static_argnames=("config", "taps"))
@@ -177,45 +288,21 @@ def forward(
     taps: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """tokens int [B,T] -> logits float32 [B,T,V] and the tapped activations, each [L,B,T,...]."""
-    h, recorded = run_blocks(config, params, tokens, layout, edits, taps)
-    return as_logits(config, contract("BTD,VD->BTV", final_norm(config, params, h), head(params))), recorded
+    ran = run_tokens(config, params, tokens, layout, Recording(taps), edits=edits)
+    return logits_of(config, params, ran.stream), ran.taps
+
+
+Readout = Callable[[ModelConfig, Params, jax.Array, Any], jax.Array]
+"""(config, params, last residual stream [U,T,D], reads) -> outcomes [..., U]. Hashable: it is part of the program."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Restart:
-    """What `propagate` keeps of the base run, for one window of tokens.
+    """What restarted runs keep of the base run, for one window of tokens: the tokens before it, and how its own see each other."""
 
-    Attributes:
-        key, value: [L, S, K, H], rotated keys and values of every token of the base run.
-        prefix: int, how many tokens come before the window; those are seen through `key` and `value`.
-        position: int [T], RoPE positions of the window's tokens.
-        visible: bool [T, T], which tokens of the window see which.
-    """
-
-    key: Any
-    value: Any
-    prefix: Any
-    position: Any
-    visible: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Entry:
-    """Where rows of different layers enter the stream.
-
-    Attributes:
-        layer: int [U], the layer of each row.
-        mid: bool [U], whether the row replaces residual_mid (its layer's MLP still runs) or residual_out.
-    """
-
-    layer: Any
-    mid: Any
-
-
-Readout = Callable[[ModelConfig, Params, jax.Array, Any], jax.Array]
-"""(config, params, last residual stream [U,T,D], reads) -> outcomes [..., U]. Hashable: it is part of the program."""
+    prefix: Prefix
+    layout: Layout
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))
@@ -223,66 +310,40 @@ def propagate(
     config: ModelConfig,
     params: Params,
     restart: Restart,
-    h: jax.Array,
+    stream: jax.Array,
     first: jax.Array,
     reads: Any,
     readout: Readout,
     entry: Entry | None = None,
+    edits: dict[str, Edit] | None = None,
 ) -> jax.Array:
     """Outcomes of many counterfactual runs, restarted from the residual stream.
 
     Args:
-        h: float32 [U,T,D], the patched residual stream of the window. Without `entry`: the input of layer `first`. With
-            `entry`: each row's value at its own layer, where it joins the stream.
-        first: int, the first layer that runs.
+        stream: float32 [U,T,D], the input of layer `first`, the first layer that runs.
         reads: what `readout` reads.
+        entry: rows that join the stream at layers of their own.
+        edits: further interventions on rows, at any layers from `first` on: joint sets, paths.
 
     Returns:
         What `readout` returns, [..., U].
     """
-    angles = model_angles(config, restart.position)
-    windows = layer_windows(config)
-    base_position = jnp.arange(restart.key.shape[1])
-
-    def step(layer: jax.Array, stream: jax.Array) -> jax.Array:
-        arrays = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), params["blocks"])
-        block = open_block(config, arrays)
-        before = (base_position < restart.prefix) & sees(restart.position, base_position, windows[layer])
-        among = restart.visible & sees(restart.position, restart.position, windows[layer])
-        attend = partial(_attend_restarted, config, before=before, among=among, cached=(restart.key[layer], restart.value[layer]))
-        stream = block.attention(stream, angles(windows[layer]), attend)
-        if entry is not None:
-            stream = _join(stream, h, (entry.layer == layer) & entry.mid)
-        stream = block.mlp(stream)
-        return stream if entry is None else _join(stream, h, (entry.layer == layer) & ~entry.mid)
-
-    return readout(config, params, jax.lax.fori_loop(first, config.layers, step, h), reads)
+    ran = run(config, params, stream, restart.layout, first=first, prefix=restart.prefix, entry=entry, edits=edits)
+    return readout(config, params, ran.stream, reads)
 
 
-def _join(stream: jax.Array, rows: jax.Array, here: jax.Array) -> jax.Array:
-    return jnp.where(here[:, None, None], rows, stream)
-
-
-def _attend_restarted(
+def extend(
     config: ModelConfig,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    before: jax.Array,
-    among: jax.Array,
-    cached: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-    """Attention of window tokens to the base run's earlier tokens (shared by all rows) and to each other.
+    params: Params,
+    tokens: jax.Array,
+    layout: Layout,
+    prefix: Prefix,
+    recording: Recording = Recording(),
+    **how: Any,
+) -> Ran:
+    """Continues cached prompts: tokens int [B,T] behind a prefix of b prompts, B / b continuations of each in a row.
 
-    query [B,T,K,G,H], key and value [B,T,K,H], cached [S,K,H], before [T,S], among [T,T] -> [B,T,K,G,H].
+    Generation is the case T = 1; scoring and probing teacher-force whole continuations. `layout.position` counts from the prompts'
+    beginning.
     """
-    earlier = attention_scores(config, contract("BTKGH,SKH->KBTGS", query, cached[0]))
-    earlier = jnp.where(before[None, None, :, None], earlier, MASKED)
-    own = attention_scores(config, contract("BTKGH,BSKH->KBTGS", query, key))
-    own = jnp.where(among[None, None, :, None], own, MASKED)
-    top = jnp.maximum(earlier.max(-1), own.max(-1))[..., None]
-    earlier, own = jnp.exp(earlier - top), jnp.exp(own - top)
-    total = earlier.sum(-1) + own.sum(-1)
-    mixed = contract("KBTGS,SKH->KBTGH", earlier.astype(value.dtype), cached[1])
-    mixed = mixed + contract("KBTGS,BSKH->KBTGH", own.astype(value.dtype), value)
-    return jnp.moveaxis(mixed / total[..., None], 0, 2).astype(value.dtype)
+    return run_tokens(config, params, tokens, layout, recording, prefix=prefix, **how)

@@ -75,14 +75,14 @@ def test_sparse_edits_stay_sparse(plain_model: Model) -> None:
     import jax.numpy as jnp
 
     from jaxmed.interventions.edits import ANY, Edit, Where
-    from jaxmed.runner import causal_layout, run_blocks
+    from jaxmed.runner import causal_layout, run_tokens
 
     config, params, count, length = plain_model.config, plain_model.params, 64, 6
 
     def one(neuron, value):
         at = Where(jnp.asarray([1]), jnp.asarray([-1]), neuron[None], jnp.asarray([ANY]))
         edits = {"neuron": Edit(jnp.ones(1), value[None], jnp.zeros(1), None, at)}
-        return run_blocks(config, params, jnp.arange(length)[None], causal_layout(1, length), edits)[0]
+        return run_tokens(config, params, jnp.arange(length)[None], causal_layout(1, length), edits=edits).stream
 
     program = jax.make_jaxpr(jax.vmap(one))(jnp.arange(count), jnp.ones(count))
     dense = count * config.layers * length * config.neurons

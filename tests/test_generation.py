@@ -119,7 +119,7 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
         ({"most": 600}, "exceed what this model takes"),
         ({"where": "answer"}, "generated"),
         ({"edits": {"attention_pattern": jm.Edit(1.0, 0.0)}}, "grow with it"),
-        ({"edits": {"mlp_out": jm.Edit(1.0, np.zeros((3, 1, 5, 16)))}}, "single tokens"),
+        ({"edits": {"mlp_out": jm.Edit(1.0, np.zeros((3, 1, 5, 16)))}}, "single entries"),
     ],
 )
 def test_wrong_requests_are_refused(plain_model: Model, more: dict[str, Any], said: str) -> None:

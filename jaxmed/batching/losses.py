@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, log_total
-from jaxmed.models.transformer import Params, as_logits, final_norm, head
-from jaxmed.runner import run_blocks
+from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head
+from jaxmed.runner import Recording, run
 
 
 def response_loss(config: ModelConfig, params: Params, batch: Batch, remat: bool = False) -> jax.Array:
     """Sum over the scored tokens of minus their log-probability, times their weights."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch), remat=remat, h=batch.h, first=_first(config, params))
-    return (token_losses(config, params, h, batch) * batch.weight).sum()
+    layout = batch_layout(batch)
+    stream = embed(config, params, batch.tokens, layout.position) if batch.h is None else batch.h
+    ran = run(config, params, stream, layout, Recording(remat=remat), first=_first(config, params))
+    return (token_losses(config, params, ran.stream, batch) * batch.weight).sum()
 
 
 def _first(config: ModelConfig, params: Params) -> int:

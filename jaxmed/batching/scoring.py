@@ -15,7 +15,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, largest, log_total
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
-from jaxmed.runner import run_blocks
+from jaxmed.runner import run_tokens
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import Answered, check_tokens
 
@@ -51,7 +51,7 @@ def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[P
 
 def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     """The normed residual stream at every scored column [B,R,D]."""
-    h, _ = run_blocks(config, params, batch.tokens, batch_layout(batch))
+    h = run_tokens(config, params, batch.tokens, batch_layout(batch)).stream
     return final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
 
 

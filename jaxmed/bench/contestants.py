@@ -16,7 +16,7 @@ from jaxmed.interventions.edits import ANY, Edit, Where
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
-from jaxmed.runner import causal_layout, forward, run_blocks
+from jaxmed.runner import causal_layout, forward, run_tokens
 
 
 def engine(subject: Subject, layers: list[int]) -> np.ndarray:
@@ -66,7 +66,7 @@ def _patched_logits(config: ModelConfig, params: Params, tokens: jax.Array, laye
     def one(neuron: jax.Array, value: jax.Array) -> jax.Array:
         entries = Where(layer[None], jnp.asarray([-1]), neuron[None], jnp.asarray([ANY]))
         edit = Edit(jnp.ones(1), value[None], jnp.zeros(1), None, entries)
-        h, _ = run_blocks(config, params, tokens[None], layout, {"neuron": edit})
+        h = run_tokens(config, params, tokens[None], layout, edits={"neuron": edit}).stream
         return h[0, -1]
 
     h = jax.vmap(one)(neurons, values)

@@ -18,7 +18,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.runner import Layout, Restart, propagate, run_blocks
+from jaxmed.runner import Layout, Prefix, Recording, Restart, propagate, run_tokens
 from jaxmed.tokens import WINDOW_BUCKETS, Packed, Patch, align, bucket, pack, render
 
 
@@ -27,8 +27,13 @@ def record(config: ModelConfig, params: Params, tokens: Any, position: Any, visi
     """One run of a packed prompt int [T]: taps at `columns` ([L, W, ...]; cached keys and values whole) and h at `slots`."""
     index = TokenIndex(jnp.arange(tokens.shape[0])[None], jnp.asarray([tokens.shape[0]]))
     layout = Layout(position[None], visible[None], index)
-    h, taken = run_blocks(config, params, tokens[None], layout, None, taps, columns[None])
-    return {name: taps[:, 0] for name, taps in taken.items()}, h[0, slots]
+    recording = Recording(tuple(name for name in taps if name not in CACHED), CACHED[0] in taps)
+    ran = run_tokens(config, params, tokens[None], layout, recording, columns=columns[None])
+    taken = ran.taps if ran.kept is None else {**ran.taps, **dict(zip(CACHED, ran.kept, strict=True))}
+    return {name: values[:, 0] for name, values in taken.items()}, ran.stream[0, slots]
+
+
+CACHED = ("cached_key", "cached_value")
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ def prepare_tokens(
     source_outcome = read(config, params, h, make_reads(packed_source, answers, 0, target), readout)
 
     reads = make_reads(packed, answers, 0, target)
-    here, h = record(config, params, *_fed(packed), columns, reads.slots, (*base_taps, "cached_key", "cached_value"))
-    key, value = here.pop("cached_key"), here.pop("cached_value")
+    here, h = record(config, params, *_fed(packed), columns, reads.slots, (*base_taps, *CACHED))
+    key, value = (here.pop(name) for name in CACHED)
     base_outcome = read(config, params, h, reads, readout)
     patched = [column - start for patch in patches for column in patch.base]
     margin = _routing_margin(config, here, there, packed.used - start, patched) if config.experts else None
@@ -149,7 +154,10 @@ def open_window(prepared: Prepared, patch: Patch) -> Window:
     columns = np.minimum(offset, len(packed.tokens) - 1)
     used = offset < packed.used
     visible = packed.visible[np.ix_(columns, columns)] & used & used[:, None] | np.eye(size, dtype=bool)
-    restart = Restart(prepared.key, prepared.value, np.int32(start), packed.position[columns], visible)
+    before = np.arange(prepared.key.shape[1])
+    prefix = Prefix(prepared.key[:, None], prepared.value[:, None], before[None].astype(np.int32), (before < start)[None])
+    index = TokenIndex(offset[None].astype(np.int32), np.asarray([len(packed.tokens)], np.int32))
+    restart = Restart(prefix, Layout(packed.position[columns][None], visible[None], index))
     recorded = next(iter(prepared.base.values())).shape[1]
     slots = np.minimum(offset - prepared.start, recorded - 1).astype(np.int32)
     reads = make_reads(packed, prepared.answers, start, prepared.target)
@@ -218,8 +226,8 @@ def module_values(
             continue
         kept.append(chunk)
         units = jax.tree.map(lambda x: _place(model, x), _module_chunk(named, chunk.reshape(-1), kinds, first))
-        h, entry = module_rows(config, params, prepared.base, prepared.source, window.slots, window.patched, units, kinds)
-        outcome.append(propagate(config, params, window.restart, h, np.int32(first), window.reads, readout, entry))
+        entry = module_rows(config, params, prepared.base, prepared.source, window.slots, window.patched, units, kinds)
+        outcome.append(propagate(config, params, window.restart, entry.stream, np.int32(first), window.reads, readout, entry))
     return Values(np.stack(kept), outcome), named
 
 

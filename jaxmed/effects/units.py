@@ -132,7 +132,7 @@ class ModuleUnits:
 @partial(jax.jit, static_argnames=("config", "kinds"))
 def module_rows(
     config: ModelConfig, params: Params, base: Record, source: Record, slots: Any, patched: Any, units: ModuleUnits, kinds: tuple[str, ...]
-) -> tuple[jax.Array, Entry]:
+) -> Entry:
     """Patched residual streams of heads and whole modules of any layers, float32 [U,T,D], and where each enters the stream."""
 
     def at(record: Record, name: str) -> jax.Array:
@@ -150,7 +150,7 @@ def module_rows(
         here = units.kind == number
         rows = jnp.where(here[:, None, None], patch, rows)
         mid = jnp.where(here, UNITS[kind].mid, mid)
-    return rows, Entry(units.layer, mid)
+    return Entry(rows, units.layer, mid)
 
 
 def _head_rows(

@@ -12,7 +12,7 @@ from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.finetuning.job import Job
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params
-from jaxmed.runner import run_blocks
+from jaxmed.runner import run_tokens
 
 
 class Feed:
@@ -76,4 +76,4 @@ class Feed:
 def _below(config: ModelConfig, first: int, params: Params, batches: Batch) -> jax.Array:
     """The residual stream [A,B,T,D] that enters block `first`."""
     lower = {**params, "blocks": jax.tree.map(lambda stack: stack[:first], params["blocks"])}
-    return jax.lax.map(lambda batch: run_blocks(config, lower, batch.tokens, batch_layout(batch))[0], batches)
+    return jax.lax.map(lambda batch: run_tokens(config, lower, batch.tokens, batch_layout(batch)).stream, batches)

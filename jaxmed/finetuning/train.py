@@ -58,13 +58,13 @@ def split_params(settings: Settings, params: Params, factors: Any) -> tuple[Any,
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params), {}
 
 
-MOST_TURNED = 4e9
+MOST_TRANSPOSED = 4e9
 """Bytes of frozen matrices of which a transposed copy is kept on the CPU, for faster gradients."""
 
 
-def _worth_turning(model: Model) -> bool:
+def _worth_transposing(model: Model) -> bool:
     held = sum(model.params["blocks"][name].nbytes for name in MATRICES)
-    return jax.default_backend() == "cpu" and not model.config.int8 and model.mesh.shape["model"] == 1 and held < MOST_TURNED
+    return jax.default_backend() == "cpu" and not model.config.int8 and model.mesh.shape["model"] == 1 and held < MOST_TRANSPOSED
 
 
 def start(model: Model, settings: Settings, optimiser: optax.GradientTransformation) -> tuple[Any, Any, Params, Any]:
@@ -76,7 +76,7 @@ def start(model: Model, settings: Settings, optimiser: optax.GradientTransformat
     whole = replicated(model.mesh)
     factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
     trained, frozen = split_params(settings, model.params, factors)
-    if settings.method == "lora" and _worth_turning(model):
+    if settings.method == "lora" and _worth_transposing(model):
         frozen = with_transposes(frozen)
     home = jax.tree.map(lambda leaf: leaf.sharding, trained)
     spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxmed.errors import UserError
-from jaxmed.interventions.sites import INTERNAL, SITES, Site, site_name
+from jaxmed.interventions.sites import site_name
 
 ANY = np.iinfo(np.int32).max
 """In a field of `Where`: every layer, position, unit or row."""
@@ -28,12 +26,15 @@ class Where:
         position: int [E]; counts real tokens (padding does not count), negative from the last real token, or `ANY`.
         unit: int [E]; index on the site's unit axis (neuron, head, residual dimension), or `ANY`.
         row: int [E]; row of the batch, or `ANY`.
+        names: which of "row", "position" and "unit" every entry names, where the others are `ANY` in every entry; None where entries differ
+            or nobody looked. It decides how the edit is computed, not what it does. `where` finds out.
     """
 
     layer: Any
     position: Any
     unit: Any
     row: Any
+    names: tuple[str, ...] | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -72,51 +73,15 @@ class TokenIndex:
 
 def where(layer: Any = ANY, position: Any = ANY, unit: Any = ANY, row: Any = ANY) -> Where:
     """A `Where` from scalars and lists, broadcast against each other to one axis `E`."""
-    fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(field, np.int32)) for field in (layer, position, unit, row)))
-    return Where(*(np.ascontiguousarray(field) for field in fields))
+    fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(given, np.int32)) for given in (layer, position, unit, row)))
+    return _with_names(Where(*(np.ascontiguousarray(given) for given in fields)))
 
 
-def blend(a: jax.Array, gate: Any, value: Any, add: Any, basis: Any) -> jax.Array:
-    """`(1 - gate) * a + gate * value + add`, in float32, inside the span of `basis` if there is one."""
-    wide = a.astype(jnp.float32)
-    if basis is None:
-        return ((1.0 - gate) * wide + gate * value + add).astype(a.dtype)
-    shift = gate * (jnp.broadcast_to(value, wide.shape) - wide)
-    project = lambda x: jnp.matmul(jnp.matmul(x, basis, precision="highest"), basis.T, precision="highest")  # noqa: E731
-    return (wide + project(shift) + add).astype(a.dtype)
-
-
-def apply_edit(edit: Edit, site: Site, a: jax.Array, layer: jax.Array, index: TokenIndex) -> jax.Array:
-    """The edited activation of one layer. Dense fields are already this layer's slice."""
-    if edit.where is None:
-        return blend(a, edit.gate, edit.value, edit.add, edit.basis)
-    heads_first = site.axes == "BNTS"
-    a = jnp.moveaxis(a, 1, 2) if heads_first else a
-    gate, value, add = (_spread(edit.where, field, a, layer, index) for field in (edit.gate, edit.value, edit.add))
-    out = blend(a, gate, value, add, edit.basis)
-    return jnp.moveaxis(out, 2, 1) if heads_first else out
-
-
-def _spread(where: Where, field: Any, a: jax.Array, layer: jax.Array, index: TokenIndex) -> jax.Array:
-    """`field` at the entries that `where` names in this layer, zero elsewhere: [B, T, ...unit shape]."""
-    unit_shape = a.shape[2:]
-    entries = where.layer.shape[0]
-    hit = _matches(where.layer, layer)[:, None, None]  # [E, B, T]
-    hit &= _matches(where.row[:, None, None], jnp.arange(a.shape[0])[:, None])
-    position, from_right = index.position, index.position - index.length[:, None]
-    wanted = where.position[:, None, None]
-    hit &= _matches(wanted, position) | ((wanted < 0) & (wanted == from_right))
-    hit &= position >= 0
-    unit = _matches(where.unit[:, None], jnp.arange(unit_shape[0]))  # [E, unit]
-    field = jnp.broadcast_to(jnp.asarray(field, jnp.float32), (entries, *jnp.shape(field)[1:]))
-    missing = 1 + len(unit_shape) - field.ndim
-    field = field.reshape((entries,) + (1,) * missing + field.shape[1:])
-    masked = field * unit.reshape(unit.shape + (1,) * (len(unit_shape) - 1))
-    return jnp.einsum("ebt,e...->bt...", hit.astype(jnp.float32), masked, precision="highest")
-
-
-def _matches(wanted: jax.Array, actual: Any) -> jax.Array:
-    return (wanted == ANY) | (wanted == actual)
+def _with_names(entries: Where) -> Where:
+    """The entries, with what all of them name."""
+    named = {name: np.asarray(getattr(entries, name)) != ANY for name in ("row", "position", "unit")}
+    mixed = any(flags.any() and not flags.all() for flags in named.values())
+    return replace(entries, names=None if mixed else tuple(name for name, flags in named.items() if flags.size and flags.all()))
 
 
 def merge(*parts: Edits) -> dict[str, Edit]:
@@ -136,81 +101,48 @@ def merge(*parts: Edits) -> dict[str, Edit]:
 def _join(name: str, first: Edit, second: Edit) -> Edit:
     if first.where is None or second.where is None or first.basis is not None or second.basis is not None:
         raise UserError(f"Two edits touch site {name!r}, and at least one of them touches all of it. Apply them in two runs.")
-    for i, j in np.ndindex(len(first.where.layer), len(second.where.layer)):
-        if _overlap(first.where, i, second.where, j):
-            raise UserError(
-                f"Two edits touch the same entry of site {name!r} (layer {_shown(first.where.layer[i])}, position "
-                f"{_shown(first.where.position[i])}, unit {_shown(first.where.unit[i])}). Drop one, or use different entries."
-            )
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first.where, second.where)
+    _refuse_overlap(name, first.where, second.where)
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), replace(first.where, names=None), replace(second.where, names=None))
     at = (len(first.where.layer), len(second.where.layer))
     gate, value, add = (_concatenate((getattr(first, name), getattr(second, name)), at) for name in ("gate", "value", "add"))
-    return Edit(gate, value, add, None, joined)
+    return Edit(gate, value, add, None, _with_names(joined))
 
 
 def _concatenate(fields: tuple[Any, Any], entries: tuple[int, int]) -> np.ndarray:
     """Two fields [E] or [E, ...], or scalars, as one with as many entries as both have."""
     rank = max(np.ndim(fields[0]), np.ndim(fields[1]), 1)
-    shape = np.broadcast_shapes(*(np.shape(field)[1:] for field in fields))
+    shape = np.broadcast_shapes(*(np.shape(given)[1:] for given in fields))
     parts = []
-    for field, count in zip(fields, entries, strict=True):
-        field = np.asarray(field, np.float32)
-        parts.append(np.broadcast_to(field.reshape(field.shape + (1,) * (rank - field.ndim)), (count, *shape)))
+    for given, count in zip(fields, entries, strict=True):
+        given = np.asarray(given, np.float32)
+        parts.append(np.broadcast_to(given.reshape(given.shape + (1,) * (rank - given.ndim)), (count, *shape)))
     return np.concatenate(parts)
 
 
-def _overlap(a: Where, i: int, b: Where, j: int) -> bool:
-    """Whether two entries may name the same element; positions counted from different ends count as overlapping."""
+COMPARED = 1 << 24
+"""Pairs of entries that are compared at once."""
 
-    def meets(x: int, y: int, two_ended: bool = False) -> bool:
-        return x == y or ANY in (x, y) or (two_ended and (x < 0) != (y < 0))
 
-    return (
-        meets(a.layer[i], b.layer[j])
-        and meets(a.row[i], b.row[j])
-        and meets(a.unit[i], b.unit[j])
-        and meets(a.position[i], b.position[j], two_ended=True)
-    )
+def _refuse_overlap(name: str, first: Where, second: Where) -> None:
+    """Raises a UserError where an entry of one may name the same element as an entry of the other.
+
+    Positions counted from different ends count as the same.
+    """
+    size = max(1, COMPARED // max(len(second.layer), 1))
+    for begin in range(0, len(first.layer), size):
+        block = jax.tree.map(lambda x, begin=begin: np.asarray(x)[begin : begin + size, None], replace(first, names=None))
+        meet = np.ones((len(block.layer), len(second.layer)), bool)
+        for one in ("layer", "row", "unit", "position"):
+            ours, theirs = getattr(block, one), np.asarray(getattr(second, one))
+            same = (ours == theirs) | (ours == ANY) | (theirs == ANY)
+            meet &= (same | ((ours < 0) != (theirs < 0))) if one == "position" else same
+        if meet.any():
+            at = begin + int(np.argwhere(meet)[0, 0])
+            raise UserError(
+                f"Two edits touch the same entry of site {name!r} (layer {_shown(first.layer[at])}, position "
+                f"{_shown(first.position[at])}, unit {_shown(first.unit[at])}). Drop one, or use different entries."
+            )
 
 
 def _shown(value: int) -> str:
     return "any" if value == ANY else str(value)
-
-
-def check_edits(edits: Edits | None, layers: int, sizes: Mapping[str, int]) -> dict[str, Edit]:
-    """Edits with canonical site names, checked on the host.
-
-    Args:
-        layers: number of layers of the model.
-        sizes: size of each letter of the legend.
-
-    Raises:
-        UserError: unknown or read-only site, a layer or unit out of range, or a value that is not finite (a NaN spreads even
-            at gate 0).
-    """
-    checked: dict[str, Edit] = {}
-    for name, edit in (edits or {}).items():
-        if name in INTERNAL:
-            raise UserError(f"Site {name!r} can be read, not edited. Editable: {', '.join(SITES)}.")
-        name = site_name(name)
-        if name in checked:
-            raise UserError(f"Site {name!r} is given twice, under two names. Combine the edits with `merge`.")
-        for field in ("gate", "value", "add", "basis"):
-            array = getattr(edit, field)
-            if array is not None and not isinstance(array, Tracer) and not np.all(np.isfinite(np.asarray(array, np.float32))):
-                raise UserError(f"The {field} of the edit at {name!r} holds a value that is not finite.")
-        if edit.where is not None:
-            _check_range(name, "layer", edit.where.layer, layers)
-            _check_range(name, "unit", edit.where.unit, sizes[SITES[name].unit])
-            fields = (jnp.asarray(f, jnp.float32).reshape(-1) if jnp.ndim(f) == 0 else f for f in (edit.gate, edit.value, edit.add))
-            edit = replace(edit, **dict(zip(("gate", "value", "add"), fields, strict=True)))
-        checked[name] = edit
-    return checked
-
-
-def _check_range(name: str, what: str, index: Any, size: int) -> None:
-    if isinstance(index, Tracer):
-        return
-    wrong = [int(i) for i in np.asarray(index) if i != ANY and not 0 <= i < size]
-    if wrong:
-        raise UserError(f"The edit at {name!r} names {what} {wrong[0]}; legal: 0 to {size - 1}.")

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.rules import EXACT, Rules
 
 MASKED = -1e30
 """Score of a token that may not be seen: finite, so that a row without any visible token stays finite."""
@@ -69,14 +71,11 @@ def _log_total_change(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     return found, (jnp.exp(primals[0] - found[..., None]) * tangents[0]).sum(-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x: jax.Array, weight: jax.Array, turned: jax.Array | None, inputs: int) -> jax.Array:
-    """x [B,T,...in] times weight [...in, ...out], flat: [U,V].
-
-    The gradient of x multiplies by the transposed weight: by `turned` [V,D] where it is at hand, which is a little faster on the CPU. What
-    is kept for it is the weight as it came, so that a scan over layers stacks no copies.
-    """
-    return contract("UD,DV->UV", *_flat(x, weight, inputs))
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _product(x: jax.Array, weight: jax.Array, transposed: jax.Array | None, inputs: int) -> jax.Array:
+    """x [B,T,...in] times weight [...in, ...out], flat: [U,V]."""
+    del transposed
+    return contract("UI,IO->UO", *_flat(x, weight, inputs))
 
 
 def _flat(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
@@ -84,40 +83,40 @@ def _flat(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.
     return x.reshape(-1, fan_in), weight.reshape(fan_in, -1)
 
 
-def _product_forward(x: Any, weight: Any, turned: Any, inputs: int) -> tuple[jax.Array, tuple[Any, ...]]:
-    saved = (x.value if weight.perturbed else None), weight.value, None if turned is None else turned.value, x.value[:0]
-    return _product(x.value, weight.value, None, inputs), saved
+@partial(_product.defjvp, symbolic_zeros=True)
+def _product_change(inputs: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The product's derivative, written so that its transpose, the gradient, is the matmul that the CPU is fastest at.
+
+    The gradient of x multiplies by `transposed` where that copy is at hand; a weight's gradient puts the narrow side first, which Eigen
+    is up to five times faster at.
+    """
+    (x, weight, transposed), (of_x, of_weight, _) = primals, tangents
+    flat, matrix = _flat(x, weight, inputs)
+    out = contract("UI,IO->UO", flat, matrix)
+    change = jnp.zeros_like(out)
+    if not isinstance(of_x, SymbolicZero):
+        moved = of_x.reshape(flat.shape)
+        letters, other = ("UI,IO->UO", matrix) if transposed is None else ("UI,OI->UO", transposed.astype(flat.dtype))
+        change = change + contract(letters, moved, other)
+    if not isinstance(of_weight, SymbolicZero):
+        moved = of_weight.reshape(matrix.shape)
+        narrow = matrix.shape[1] < matrix.shape[0]
+        change = change + (contract("OI,UI->OU", moved.T, flat).T if narrow else contract("UI,IO->UO", flat, moved))
+    return out, change
 
 
-def _product_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Any]:
-    x, kept, turned, like = saved
-    _, weight = _flat(like, kept, inputs)
-    out = out.astype(like.dtype)
-    turned = weight.T if turned is None else turned.astype(like.dtype)
-    of_x = contract("UV,VD->UD", out, turned, dtype=like.dtype).reshape(-1, *like.shape[1:])
-    if x is None:  # none is asked for of frozen weights
-        return of_x, None, None
-    x = _flat(x, kept, inputs)[0]
-    if weight.shape[1] < weight.shape[0]:  # the narrow side first: Eigen is up to five times faster so
-        of_weight = contract("UV,UD->VD", out, x, dtype=weight.dtype).T
-    else:
-        of_weight = contract("UD,UV->DV", x, out, dtype=weight.dtype)
-    of_weight = of_weight.reshape(kept.shape)
-    return of_x, of_weight, None
-
-
-_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
-
-
-def project(x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None, turned: jax.Array | None = None) -> jax.Array:
+def project(
+    x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None, transposed: jax.Array | None = None
+) -> jax.Array:
     """x [B,T,...in] times weight [...in, ...out], over the last `inputs` axes of x -> [B,T,...out], accumulated in float32.
 
-    Written as one product of two matrices: given more axes, XLA on the CPU transposes the weights anew in every loop step.
+    Written as one product of two matrices: given more axes, XLA on the CPU transposes the weights anew in every loop step. What is kept
+    for gradients is the weight as it came (`recomputed`), so that a scan over layers stacks no copies of it.
 
     Args:
-        turned: the weight as [...out, ...in], flat [V,D], where it is at hand; the gradient of x is then taken with it.
+        transposed: the weight as [...out, ...in], flat [O,I], where it is at hand; the gradient of x is then taken with it.
     """
-    flat: Any = _product(x, weight, turned, inputs)
+    flat: Any = recomputed(partial(_product, inputs=inputs))(x, weight, transposed)
     out = flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
     return out if dtype is None else out.astype(dtype)
 
@@ -128,25 +127,25 @@ Totals = dict[str, Any]
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _scored_product(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int) -> jax.Array:
-    return contract("UD,DV->UV", *_flat(x, weight, inputs))
+    return contract("UI,IO->UO", *_flat(x, weight, inputs))
 
 
 def _scored_forward(x: Any, weight: Any, totals: Totals, counted: Any, inputs: int) -> tuple[jax.Array, tuple[Any, ...]]:
-    return contract("UD,DV->UV", *_flat(x, weight, inputs)), (x, weight, totals, counted)
+    return contract("UI,IO->UO", *_flat(x, weight, inputs)), (x, weight, totals, counted)
 
 
 def _scored_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Totals, Any]:
     x, kept, totals, counted = saved
     flat, weight = _flat(x, kept, inputs)
     out = out.astype(x.dtype)
-    of_x = contract("UV,DV->UD", out, weight, dtype=x.dtype).reshape(x.shape)
+    of_x = contract("UO,IO->UI", out, weight, dtype=x.dtype).reshape(x.shape)
     new, examples = {}, x.shape[0]
     if "signed" in totals:
-        new["signed"] = totals["signed"] + contract("UD,UV->DV", flat, out).reshape(kept.shape)
+        new["signed"] = totals["signed"] + contract("UI,UO->IO", flat, out).reshape(kept.shape)
     if "absolute" in totals:
 
         def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            return total + jnp.abs(contract("UD,UV->DV", *one)), None
+            return total + jnp.abs(contract("UI,UO->IO", *one)), None
 
         rows = flat.reshape(examples, -1, flat.shape[-1]), out.reshape(examples, -1, out.shape[-1])
         new["absolute"] = jax.lax.scan(add, totals["absolute"].reshape(weight.shape), rows)[0].reshape(kept.shape)
@@ -170,68 +169,65 @@ def scored_project(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax
     return flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recomputed(function: Callable[..., jax.Array], *operands: Any) -> jax.Array:
-    """function(*operands); its gradient computes it anew from the operands instead of keeping what it computed on the way.
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function; its gradient computes it anew from its operands instead of keeping what it computed on the way.
 
-    For cheap functions between matmuls, whose intermediates cost more to write and read than to compute. `function` closes over no array.
+    For cheap functions between matmuls, whose intermediates cost more to write and read than to compute.
     """
-    return function(*operands)
-
-
-def _recomputed_forward(function: Callable[..., jax.Array], *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return function(*operands), operands
-
-
-def _recomputed_backward(function: Callable[..., jax.Array], operands: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
-    return jax.vjp(function, *operands)[1](out)
-
-
-recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 def normalise(
-    config: ModelConfig, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, dtype: Any = jnp.float32, axes: int = 1
+    config: ModelConfig,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    axes: int = 1,
+    rules: Rules = EXACT,
 ) -> jax.Array:
     """The family's norm over the last `axes` axes of x, computed in float32, returned in `dtype`.
 
     Root-mean-square norm, or layer norm (mean subtracted, bias added).
     """
-    given = (x, scale) if bias is None else (x, scale, bias)
-    return recomputed(partial(_normalise, config, jnp.dtype(dtype), axes), *given)
+
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+        x, over = x.astype(jnp.float32), tuple(range(-axes, 0))
+        if config.norm == "layer":
+            x = x - jnp.mean(x, axis=over, keepdims=True)
+        normed = x * rules.norm(jax.lax.rsqrt(jnp.mean(x * x, axis=over, keepdims=True) + config.norm_eps))
+        normed = normed * (scale.astype(jnp.float32) + config.norm_offset)
+        return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(dtype)
+
+    return recomputed(norm)(x, scale, bias)
 
 
-def _normalise(config: ModelConfig, dtype: Any, axes: int, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    x, over = x.astype(jnp.float32), tuple(range(-axes, 0))
-    if config.norm == "layer":
-        x = x - jnp.mean(x, axis=over, keepdims=True)
-    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=over, keepdims=True) + config.norm_eps)
-    normed = normed * (scale.astype(jnp.float32) + config.norm_offset)
-    return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate(config: ModelConfig, branches: jax.Array) -> jax.Array:
+def activate(config: ModelConfig, branches: jax.Array, rules: Rules = EXACT) -> jax.Array:
     """Input projection of the MLP [B,T,C,M] -> its neurons [B,T,M]: the activation, times the up branch where there is one."""
-    gate = ACTIVATIONS[config.activation](branches[..., 0, :])
-    return gate * branches[..., 1, :] if config.gated else gate
+    if rules is EXACT:
+        return recomputed(partial(_activate, config))(branches)
+    gate = branches[..., 0, :]
+    active = rules.active(gate, ACTIVATIONS[config.activation](gate))
+    return rules.product(active, branches[..., 1, :]) if config.gated else active
 
 
-def _activate_forward(config: ModelConfig, branches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return activate(config, branches), branches
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _activate(config: ModelConfig, branches: jax.Array) -> jax.Array:
+    active = ACTIVATIONS[config.activation](branches[..., 0, :])
+    return active * branches[..., 1, :] if config.gated else active
 
 
-def _activate_backward(config: ModelConfig, branches: jax.Array, out: jax.Array) -> tuple[jax.Array]:
-    """Both branches' gradients as one elementwise expression: put together from slices, XLA on the CPU computes it a number at a time."""
-    gate, out = branches[..., :1, :], out[..., None, :]
-    active, of_active = jax.vjp(ACTIVATIONS[config.activation], gate)
+@_activate.defjvp
+def _activate_change(config: ModelConfig, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """One elementwise slope for both branches, summed over them. Put together from slices, the gradient (this rule's transpose) is computed
+    a number at a time by XLA on the CPU."""
+    (branches,), (moved,) = primals, tangents
+    gate = branches[..., :1, :]
+    active, slope = jax.jvp(ACTIVATIONS[config.activation], (gate,), (jnp.ones_like(gate),))
     if not config.gated:
-        return (of_active(out)[0],)
-    of_gate = of_active(out * branches[..., 1:, :])[0]
-    return (jnp.where(jnp.arange(2)[:, None] == 0, of_gate, out * active),)
-
-
-activate.defvjp(_activate_forward, _activate_backward)
+        return active[..., 0, :], (slope * moved)[..., 0, :]
+    both = jnp.where(jnp.arange(2)[:, None] == 0, slope * branches[..., 1:, :], active)
+    return active[..., 0, :] * branches[..., 1, :], (both * moved).sum(-2)
 
 
 def cap(x: jax.Array, limit: float) -> jax.Array:

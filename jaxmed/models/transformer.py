@@ -19,6 +19,7 @@ from jaxmed.axes import partition
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import activate, cap, normalise, project, route, scored_project
 from jaxmed.models.rope import Angles, rotate
+from jaxmed.models.rules import EXACT, Rules
 
 Params = dict[str, Any]
 Touch = Callable[[str, jax.Array], jax.Array]
@@ -49,12 +50,12 @@ class Block(nnx.Module):
     down_bias: nnx.Param
 
     added: Params  # matrix -> (in [...in, R], out [R, ...out]), whose product is added to it
-    turned: Params  # matrix -> its transpose, flat, for gradients
+    transposed: Params  # matrix -> its transpose, flat, for gradients
     scored: Params  # matrix -> totals over examples, as `layers.scored_project` takes them; "counted" -> tokens [B,T]
 
     def __init__(self, config: ModelConfig):
-        self.config = config
-        self.added, self.turned, self.scored = nnx.data({}), nnx.data({}), nnx.data({})
+        self.config, self.rules = config, EXACT
+        self.added, self.transposed, self.scored = nnx.data({}), nnx.data({}), nnx.data({})
         for name, letters in block_letters(config).items():
             shape = tuple(config.sizes[letter] for letter in letters)
             setattr(self, name, nnx.Param(jnp.zeros(shape, param_dtype(config, name))))
@@ -62,7 +63,7 @@ class Block(nnx.Module):
     def norm(self, x: jax.Array, name: str, dtype: Any) -> jax.Array:
         """x [B,T,D] through one of the block's norms over D, in `dtype`."""
         bias = getattr(self, name + "_bias")[...] if self.config.norm_bias else None
-        return normalise(self.config, x, getattr(self, name)[...], bias, dtype)
+        return normalise(self.config, x, getattr(self, name)[...], bias, dtype, rules=self.rules)
 
     def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
         """x [B,T,...in] times one of the block's matrices, and what is added to it -> [B,T,...out]."""
@@ -70,7 +71,7 @@ class Block(nnx.Module):
         if name in self.scored:
             out = scored_project(x, matrix, self.scored[name], self.scored.get("counted"), inputs)
         else:
-            out = project(x, matrix.astype(x.dtype), inputs, turned=self.turned.get(name))
+            out = project(x, matrix.astype(x.dtype), inputs, transposed=self.transposed.get(name))
         if self.config.int8:
             out = out * getattr(self, name + "_scale")[...]
         if name in self.added:
@@ -91,8 +92,8 @@ class Block(nnx.Module):
         query = query.reshape(heads)
         if config.query_key_norm:
             axes = {"head": 1, "all": 2}[config.query_key_norm]
-            query = normalise(config, query, self.query_norm[...], None, dtype, axes)
-            key = normalise(config, key, self.key_norm[...], None, dtype, axes)
+            query = normalise(config, query, self.query_norm[...], None, dtype, axes, self.rules)
+            key = normalise(config, key, self.key_norm[...], None, dtype, axes, self.rules)
         query, key, value = touch("query", query), touch("key", key), touch("value", value)
         query, key = rotate(query, angles), touch("cached_key", rotate(key, angles))
         value = touch("cached_value", value)
@@ -112,7 +113,7 @@ class Block(nnx.Module):
         branches = self.times(x, "gate_up", dtype=dtype)
         if config.mlp_bias:
             branches = branches + self.gate_up_bias[...]
-        active: Any = activate(config, branches)
+        active: Any = activate(config, branches, self.rules)
         neuron = touch("neuron", active.reshape(*h.shape[:2], config.neurons))
         if config.experts:
             exact = self.norm(h, "mlp_norm", jnp.float32)  # in bfloat16 near ties would be routed by rounding
@@ -212,23 +213,24 @@ def blocks_from(blocks: Params, first: int) -> Params:
 def with_transposes(params: Params) -> Params:
     """Parameters with transposed copies of the blocks' matrices, [L,V,D], which make gradients of activations faster on the CPU."""
 
-    def turn(name: str, matrix: jax.Array) -> jax.Array:
+    def transpose(name: str, matrix: jax.Array) -> jax.Array:
         fan_in = math.prod(matrix.shape[1 : 1 + MATRICES[name]])
         return jnp.swapaxes(matrix.reshape(len(matrix), fan_in, -1), 1, 2)
 
     matrices = {name: params["blocks"][name] for name in MATRICES}
-    turned = jax.jit(lambda matrices: {name: turn(name, matrix) for name, matrix in matrices.items()})(matrices)
-    return {**params, "blocks": {**params["blocks"], TURNED: turned}}
+    transposed = jax.jit(lambda matrices: {name: transpose(name, matrix) for name, matrix in matrices.items()})(matrices)
+    return {**params, "blocks": {**params["blocks"], TRANSPOSED: transposed}}
 
 
-ADDED, TURNED, SCORED = _BESIDE = "added", "turned", "scored"
+ADDED, TRANSPOSED, SCORED = _BESIDE = "added", "transposed", "scored"
 """Entries of the blocks' parameters beside those that are declared, or absent: see `Block`."""
 
 
-def open_block(config: ModelConfig, arrays: Params) -> Block:
-    """The block whose parameters are `arrays` (one layer's slice)."""
+def open_block(config: ModelConfig, arrays: Params, rules: Rules = EXACT) -> Block:
+    """The block whose parameters are `arrays` (one layer's slice), linearised by `rules`."""
     block = nnx.merge(_declaration(config), {name: array for name, array in arrays.items() if name not in _BESIDE})
-    block.added, block.turned, block.scored = (nnx.data(arrays.get(name, {})) for name in _BESIDE)
+    block.added, block.transposed, block.scored = (nnx.data(arrays.get(name, {})) for name in _BESIDE)
+    block.rules = rules
     return block
 
 

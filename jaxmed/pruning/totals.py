@@ -14,8 +14,8 @@ from jaxmed.batching.losses import token_losses
 from jaxmed.models.checkpoints.assemble import matrix_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
-from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters
-from jaxmed.runner import run_blocks
+from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters, embed
+from jaxmed.runner import Recording, run
 
 
 def fresh_totals(config: ModelConfig, kinds: Sequence[str], layers: int, devices: int) -> Params:
@@ -51,7 +51,7 @@ def _summed_loss(
     config: ModelConfig, params: Params, totals: Params, batch: Batch, counted: jax.Array, span: tuple[int, int], remat: bool
 ) -> jax.Array:
     """Sum over examples of their mean losses; the blocks of `span` add to `totals` on the way back."""
-    layout, h = batch_layout(batch), None
+    layout, stream = batch_layout(batch), None
     for first, stop, scored in ((0, span[0], False), (*span, True), (span[1], config.layers, False)):
         if first == stop:
             continue
@@ -61,6 +61,7 @@ def _summed_loss(
         if scored:
             of_layers = jnp.broadcast_to(counted, (stop - first, *counted.shape))
             blocks = {**blocks, SCORED: {**totals, "counted": of_layers}}
-        h, _ = run_blocks(config, {**params, "blocks": blocks}, batch.tokens, layout, remat=remat, h=h, first=first)
-    assert h is not None
-    return (token_losses(config, params, h, batch) * batch.weight).sum()
+        stream = embed(config, params, batch.tokens, layout.position) if stream is None else stream
+        stream = run(config, {**params, "blocks": blocks}, stream, layout, Recording(remat=remat), first=first).stream
+    assert stream is not None
+    return (token_losses(config, params, stream, batch) * batch.weight).sum()
