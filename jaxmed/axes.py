@@ -9,7 +9,9 @@ Einsum strings, shape annotations and comments use these letters and no others:
     G query heads per key/value head (N = K * G)
     J rows of the fused projection per key/value head: G queries, one key, one value (J = G + 2)
     C branches of the MLP's input projection: gate and up, or up alone
-    E entries of an indexed edit                              R answer tokens read from the logits
+    E entries of an indexed edit                              R answer tokens read from the logits, or rank of an adapter
+    I fan-in and O fan-out of any matrix                      W gathered columns; w neurons of a window
+    A microbatches of a step
     X experts of a mixture; M neurons of one expert (F = X * M)
     Q learned positions
 
