@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmed.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from jaxmed import pruning, statistics
+    from jaxmed import pruning, statistics, tokens
     from jaxmed.api import forward, load, sweep
     from jaxmed.distributed import make_mesh
     from jaxmed.errors import UserError
@@ -51,6 +51,7 @@ _PUBLIC = {
 }
 _MODULES = {
     "statistics": "jaxmed.statistics",
+    "tokens": "jaxmed.tokens",
     "pruning": "jaxmed.pruning",
     "kinds": "jaxmed.interventions.kinds",
     "edits": "jaxmed.interventions.edits",
@@ -77,6 +78,7 @@ __all__ = [
     "self_check",
     "statistics",
     "sweep",
+    "tokens",
 ]
 
 

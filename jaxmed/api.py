@@ -28,6 +28,7 @@ from jaxmed.models.load import load as load_unchecked
 from jaxmed.models.model import Model
 from jaxmed.parity.selfcheck import self_check
 from jaxmed.prompts.pair import PromptPair
+from jaxmed.tokens import check_length
 
 
 def load(
@@ -79,8 +80,11 @@ def forward(
         logits float32 [B, T, V], and site -> activations [L, B, T, ...], under the names given in `taps`.
 
     Raises:
-        UserError: unknown site, an edit out of range or not finite, a token id outside the vocabulary.
+        UserError: unknown site, an edit out of range or not finite, a token id outside the vocabulary, text instead of token ids,
+            more tokens than learned positions.
     """
+    if isinstance(tokens, str) or (isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens)):
+        raise UserError("tokens is an int array [B, T], not text. Make it of texts: ids, padding = jm.tokens.batch(model, texts).")
     ids = jnp.asarray(tokens)
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
         raise UserError(f"tokens is an int array [B, T], not {ids.dtype} {list(ids.shape)}.")
@@ -90,6 +94,8 @@ def forward(
         raise UserError(f"tokens holds ids from {int(ids.min())} to {int(ids.max())}; legal: 0 to {config.vocabulary - 1}.")
     if padding is not None and np.shape(padding) != (ids.shape[0],):
         raise UserError(f"padding is int [B] = [{ids.shape[0]}], the number of pad tokens at the left of each row.")
+    if padding is None or not isinstance(padding, Tracer):
+        check_length(config, ids.shape[1] - int(np.min(0 if padding is None else padding)), "tokens")
     names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
     left = np.zeros(ids.shape[0], int) if padding is None else padding
     rows = None if isinstance(left, Tracer) else tuple(int(ids.shape[1] - count) for count in np.asarray(left))

@@ -23,11 +23,9 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
 from jaxmed.runner import Layout, Prefix, Recording, causal_layout, extend, logits_of, run_tokens
-from jaxmed.tokens import bucket, check_tokens, render, written_text
+from jaxmed.tokens import bucket, check_tokens, end_tokens, render, written_text
 
 WHERE = ("both", "prompt", "generated")
-ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "</s>")
-"""Tokens that end an assistant's turn, where a vocabulary has them."""
 ROWS = 64
 """Prompts that are answered at once."""
 
@@ -130,13 +128,8 @@ def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def stop_tokens(model: Model) -> list[int]:
-    """Tokens that end an answer: those of the tokenizer and of the checkpoint's config."""
-    named = (model.source_config or {}).get("eos_token_id")
-    found = set(named) if isinstance(named, list) else {named}
-    if model.tokenizer is not None:
-        vocabulary = model.tokenizer.get_vocab()
-        found |= {model.tokenizer.eos_token_id} | {vocabulary[token] for token in ENDS if token in vocabulary}
-    return sorted(token for token in found if isinstance(token, int))
+    """Tokens that end an answer of this model."""
+    return end_tokens(model.tokenizer, model.generation_config, model.source_config)
 
 
 def generate_ids(
@@ -182,7 +175,7 @@ def generate_ids(
         raise UserError(f"Tokens ({most}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
     if where not in WHERE:
         raise unknown("where", where, WHERE)
-    check_tokens(config, prompts, "Prompt", model.tokenizer)
+    check_tokens(config, prompts, "A prompt", model.tokenizer)
     if (longest := max(map(len, prompts))) + most > config.max_length:
         raise UserError(f"A prompt of {longest} tokens and {most} more exceed what this model takes: {config.max_length}.")
     checked = _check(model, edits)

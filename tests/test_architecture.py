@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "experiments": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "evaluation", "pruning", "statistics"},
     "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
-    "api": {"errors", "prompts", "interventions", "models", "runner", "effects", "parity", "finetuning"},
+    "api": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "parity", "finetuning"},
     "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "runs", "distributed"},
     "cli": {"errors", "files", "prompts", "models", "distributed", "effects", "reports", "results", "runs", "bench", "parity", "generation"}
     | {"finetuning", "evaluation", "pruning", "experiments", "studies"},

@@ -30,7 +30,7 @@ def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[P
 
     Examples of like lengths have batches of one shape; what all of them begin with runs once per row.
     """
-    check_tokens(model.config, (example.ids for example in examples), "Example", model.tokenizer)
+    check_tokens(model.config, (example.ids for example in examples), "An example", model.tokenizer)
     devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
     most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), jax.NamedSharding(model.mesh, jax.P("data"))
     lengths = np.asarray([len(example.ids) for example in examples])

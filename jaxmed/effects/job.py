@@ -88,8 +88,8 @@ def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
             here = tuple(align(base, source, request.position))
             answers = encode_answers(model.tokenizer, pair, outcomes, request.form).ids
             more = max(map(len, answers), default=1) - 1
-            check_tokens(config, (base.ids, source.ids), "Prompt", model.tokenizer, more)
-            check_tokens(config, answers, "Answer", model.tokenizer)
+            check_tokens(config, (base.ids, source.ids), "the prompt", model.tokenizer, more)
+            check_tokens(config, answers, "an answer", model.tokenizer)
         except UserError as error:
             raise UserError(f"pair {pair.id!r}: {error}" if "pair " not in str(error) else str(error)) from None
         packed = pack(base.ids, answers)

@@ -136,7 +136,7 @@ def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] 
         for part in (examples, heldout)
     )
     tell_seams([*encoded, *held])
-    check_tokens(config, (one.ids for one in (*encoded, *held)), "Example", model.tokenizer)
+    check_tokens(config, (one.ids for one in (*encoded, *held)), "An example", model.tokenizer)
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs([len(one.ids) for one in encoded], settings.batch, steps, settings.seed)
     devices = model.mesh.shape["data"]

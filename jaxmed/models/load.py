@@ -17,7 +17,7 @@ from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import read_params
 from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
-from jaxmed.models.checkpoints.huggingface import open_folder
+from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json
 from jaxmed.models.checkpoints.lora import with_adapter
 from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.config import ModelConfig
@@ -90,7 +90,8 @@ def _open(
     tokenizer = checkpoint.tokenizer()
     if template_from is not None:
         tokenizer = _with_template(tokenizer, template_from, name)
-    model = Model(config, {}, tokenizer, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits)
+    generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else None
+    model = Model(config, {}, tokenizer, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits, generation)
     return model, checkpoint, family
 
 

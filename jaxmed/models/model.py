@@ -36,6 +36,7 @@ class Model:
         files: the weight files.
         source: the folder or file it was read from; None for a model made in memory.
         source_config: config.json of the source, as it stands there.
+        generation_config: generation_config.json of the source; None where it has none.
         history: what was done to the weights since their publication, as far as it is recorded; oldest first.
         described: the arrays that `files` and `history` describe; see `edited`.
     """
@@ -50,6 +51,7 @@ class Model:
     source: Path | None = None
     source_config: Mapping[str, Any] | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    generation_config: Mapping[str, Any] | None = None
     described: Arrays = field(default=(), repr=False)
     states: tuple[State, ...] = field(default=(), repr=False)  # of the files, when the model was opened
     _taken: dict[tuple[Path, ...], str] = field(default_factory=dict, repr=False)  # digests of files; copies of a model share them

@@ -37,7 +37,7 @@ from jaxmed.pruning.store import ScoreFolder
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runs import signals
 from jaxmed.runs.watch import RESUMED, Watch, silent
-from jaxmed.tokens import Answered
+from jaxmed.tokens import Answered, check_tokens
 
 SETS = ("behaviour", "preserve")
 KINDS = ("signed", "absolute", "inputs")
@@ -171,6 +171,7 @@ def check(
             if missing:
                 raise UserError(f"Example {missing[0]} of the {which} set has no response ({len(missing)} have none).")
             sets[which] = encode(model.tokenizer, given[which], form, scored_separator, max_length or model.config.max_length)
+            check_tokens(model.config, (one.ids for one in sets[which]), f"The {which} set", model.tokenizer)
     how = {"form": form, "scored_separator": scored_separator, "max_length": max_length}
     job = Job(model, tuple(kinds), sets, {}, how)
     plans = {which: make_plan(model, found, job.kinds_of(which), rows, layers_per_pass, remat) for which, found in sets.items()}

@@ -6,6 +6,7 @@ Public as `jm.tokens`: `render` (one prompt, with the places of its parts), `bat
 from jaxmed.tokens.answers import Answered, encode_example, tell_seams
 from jaxmed.tokens.batch import batch, pad
 from jaxmed.tokens.encode import show_tokens, text_ids
+from jaxmed.tokens.ends import end_tokens
 from jaxmed.tokens.limits import check_length, check_tokens
 from jaxmed.tokens.packing import BUCKETS, WINDOW_BUCKETS, Packed, bucket, pack
 from jaxmed.tokens.positions import WORDS, Patch, align, locate
@@ -28,6 +29,7 @@ __all__ = [
     "check_length",
     "check_tokens",
     "encode_example",
+    "end_tokens",
     "locate",
     "need_tokenizer",
     "pack",

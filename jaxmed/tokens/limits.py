@@ -25,13 +25,13 @@ def check_tokens(config: Any, rows: Iterable[Any], what: str = "The text", token
             its positions are rotary.
     """
     longest = 0
-    for number, row in enumerate(rows):
+    for row in rows:
         ids = np.asarray(row).reshape(-1)
         wrong = ids[(ids < 0) | (ids >= config.vocabulary)]
         if len(wrong):
             named = f" ({tokenizer.convert_ids_to_tokens(int(wrong[0]))!r})" if tokenizer is not None else ""
             raise UserError(
-                f"{what} {number + 1} holds the token id {wrong[0]}{named}; this model's embedding has rows for 0 to "
+                f"{what} holds the token id {wrong[0]}{named}; this model's embedding has rows for 0 to "
                 f"{config.vocabulary - 1}. The tokenizer is another model's, or tokens were added to it and the embedding was not resized."
             )
         longest = max(longest, len(ids))

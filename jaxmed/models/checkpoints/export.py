@@ -14,6 +14,7 @@ import numpy as np
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints.assemble import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.checkpoints.edit_record import check_edit, refuse_attacks, write_edits
+from jaxmed.models.checkpoints.huggingface import GENERATION
 from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
 from jaxmed.models.checkpoints.safetensors_file import Tensor, into_files, tensor, write_file, write_index
 from jaxmed.models.families import FAMILIES
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 FILE_BYTES = 5 * 10**9
 """Weight files are no larger than this, a single tensor apart."""
-GENERATION = "generation_config.json"
 LENGTH = "original_max_position_embeddings"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from jaxmed.errors import LONGEST, UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 READ = ("F64", "F32", "F16", "BF16")
 """Types of the tensors that are read, as safetensors files spell them."""
