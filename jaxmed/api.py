@@ -26,7 +26,7 @@ from jaxmed.interventions.sites import INTERNAL, site_name
 from jaxmed.models.catalog import needs_building
 from jaxmed.models.load import load as load_unchecked
 from jaxmed.models.model import Model
-from jaxmed.parity.selfcheck import self_check
+from jaxmed.parity.selfcheck import check_once
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.tokens import check_length
 
@@ -52,7 +52,7 @@ def load(
         int8: keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise.
         template_from: a model whose chat template is used, for base models that have none.
         adapter: a LoRA adapter to merge in, as the folder that PEFT saves.
-        check: run `jm.self_check` on it, which takes seconds.
+        check: run `jm.self_check` on it, once for the same weights, code and devices.
 
     Raises:
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
@@ -61,7 +61,7 @@ def load(
         build_variant(name_or_path)
     model = load_unchecked(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
     if check:
-        self_check(model)
+        check_once(model)
     return model
 
 

@@ -13,9 +13,10 @@ import pytest
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.models.model import Model
+from jaxmed.parity import selfcheck
 from jaxmed.parity.compare import compare, first_parting, make_reference, read_reference
 from jaxmed.parity.selfcheck import self_check
-from tests import reference, tolerances
+from tests import reference, tiny, tolerances
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,24 @@ def test_the_reference_has_the_sites_of_the_model(stored: Path) -> None:
 
 def test_loading_checks_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    monkeypatch.setattr("jaxmed.api.self_check", checked.append)
+    monkeypatch.setattr("jaxmed.api.check_once", checked.append)
     jm.load(str(folder), check=False)
     assert not checked
     assert checked == [jm.load(str(folder))]
+
+
+def test_a_loaded_model_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMED_CACHE", str(tmp_path / "cache"))
+    folder, runs = tiny.write_checkpoint(tmp_path / "model"), []
+    monkeypatch.setattr(selfcheck, "_run", lambda model: runs.append(model) or [])
+    for _ in range(2):
+        jm.load(str(folder))
+    assert len(runs) == 1
+    jm.load(str(folder), dtype="bfloat16")
+    tiny.write_checkpoint(folder, rope_theta=2e4)
+    jm.load(str(folder))
+    assert len(runs) == 3
+    monkeypatch.setattr(selfcheck, "_run", lambda model: ["it fails"])
+    for _ in range(2):
+        with pytest.raises(jm.UserError, match="it fails"):
+            jm.load(str(folder), mesh=jm.make_mesh("data=1"))

@@ -197,7 +197,12 @@ def test_masks_survive_their_file_and_combine(scores: Any, tmp_path: Path) -> No
     one, other = (select(scores, Rule(q=0.05, p=0, score=score), None) for score in ("signed", "absolute"))
     write_mask(replace(one, tag="test"), tmp_path / "one.safetensors")
     again = read_mask(tmp_path / "one.safetensors")
-    assert (again.tag, again.rule, again.shapes, again.weights) == ("test", {**one.rule, "layers": [], "matrices": []}, one.shapes, one.weights)
+    assert (again.tag, again.rule, again.shapes, again.weights) == (
+        "test",
+        {**one.rule, "layers": [], "matrices": []},
+        one.shapes,
+        one.weights,
+    )
     assert len(one.weights) == 64
     assert all(np.array_equal(again.indices[name], one.indices[name]) for name in one.indices)
     for name in one.indices:

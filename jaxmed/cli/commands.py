@@ -90,7 +90,7 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
     """Loads a model and checks it; without `weights` only its config and tokenizer. `more` as `load` takes it."""
     from jaxmed.distributed import make_mesh
     from jaxmed.models.load import describe, load
-    from jaxmed.parity.selfcheck import self_check
+    from jaxmed.parity.selfcheck import check_once
 
     if not weights:
         if needs_building(name):
@@ -100,7 +100,7 @@ def load_model(name: str, dtype: str, revision: str | None, mesh: str | None, we
     if needs_building(name):
         build(name)
     model = load(name, dtype, revision, make_mesh(mesh), **more)
-    self_check(model)
+    check_once(model)
     return model
 
 

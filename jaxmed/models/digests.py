@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from functools import cache
 from pathlib import Path
 
 from jaxmed.models.folders import cache_folder
@@ -48,6 +49,15 @@ def remember(file: Path, sha256: str) -> None:
     """Notes a digest that was just taken of a file."""
     file = file.resolve()
     _remember(_note(file), {"file": list(file_state(file)), "sha256": sha256})
+
+
+@cache
+def code_digest(folder: Path) -> str:
+    """SHA-256 of the Python files under a folder of this package."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        found.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def file_state(file: Path) -> State:

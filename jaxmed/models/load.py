@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 from jaxmed.distributed import keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
-from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.checkpoints import Checkpoint, decoded
 from jaxmed.models.checkpoints.assemble import read_params
 from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
@@ -54,17 +55,38 @@ def load(
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
     """
     keep_compiled_programs(cache_folder() / "compiled")
-    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, adapter)
     restore = checkpoint.restore or partial(read_params, checkpoint, family)
-    model.params = restore(model.config, model.mesh)
+    with ThreadPoolExecutor(1) as aside:  # a large vocabulary takes as long as the weights
+        tokenizer = aside.submit(checkpoint.tokenizer)
+        try:
+            model.params = restore(model.config, model.mesh)
+        except decoded.Damage:  # found before anything was computed with it
+            decoded.drop(checkpoint.files[0], model.config.dtype)
+            return load(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    model.tokenizer = tokenizer.result()
+    if checkpoint.restore is None and _is_decoded(model.source, int8, adapter):
+        decoded.keep(checkpoint.files[0], checkpoint, model.config, model.params, model.tokenizer)
+    if template_from is not None:
+        model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)
     return model.describe_params()
 
 
 def describe(
-    name_or_path: str, dtype: str | None = "float32", revision: str | None = None, mesh: jax.sharding.Mesh | None = None, **more: Any
+    name_or_path: str,
+    dtype: str | None = "float32",
+    revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    int8: bool = False,
+    template_from: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Takes and raises what `load` does."""
-    return _open(name_or_path, dtype, revision, mesh, **more)[0]
+    model, checkpoint, _ = _open(name_or_path, dtype, revision, mesh, int8, adapter)
+    model.tokenizer = checkpoint.tokenizer()
+    if template_from is not None:
+        model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)
+    return model
 
 
 def _open(
@@ -73,26 +95,28 @@ def _open(
     revision: str | None,
     mesh: jax.sharding.Mesh | None,
     int8: bool = False,
-    template_from: str | None = None,
     adapter: str | Path | None = None,
 ) -> tuple[Model, Checkpoint, Family]:
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh()
     path = locate(name, revision)
-    checkpoint = _open_path(path)
+    held = decoded.find(path, dtype or "float32") if _is_decoded(path, int8, adapter) else None  # GGUF files name no dtype
+    checkpoint = held or _open_path(path)
     family, config = read_config(checkpoint.config)
     config = replace(config, dtype=dtype or _named_dtype(checkpoint.config), int8=int8)
     edits = read_edits(path)
     if adapter is not None:
         checkpoint, edit = with_adapter(checkpoint, Path(adapter), family, config)
         edits = (*edits, edit)
-    tokenizer = checkpoint.tokenizer()
-    if template_from is not None:
-        tokenizer = _with_template(tokenizer, template_from, name)
     generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else None
-    model = Model(config, {}, tokenizer, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits, generation)
+    model = Model(config, {}, None, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits, generation)
     return model, checkpoint, family
+
+
+def _is_decoded(path: Path | None, int8: bool, adapter: str | Path | None) -> bool:
+    """Whether the weights are decoded as they are read, into nothing but themselves."""
+    return path is not None and path.is_file() and not int8 and adapter is None
 
 
 def _named_dtype(raw: Mapping[str, Any]) -> str:

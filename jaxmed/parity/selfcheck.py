@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import all_problems
 from jaxmed.interventions.edits import ANY, Edit, Where
+from jaxmed.models.digests import code_digest
+from jaxmed.models.folders import cache_folder
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.runner import causal_layout, forward
 
 LENGTH = 8
+MOST_HASHED = 4 * 10**9
+"""Bytes of files beyond which taking their digest costs more than the check."""
 SUMS = ("residual_in", "attention_out", "residual_mid", "mlp_out", "residual_out")
+
+
+def check_once(model: Model) -> None:
+    """`self_check`, unless these weights have passed it before with this code, these devices and this JAX: programs are not compiled
+    again to find the same. Passes are remembered as empty files in the cache folder."""
+    if sum(state[1] for state in model.states) > MOST_HASHED or not model.states:
+        return self_check(model)
+    devices = f"{model.config.dtype} {dict(model.mesh.shape)} {model.mesh.devices.flat[0].device_kind} {jax.__version__}"
+    passed = f"{model.identity} {devices} {code_digest(Path(__file__).parents[1])}"
+    note = cache_folder() / "checked" / hashlib.sha256(passed.encode()).hexdigest()
+    if note.is_file():
+        return None
+    self_check(model)
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    return None
 
 
 def self_check(model: Model) -> None:

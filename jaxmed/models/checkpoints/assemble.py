@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -149,28 +152,63 @@ def check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], con
 
 def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sharding.Mesh, problems: list[str]) -> jax.Array:
     """One parameter on its devices, each of which reads no more than its own slice."""
-    letters, dtype = letters_of(rule, config) or "", param_dtype(config, rule.path[-1])
-    one = letters[1:] if is_stacked(rule) else letters
+    letters, dtype, stacked = letters_of(rule, config) or "", param_dtype(config, rule.path[-1]), is_stacked(rule)
+    one = letters[1:] if stacked else letters
     shape = tuple(config.sizes[letter] for letter in one)
     sharding = partition(one, shape, mesh)
+    cuts = {_part(index, shape): index for index in sharding.addressable_devices_indices_map(shape).values()}
+    sizes = {part: tuple(len(range(size)[cut]) for cut, size in zip(index, shape, strict=True)) for part, index in cuts.items()}
 
-    def read(layer: int) -> jax.Array:
-        held: dict[Part, np.ndarray] = {}
+    def build(layer: int, into: Mapping[Part, np.ndarray]) -> Mapping[Part, np.ndarray]:
+        for part, held in into.items():
+            held[...] = _build(checkpoint, rule, config, layer, part, problems)
+        return into
 
-        def own(index: Any) -> np.ndarray:
-            part = _part(index, shape)
-            if part not in held:
-                held[part] = np.ascontiguousarray(_build(checkpoint, rule, config, layer, part, problems).astype(dtype))
-            return held[part]
+    def place(held: Mapping[Part, np.ndarray], sharding: jax.NamedSharding, layers: tuple[int, ...]) -> jax.Array:
+        own = lambda index: held[_part(index[len(layers) :], shape)]  # noqa: E731
+        return jax.make_array_from_callback((*layers, *shape), sharding, own)
 
-        return jax.make_array_from_callback(shape, sharding, own)
-
-    if not is_stacked(rule):
-        return read(0)
+    if not stacked:
+        return place(build(0, {part: empty(size, dtype) for part, size in sizes.items()}), sharding, ())
+    layers = range(config.layers)
+    if mesh.devices.flat[0].platform == "cpu":  # what lies on the host is used there
+        stacks = {part: empty((config.layers, *size), dtype) for part, size in sizes.items()}
+        for _ in in_threads(lambda layer: build(layer, {part: held[layer] for part, held in stacks.items()}), layers):
+            pass
+        return place(stacks, partition(letters, (config.layers, *shape), mesh), (config.layers,))
     stack = _empty(letters, config, dtype, mesh)
-    for layer in range(config.layers):
-        stack = set_layer(stack, read(layer), layer)
+    rows = in_threads(lambda layer: build(layer, {part: empty(size, dtype) for part, size in sizes.items()}), layers)
+    for layer, row in enumerate(rows):
+        stack = set_layer(stack, place(row, sharding, ()), layer)
     return stack
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins on a cache line, as JAX wants those that it uses where they lie."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + LINE, np.uint8)
+    first = -raw.ctypes.data % LINE
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
+LINE = 64
+
+
+def in_threads(work: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
+    """Results in order, worked on by as many threads as there are cores, no more than two apiece ahead of what is taken."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for one in ahead:
+                one.cancel()
 
 
 def _place_int8(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sharding.Mesh, problems: list[str]) -> Params:
@@ -178,10 +216,14 @@ def _place_int8(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: j
     name, letters = rule.path[-1], letters_of(rule, config) or ""
     names = {name: letters, name + "_scale": "L" + letters[1 + MATRICES[name] :]}
     stacks = {each: _empty(axes, config, param_dtype(config, each), mesh) for each, axes in names.items()}
-    for layer in range(config.layers):
+
+    def quantise(layer: int) -> dict[str, np.ndarray]:
         matrix = _build(checkpoint, rule, config, layer, WHOLE, problems).astype(np.float32)
         scale = np.abs(matrix).max(tuple(range(MATRICES[name])), initial=1e-30) / 127
-        for each, array in ((name, np.rint(matrix / scale).astype(np.int8)), (name + "_scale", scale)):
+        return {name: np.rint(matrix / scale).astype(np.int8), name + "_scale": scale}
+
+    for layer, found in enumerate(in_threads(quantise, range(config.layers))):
+        for each, array in found.items():
             row = jax.device_put(array, partition(names[each][1:], array.shape, mesh))
             stacks[each] = set_layer(stacks[each], row, layer)
     return stacks

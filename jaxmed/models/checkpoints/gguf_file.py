@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 
 from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.models.checkpoints import Checkpoint
@@ -125,11 +126,23 @@ def _factors(header: Header, problems: list[str]) -> dict[str, tuple[float, ...]
     return found
 
 
+AT_ONCE = 2**12
+"""Numbers in a row as the `gguf` package is given it, which takes sixteen rows at a time: they fit into a core's cache."""
+
+
 def _decode(rows: np.ndarray, tensor: Stored) -> np.ndarray:
+    """Bytes uint8 [..., bytes of a row] -> numbers float32 [..., numbers of a row]; blocks are decoded apart, so rows of any length do."""
     from gguf import dequantize
 
+    block, size = GGML_QUANT_SIZES[tensor.kind]
+    shape = (*rows.shape[:-1], rows.shape[-1] // size * block)
+    blocks = rows.reshape(-1, size)
+    per = max(1, AT_ONCE // block)
+    whole = len(blocks) // per * per
+    pieces = (blocks[:whole].reshape(-1, per * size), blocks[whole:].reshape(-1, size))
     with np.errstate(all="ignore"):  # values that are not finite are found, and named, when a checkpoint is assembled
-        return np.asarray(dequantize(rows, tensor.kind), np.float32)
+        found = [np.asarray(dequantize(piece, tensor.kind), np.float32).reshape(-1) for piece in pieces if piece.size]
+    return (found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.float32)])).reshape(shape)
 
 
 def _read(header: Header, piece: Piece, config: dict[str, Any], cut: tuple[slice, ...] | None) -> np.ndarray:

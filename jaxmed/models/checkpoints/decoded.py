@@ -1,0 +1,179 @@
+"""Decoded weights of quantised files, kept in the cache folder: a second load maps them into memory and decodes nothing.
+
+FOLDER/decoded/KEY holds one file per parameter as it lies in memory, the tokenizer's files, and `decoded.json`. The key changes with the
+file, the dtype and the code that reads it. Every piece has a checksum, which is verified on the way in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmed.errors import UserError
+from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.checkpoints.assemble import in_threads
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.digests import code_digest, known_digest
+from jaxmed.models.folders import cache_folder
+from jaxmed.models.transformer import Params, param_shapes, param_shardings
+
+CARD, TOKENIZER = "decoded.json", "tokenizer.json"
+LIMIT, LIMIT_GB = "JAXMED_DECODED_GB", 20.0
+"""Environment variable, and its default: gigabytes that may be kept, of the models used last; 0 keeps nothing."""
+LEAST = 2**26
+"""Bytes from which keeping pays."""
+PIECE = 2**25
+"""Bytes under one checksum."""
+
+
+def find(file: Path, dtype: str) -> Checkpoint | None:
+    """The decoded weights of a file as a checkpoint; None where they are not kept, or were made by other code."""
+    if _limit() <= 0:
+        return None
+    folder = _folder(file, dtype)
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        config, arrays, shapes = dict(card["config"]), dict(card["arrays"]), {name: tuple(shape) for name, shape in card["shapes"].items()}
+        if any((folder / name).stat().st_size != entry["size"] for name, entry in arrays.items()):
+            raise ValueError("a file is cut")
+        os.utime(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+    def read(name: str, cut: Any = None) -> np.ndarray:
+        raise UserError(f"{folder} holds parameters, and no tensor {name}.")
+
+    def restore(wanted: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+        return _restore(folder, arrays, wanted, mesh)
+
+    return Checkpoint(config, shapes, read, (file,), lambda: _tokenizer(folder, card["tokenizer"]), restore)
+
+
+def keep(file: Path, checkpoint: Checkpoint, config: ModelConfig, params: Params, tokenizer: Any) -> None:
+    """Keeps decoded weights for the next load, where there is room, and says so once on stderr; else does nothing."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    root = cache_folder() / "decoded"
+    if not LEAST <= size <= _limit() * 1e9 or any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        return
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        _make_room(root, size)
+        if shutil.disk_usage(root).free < 2 * size:
+            return
+        target = _folder(file, config.dtype)
+        with tempfile.TemporaryDirectory(prefix="part-", dir=root, ignore_cleanup_errors=True) as held:
+            scratch = Path(held) / "whole"
+            scratch.mkdir()
+            _write(scratch, checkpoint, params, tokenizer)
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
+        print(f"Decoded weights of {file.name} are kept in {root} ({size / 1e9:.2f} GB; {LIMIT}=0 turns this off).", file=sys.stderr)
+
+
+def drop(file: Path, dtype: str) -> None:
+    """Forgets the decoded weights of a file."""
+    shutil.rmtree(_folder(file, dtype), ignore_errors=True)
+
+
+class Damage(Exception):
+    """Decoded weights that are not what was written."""
+
+
+def _limit() -> float:
+    given = os.environ.get(LIMIT, "")
+    try:
+        return float(given) if given else LIMIT_GB
+    except ValueError:
+        raise UserError(f"{LIMIT} is {given!r}; a number of gigabytes is expected, 0 to keep nothing.") from None
+
+
+def _folder(file: Path, dtype: str) -> Path:
+    code = f"{code_digest(Path(__file__).parents[1])} {version('gguf')}"
+    key = hashlib.sha256(f"{known_digest(file)} {dtype} {sys.byteorder} {code}".encode()).hexdigest()
+    return cache_folder() / "decoded" / key[:32]
+
+
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _pieces(content: np.ndarray) -> Iterator[memoryview]:
+    yield from (content[at : at + PIECE].data for at in range(0, len(content), PIECE))
+
+
+def _write(folder: Path, checkpoint: Checkpoint, params: Params, tokenizer: Any) -> None:
+    arrays = {}
+    for name, leaf in _leaves(params).items():
+        content = np.asarray(leaf).reshape(-1).view(np.uint8)
+        with (folder / name).open("wb") as handle:
+            handle.write(content.data)
+        arrays[name] = {"size": content.nbytes, "sums": [zlib.crc32(piece) for piece in _pieces(content)]}
+    if tokenizer is not None:
+        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    shapes = {name: list(shape) for name, shape in checkpoint.shapes.items()}
+    card = {
+        "config": dict(checkpoint.config),
+        "arrays": arrays,
+        "shapes": shapes,
+        "tokenizer": dict(tokenizer.init_kwargs) if tokenizer is not None else None,
+    }
+    (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
+
+
+def _restore(folder: Path, arrays: Mapping[str, Any], config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters of `config`, mapped from their files.
+
+    Raises:
+        Damage: files that do not fit the config or their checksums.
+    """
+    shapes, shardings = _leaves(param_shapes(config)), _leaves(param_shardings(config, mesh))
+    if arrays.keys() != shapes.keys():
+        raise Damage("other parameters")
+    mapped = {}
+    for name, shape in shapes.items():
+        if arrays[name]["size"] != math.prod(shape.shape) * shape.dtype.itemsize:
+            raise Damage(f"{name} has another size")
+        mapped[name] = np.memmap(folder / name, np.uint8, "c") if arrays[name]["size"] else np.empty(0, np.uint8)
+    pieces = [(piece, found) for name, held in mapped.items() for piece, found in zip(_pieces(held), arrays[name]["sums"], strict=True)]
+    if not all(in_threads(lambda number: zlib.crc32(pieces[number][0]) == pieces[number][1], range(len(pieces)))):
+        raise Damage("a checksum differs")
+    params: Params = {}
+    for name, shape in shapes.items():
+        host = mapped[name].view(np.ndarray).view(shape.dtype).reshape(shape.shape)
+        target = params
+        *path, last = name.split(".")
+        for key in path:
+            target = target.setdefault(key, {})
+        target[last] = jax.make_array_from_callback(shape.shape, shardings[name], lambda index, host=host: host[index])
+    return params
+
+
+def _tokenizer(folder: Path, settings: Mapping[str, Any] | None) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return None if settings is None else PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **settings)
+
+
+def _make_room(root: Path, size: int) -> None:
+    """Drops what was used longest ago, until `size` more bytes are within the limit."""
+    held = sorted((folder for folder in root.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in held}
+    total = sum(sizes.values()) + size
+    for folder in held:
+        if total > _limit() * 1e9:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= sizes[folder]
