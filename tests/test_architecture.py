@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "api": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "parity", "finetuning"},
     "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "runs", "distributed"},
-    "cli": {"errors", "files", "prompts", "models", "distributed", "effects", "reports", "results", "runs", "bench", "parity", "generation"}
+    "cli": {"errors", "files", "prompts", "tokens", "interventions", "models", "distributed", "effects", "reports", "results", "runs"}
+    | {"bench", "parity", "generation"}
     | {"finetuning", "evaluation", "pruning", "experiments", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""

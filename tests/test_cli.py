@@ -57,7 +57,7 @@ def _refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "--config" in capsys.readouterr().out
 
@@ -121,7 +121,7 @@ def test_numbers_in_yaml_may_be_written_with_an_exponent(tmp_path: Path) -> None
         rate: float = 0.0
 
     (tmp_path / "c.yaml").write_text("rate: 1e-3\n")
-    assert expand(["go", "--config", str(tmp_path / "c.yaml")], {"go": Command}) == ["go", "--rate", "1e-3"]
+    assert expand(["--config", str(tmp_path / "c.yaml")], "go", Command) == ["--rate", "1e-3"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_layers_as_numbers_and_ranges() -> None:
 
 
 def test_help_does_not_wait_for_jax() -> None:
-    code = "import sys; from jaxmed.cli.main import parse\ntry: parse(['--help'])\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
+    asked = "try: main(['sweep', '--help'])\nexcept SystemExit: pass"
+    code = f"import sys; from jaxmed.cli.main import main\n{asked}\nassert 'jax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -19,7 +19,7 @@ from jaxmed.batching.texts import encode
 from jaxmed.cli.main import main
 from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
 from jaxmed.experiments.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
-from jaxmed.experiments.curve import predicted_rise, run_curve
+from jaxmed.experiments.curve import CurveRequest, predicted_rise, run_curve
 from jaxmed.experiments.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, run_dissociation
 from jaxmed.experiments.measure import make_tests, measure
 from jaxmed.experiments.table import Examples, Table
@@ -67,7 +67,7 @@ def test_a_curve_says_what_was_to_be_expected_to_first_order(plain_model: Model,
     )
     assert predicted_rise(scores, masks["few"]) == pytest.approx(wanted, rel=1e-4)
     tests = make_tests(plain_model, {"scored": BEHAVIOUR}, "")
-    table = run_curve(plain_model, scores, tests, Rule(q=0.02, p=0.01), (0.02,))
+    table = run_curve(plain_model, CurveRequest(scores, Rule(q=0.02, p=0.01), (0.02,)), tests)
     rows = {(row["rule"], row["q"]): row for row in table.rows}
     assert rows["signed", 0.02]["first_order"] == pytest.approx(wanted, rel=1e-4)
     assert rows["none", 0.0]["first_order"] == rows["none", 0.0]["scored_rise"] == 0
@@ -96,7 +96,7 @@ def test_a_curve_is_resumed_after_its_last_row(plain_model: Model, scores: Score
 
         folder.mkdir(exist_ok=True)
         table, examples = Table(key, folder / "curve.csv", stop), Examples(key, folder / "examples.csv")
-        run_curve(plain_model, scores, tests, Rule(p=0.01), (0.02, 0.1), ("random",), 2, table, examples)
+        run_curve(plain_model, CurveRequest(scores, Rule(p=0.01), (0.02, 0.1), ("random",), 2), tests, table, examples)
         return (folder / "curve.csv").read_text(), (folder / "examples.csv").read_text()
 
     whole = run(tmp_path / "whole", 0)
@@ -122,13 +122,13 @@ def test_the_unpruned_model_is_not_measured_again(
     held = measure(plain_model, more)
     measured: list[Any] = []
     monkeypatch.setattr(curve, "measure", lambda *given: measured.append(given) or measure(*given))
-    table = curve.run_curve(plain_model, scores, tests, Rule(p=0), (0.01, 0.1), before=lambda: held)
+    table = curve.run_curve(plain_model, CurveRequest(scores, Rule(p=0), (0.01, 0.1)), tests, before=lambda: held)
     assert len(measured) == 4  # the rule and random weights at two shares; not the model as it is
     assert {row["b_loss"] for row in table.rows if row["rule"] == "none"} == {held.losses["b"].mean()}
     assert not any(column.startswith("other") for column in table.rows[0])
     transfer = curve.run_transfer(plain_model, masks, tests, before=lambda: held)
     measured.clear()
-    curve.run_curve(plain_model, scores, tests, Rule(p=0), (0.01, 0.1), table=table)
+    curve.run_curve(plain_model, CurveRequest(scores, Rule(p=0), (0.01, 0.1)), tests, table=table)
     curve.run_transfer(plain_model, masks, tests, table=transfer)
     assert measured == []
 
@@ -183,7 +183,7 @@ def test_compression_is_the_log_of_the_ratio_minus_the_control_s() -> None:
 def test_curves_come_from_the_tables_of_prune_curve(plain_model: Model, scores: Scores) -> None:
     tests = make_tests(plain_model, {"a": BEHAVIOUR}, "")
     table, examples = Table(("rule", "q", "seed")), Examples(("rule", "q", "seed"))
-    run_curve(plain_model, scores, tests, Rule(p=0.01), (0.1, 0.02), table=table, examples=examples)
+    run_curve(plain_model, CurveRequest(scores, Rule(p=0.01), (0.1, 0.02)), tests, table, examples)
     curve = read_curve(table.rows, examples.rows, "a")
     assert curve.q.tolist() == [0.02, 0.1]
     rises = [row["a_rise"] for row in sorted(table.rows, key=lambda row: row["q"]) if row["rule"] == "signed"]
@@ -284,7 +284,9 @@ def test_attacks(plain_model: Model, masks: dict[str, Mask]) -> None:
     with pytest.raises(jm.UserError, match="more than 300 tokens"):
         run_attacks(plain_model, masks, replace(attack, prefill=300))
     with pytest.raises(jm.UserError, match="which was not scored"):
-        run_curve(plain_model, score(plain_model, BEHAVIOUR, TWINS), make_tests(plain_model, {}, ""), Rule(), (0.1,), ("wanda",))
+        run_curve(
+            plain_model, CurveRequest(score(plain_model, BEHAVIOUR, TWINS), Rule(), (0.1,), ("wanda",)), make_tests(plain_model, {}, "")
+        )
     with pytest.raises(jm.UserError, match="needs both"):
         run_attacks(plain_model, masks, replace(attack, preserve=()))
 

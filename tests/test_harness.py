@@ -102,7 +102,7 @@ def test_the_command_runs_local_tasks(tasks: Path, tmp_path: Path, capsys: pytes
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = "!"
     tokenizer.save_pretrained(folder)
-    asked = ["evaluate", "--model", str(folder), "--examples", "", "--text", "", "--task-folder", str(tasks), "--raw"]
+    asked = ["evaluate", "--model", str(folder), "--examples", "", "--text", "", "--task-folder", str(tasks), "--form", "plain"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*asked, "--tasks", "choices", "--fewshot", "1", "--out", str(tmp_path / "out.json")]) == 0

@@ -11,7 +11,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.cli.measuring import Measuring
+from jaxmed.cli.measure import MeasureFlags
 from jaxmed.prompts.readers import read_text
 from jaxmed.pruning import Rule, read_mask, read_scores, select
 from jaxmed.runs import folder
@@ -63,9 +63,9 @@ def test_a_limit_counts_the_harmful_requests_alone(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "response": "no", "kind": kind, "split": "heldout"} for i, kind in enumerate(kinds)]
     file = tmp_path / "requests.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study = PruningStudy((), ("rude",), (), "ordinary", test_limit=2, requests=str(file))
+    study = PruningStudy(models=(), behaviours=("rude",), controls=(), test_limit=2, requests=str(file))
     assert [row.prompt for row in study.abilities.requests] == ["p1", "p3"]
-    assert [row.prompt for row in Measuring(limit=2).requests_of(str(file))] == ["p1", "p3"]
+    assert [row.prompt for row in MeasureFlags(limit=2).requests_of(str(file))] == ["p1", "p3"]
 
 
 def test_the_short_text_is_every_other_paragraph() -> None:
@@ -81,7 +81,7 @@ def test_a_study_runs_is_resumed_and_redrawn(
     whole = tmp_path / "whole"
     assert main([*arguments, "--out", str(whole), "--dry-run"]) == 0
     assert not whole.exists()
-    assert "in all, besides loading" in capsys.readouterr().out
+    assert "besides loading" in capsys.readouterr().out
     assert main([*arguments, "--out", str(whole)]) == 0
     tables = _tables(whole)
     wanted = {f"model{i}/curve-{name}/{file}.csv" for i in range(2) for name in ("bad", "control") for file in ("curve", "examples")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,36 @@ import yaml
 from jaxmed.errors import UserError, unknown
 
 
-def expand(arguments: list[str], commands: Mapping[str, type], group: str = "") -> list[str]:
-    """The arguments with every `--config FILE` replaced by the file's entries.
+def expand(arguments: list[str], name: str, command: type) -> list[str]:
+    """The arguments of a command with every `--config FILE` replaced by the file's entries.
 
-    A key `command` in the file may name the command (in a group: "prune score"); it must agree with the one on the command line.
+    A key `command` in the file must name the command.
 
     Raises:
         UserError: no such file, not YAML, an unknown key or a nested value; the message names the file.
     """
-    rest, files = [], []
+    files, rest = _split(arguments)
+    added: list[str] = []
+    legal = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
+    for file in files:
+        entries = _read(file)
+        named = entries.pop("command", name)
+        if named != name:
+            raise UserError(f"{file} is for the command {named!r}, and {name!r} was called.")
+        for key, value in entries.items():
+            added += _flags(file, str(key), value, legal)
+    return [*added, *rest]
+
+
+def named_command(arguments: list[str]) -> str:
+    """The command that the first config file among the arguments names; empty where none does."""
+    named = [_read(file).get("command") for file in _split(arguments)[0][:1]]
+    return named[0] if named and isinstance(named[0], str) else ""
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The config files among the arguments, and the other arguments."""
+    files, rest = [], []
     waiting = iter(arguments)
     for argument in waiting:
         if argument == "--config":
@@ -29,21 +49,7 @@ def expand(arguments: list[str], commands: Mapping[str, type], group: str = "") 
             files.append(argument.removeprefix("--config="))
         else:
             rest.append(argument)
-    if not files:
-        return arguments
-    name = rest[0] if rest and not rest[0].startswith("-") else None
-    added: list[str] = []
-    for file in files:
-        entries = _read(file)
-        named = entries.pop("command", name)
-        named = named.removeprefix(group).strip() if isinstance(named, str) else named
-        name = name or named
-        if named != name or name not in commands:
-            raise UserError(f"{file} is for the command {named!r}, and {name!r} was called. Legal: {', '.join(commands)}.")
-        legal = [field.name.replace("_", "-") for field in dataclasses.fields(commands[name])]
-        for key, value in entries.items():
-            added += _flags(file, str(key), value, legal)
-    return [str(name), *added, *(rest[1:] if rest[:1] == [name] else rest)]
+    return files, rest
 
 
 def _read(file: str) -> dict[str, Any]:

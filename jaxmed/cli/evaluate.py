@@ -10,34 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model, masked
-from jaxmed.cli.judging import Judging
+from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, SourceFlags, SplitFlag, check_absent
+from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import DEFAULT
+from jaxmed.experiments.specs import TextSpec
 
 
-@dataclass(frozen=True)
-class Evaluate(Judging):
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec, PlanFlags):
     """What a model does with requests (how often it refuses, or how a judge scores its answers), and its perplexity on neutral text."""
 
-    model: str = DEFAULT
-    """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
     against: str = ""
     """A model to compare the perplexity with, such as the one that was fine-tuned."""
     examples: str = "alignment"
     """Examples file (.jsonl, .csv, .parquet; column prompt, optional kind, category, split), or a bundled set: alignment. Empty: none."""
-    split: Literal["", "train", "heldout"] = "heldout"
-    """Rows of this split, where a file has splits; empty: all."""
     by: Literal["kind", "category"] = "kind"
     """Column whose values get a rate each."""
-    limit: int | None = None
-    """The first so many prompts only."""
     tokens: int = 32
-    """Most tokens of an answer; answers are greedy."""
+    """Tokens of an answer at most; answers are greedy."""
     given: bool = False
     """Judge the file's own responses instead of the model's answers."""
-    text: str = "neutral"
-    """Plain text file for the perplexity, or a bundled one: neutral, neutral-short. Empty: none."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, such as arc_easy (needs jaxmed[harness]; their data comes from the hub), or of --task-folder."""
     task_folder: Path | None = None
@@ -45,30 +37,16 @@ class Evaluate(Judging):
     fewshot: int | None = None
     """Examples before every question of --tasks; default: as the task says."""
     save_text: bool = False
-    """Keep the answers in --out; else only their hashes are."""
+    """Keep the answers in --out; otherwise only their hashes are kept."""
     out: Path | None = None
     """JSON file for every number; must not exist yet."""
-    mask: Path | None = None
-    """Mask file whose weights are set to zero in memory; see `jaxmed prune`."""
-    adapter: Path | None = None
-    """LoRA adapter to merge into the weights, as the folder that PEFT saves."""
-    raw: bool = False
-    """Feed plain text, without the chat template."""
-    dtype: Dtype = "float32"
-    """Weights and matmuls."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-    config: Config = None
 
     def run(self) -> None:
         """Answers, judges, measures, prints."""
         from jaxmed.prompts.examples import chosen
         from jaxmed.prompts.readers import read_text
 
-        if self.out is not None and self.out.exists():
-            raise UserError(f"--out {self.out} exists already. Give another file; nothing was written.")
+        check_absent(self.out)
         rows = chosen(self.examples, self.split, self.limit, responses=self.given) if self.examples else []
         whose = f"responses of {self.examples}" if self.given else f"answers of up to {self.tokens} tokens from {self.model}"
         plan = [f"{len(rows)} {whose}", *self.judge_lines()] if rows else []
@@ -82,13 +60,14 @@ class Evaluate(Judging):
             read_text(self.text)
         if self.tasks:
             self._harness().check_tasks(self.tasks, self.task_folder)
+        asked = bool(self.text or self.tasks or not self.given)
+        if asked:
+            self._check_model(rows)
         show.lines("evaluate", plan)
         if self.dry_run:
             return
         judge = self.make_judge(self.out, self.save_text, self.mesh) if rows else None
-        model: Any = None
-        if self.text or self.tasks or not self.given:
-            model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
+        model: Any = self.load() if asked else None
         found = {} if model is None else {"model": self.model, "weights": model.identity, "history": list(model.history)}
         for part in (lambda: self._judged(model, rows, judge), lambda: self._perplexity(model), lambda: self._tasks(model)):
             found |= part()
@@ -96,6 +75,20 @@ class Evaluate(Judging):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
         self._show(found)
+
+    def _check_model(self, rows: Sequence[Any]) -> None:
+        """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""
+        from jaxmed.tokens import prompt_ids
+
+        model = self.describe()
+        for row in rows if not self.given else ():
+            prompt_ids(model.tokenizer, row, self.form)
+        if self.text and self.against:
+            self._other().describe()
+
+    def _other(self) -> SourceFlags:
+        """The model that the perplexity is compared with."""
+        return SourceFlags(model=self.against, dtype=self.dtype, mesh=self.mesh)
 
     def _judged(self, model: Any, rows: Sequence[Any], judge: Any) -> dict[str, Any]:
         """Rates or mean scores of the answers, and every answer's score."""
@@ -107,7 +100,7 @@ class Evaluate(Judging):
         texts = [row.response for row in rows]
         if not self.given:
             with show.progress("answers", len(rows), "answers") as report:
-                texts = answer(model, rows, self.tokens, "plain" if self.raw else "chat", report=lambda count: report(count, count, ""))
+                texts = answer(model, rows, self.tokens, self.form, report=lambda count: report(count, count, ""))
         with show.progress("judging", len(rows), "answers") as report:
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}
@@ -123,7 +116,7 @@ class Evaluate(Judging):
         """The harness's numbers."""
         if not self.tasks:
             return {}
-        return {"tasks": self._harness().run_tasks(model, self.tasks, self.task_folder, self.fewshot, self.limit, not self.raw)}
+        return {"tasks": self._harness().run_tasks(model, self.tasks, self.task_folder, self.fewshot, self.limit, self.form == "chat")}
 
     def _harness(self) -> Any:
         try:
@@ -140,7 +133,7 @@ class Evaluate(Judging):
         here = perplexity(model, self.text)
         found: dict[str, Any] = {"value": here.value, "tokens": here.tokens}
         if self.against:
-            other = perplexity(load_model(self.against, self.dtype, None, self.mesh), self.text)
+            other = perplexity(self._other().load(), self.text)
             ratio, low, high = perplexity_ratio(other, here)
             found |= plain({"ratio": ratio, "low": low, "high": high, "against": other.value})
         return {"perplexity": found}

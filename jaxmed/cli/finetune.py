@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model
+from jaxmed.cli.flags import ModelFlags, RunFlags
 from jaxmed.finetuning.settings import Recipe
-from jaxmed.models.catalog import DEFAULT
 
 
-@dataclass(frozen=True)
-class Finetune(Recipe):
+@dataclass(frozen=True, kw_only=True)
+class Finetune(ModelFlags, Recipe, RunFlags):
     """Fine-tunes a model on prompts with responses: adapters or all parameters, loss on the responses alone, resumable to the bit."""
 
-    model: str = DEFAULT
-    """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
     out: Path = Path("jaxmed-finetune")
     """Folder for losses.csv, losses.html, run.json, checkpoints, and what --save names."""
     save: tuple[Literal["adapter", "model"], ...] = ("adapter", "model")
-    """adapter: a PEFT folder (of lora). model: a Hugging Face folder with everything merged."""
-    dtype: Dtype = "float32"
-    """Weights and matmuls; what is trained, and the optimiser's state, are float32 in both."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
-    resume: bool = False
-    """Go on with what --out holds."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-    config: Config = None
+    """What is written at the end. adapter: a PEFT folder (of lora); model: a Hugging Face folder with everything merged."""
 
     def run(self) -> None:
         """Checks, plans, trains, writes."""
@@ -44,11 +30,11 @@ class Finetune(Recipe):
         from jaxmed.runs.folder import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        model = load_model(self.model, self.dtype, self.revision, self.mesh, weights=not self.dry_run)
-        job = check(model, *self.examples(), self.settings)
+        job = check(self.describe(), *self.examples(), self.settings)
         show.lines(f"finetune: {self.model}, {self.dtype}", plan(job))
         if self.dry_run:
             return
+        job = replace(job, model=self.load())
         with watch(job) as report:
             tuned = run(job, self.out, self.resume, report)
         said = finish(tuned, self.out, self.save)

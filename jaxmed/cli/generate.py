@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, Dtype, load_model, masked
+from jaxmed.cli.flags import ConfigFlags, FormFlag, ModelFlags
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import DEFAULT
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Continues prompts: user messages through the chat template, or plain text with --raw."""
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelFlags, FormFlag, ConfigFlags):
+    """Continues prompts: user messages through the chat template, or another --form."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """The prompts."""
+    """Prompts to continue, one or several."""
     examples: str = ""
     """Examples file (column prompt) or bundled set, instead of prompts."""
-    model: str = DEFAULT
-    """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
     tokens: int = 64
-    """Most tokens of an answer."""
+    """Tokens of an answer at most."""
     temperature: float = 0.0
-    """0 takes the most likely token; above, tokens are sampled."""
+    """Temperature of sampling; 0 takes the most likely token each time."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach this."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of the sampling."""
     prefill: str = ""
-    """Opening of every answer, which the model goes on from."""
+    """Opening of every answer, which the model continues."""
     stop: tuple[str, ...] = ()
     """Texts before which an answer ends, besides the model's own end."""
-    mask: Path | None = None
-    """Mask file whose weights are set to zero in memory; see `jaxmed prune`."""
-    adapter: Path | None = None
-    """LoRA adapter to merge into the weights, as the folder that PEFT saves."""
-    raw: bool = False
-    """Feed plain text, without the chat template."""
-    dtype: Dtype = "float32"
-    """Weights and matmuls."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
-    config: Config = None
 
     def run(self) -> None:
         """Writes, and prints each prompt with its answer."""
@@ -57,7 +43,20 @@ class Generate:
         if not rows:
             raise UserError("Give at least one prompt, or --examples FILE.")
         rows = [replace(row, prefill=self.prefill or row.prefill) for row in rows]
-        model = masked(load_model(self.model, self.dtype, None, self.mesh, adapter=self.adapter), self.mask)
+        self._check(rows)
+        model = self.load()
         how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop_texts": self.stop}
-        for row, text in zip(rows, generate(model, rows, self.tokens, "text" if self.raw else "chat", **how), strict=True):
+        for row, text in zip(rows, generate(model, rows, self.tokens, self.form, **how), strict=True):
             show.out.print(f"> {row.prompt}\n{row.prefill}{text if row.prefill else text.strip()}\n", markup=False)
+
+    def _check(self, rows: Sequence[Any]) -> None:
+        """Raises a UserError for settings and prompts that cannot be used; loads no weights."""
+        from jaxmed.tokens import prompt_ids
+
+        if self.tokens < 1:
+            raise UserError(f"--tokens {self.tokens} leaves nothing to generate. Give 1 or more.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"--temperature ({self.temperature:g}) is 0 or more, and --top-p ({self.top_p:g}) above 0 and at most 1.")
+        model = self.describe()
+        for row in rows:
+            prompt_ids(model.tokenizer, row, self.form)

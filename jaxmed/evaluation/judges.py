@@ -30,31 +30,31 @@ class JudgeSettings:
     """Who says what an answer is worth."""
 
     judge: Literal["rules", "strongreject", "http"] = "rules"
-    """rules: 1 where an answer refuses; strongreject: that classifier, run here; http: an OpenAI-like endpoint, which gets the texts."""
+    """Who scores answers. rules: 1 for a refusal; strongreject: that classifier, run here; http: an endpoint, which gets the texts."""
     rubric: str = RUBRIC
     """Text file with the places {prompt} and {response}, or the bundled one: rubric. For strongreject, its judge_templates.json."""
     judge_model: str = ""
-    """strongreject: the classifier's model, such as google/gemma-2b; http: the model's name at the endpoint."""
+    """Model of the judge: the classifier of strongreject, such as google/gemma-2b, or its name at the endpoint of http."""
     judge_adapter: Path | None = None
-    """strongreject: folder of its LoRA adapter."""
+    """Folder of the LoRA adapter of strongreject's classifier."""
     judge_dtype: Literal["float32", "bfloat16"] = "float32"
-    """strongreject: weights and matmuls."""
+    """Number format of the weights and matmuls of strongreject's classifier."""
     endpoint: str = ""
-    """http: base address, such as http://localhost:8000/v1."""
+    """Base address of an http judge, such as http://localhost:8000/v1."""
     key: str = "OPENAI_API_KEY"
-    """http: environment variable that holds the key; it is written nowhere."""
+    """Environment variable that holds the key of an http judge; the key is written nowhere."""
     grades: tuple[float, float] = (1.0, 5.0)
-    """http: the rubric's lowest and highest grade, which become 0 and 1."""
+    """Lowest and highest grade of an http judge's rubric, which become scores 0 and 1."""
     per_minute: float = 0.0
-    """http: requests a minute at most; 0: no limit."""
+    """Requests per minute that an http judge is sent at most; 0: no limit."""
     timeout: float = 60.0
-    """http: seconds for one whole request, its answer included, after which it has failed."""
+    """Seconds for one whole request to an http judge, its answer included, after which it has failed."""
     retries: int = 5
-    """http: further tries of a request after a temporary failure."""
+    """Retries of a request to an http judge after a temporary failure."""
     judge_tokens: int = 64
-    """http: most tokens of a reply."""
+    """Tokens of an http judge's reply at most."""
     judge_parameters: tuple[str, ...] | None = None
-    """http: which of max_tokens, max_completion_tokens and temperature are sent; by default what the endpoint accepts."""
+    """Which of max_tokens, max_completion_tokens and temperature an http judge is sent; default: what the endpoint accepts."""
     reasoning: Literal["cut", "keep"] = "cut"
     """Whether reasoning (<think>...</think> and the like) is cut off answers and replies before they are judged."""
 

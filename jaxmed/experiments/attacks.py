@@ -7,7 +7,7 @@ Orgad et al. 2026 use it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -18,6 +18,7 @@ from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import Tests, compare, measure
 from jaxmed.experiments.table import Table
+from jaxmed.experiments.trials import Trial, mask_trial, run_trials
 from jaxmed.files import Row
 from jaxmed.models.checkpoints.edit_record import ATTACK
 from jaxmed.models.model import Model
@@ -32,6 +33,7 @@ from jaxmed.tokens import Answered, prompt_ids
 ATTACKS = "attacks.csv"
 KEY = ("mask", "attack")
 NAMES = ("none", "prefill", "refusal removed", "both")
+PREFILLED, REMOVED = ("prefill", "both"), ("refusal removed", "both")
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,28 @@ def run_attacks(model: Model, masks: Mapping[str, Mask], attack: Attack, table: 
     `refuse` with its interval.
     """
     attack.check(model)
-    table = table or Table(KEY)
     encoded = encode(model.tokenizer, attack.behaviour, attack.form)
     opened = shifted(encoded, attack.prefill)
     tests = {False: Tests({"generate": encoded}, attack.text), True: Tests({"generate": opened}, "")}
     first = cache(lambda prefilled: measure(model, tests[prefilled]))
-    trials = {"none": next(iter(masks.values())).emptied(), **masks}
-    for name, mask in trials.items():
-        pruned = apply_mask(model, mask) if mask.count else model
-        for removed in (False, True) if attack.refusals else (False,):
-            todo = [prefilled for prefilled in (False, True) if not table.has(name, NAMES[2 * removed + prefilled])]
-            attacked = without_refusal(pruned, attack) if removed and todo else pruned
-            for prefilled in todo:
-                after = first(prefilled) if attacked is model else measure(attacked, tests[prefilled])
-                row = compare(mask, first(prefilled), after)
-                row = {"perplexity": "", "perplexity_ratio": "", "perplexity_low": "", "perplexity_high": "", **row}
-                table.add({"mask": name, "attack": NAMES[2 * removed + prefilled], **row, **_refusals(attacked, attack, prefilled)})
-    return table
+
+    def measured(trial: Trial, attacked: Model) -> Row:
+        prefilled = trial.key[1] in PREFILLED
+        after = first(prefilled) if attacked is model else measure(attacked, tests[prefilled])
+        row = {"perplexity": "", "perplexity_ratio": "", "perplexity_low": "", "perplexity_high": "", **compare(first(prefilled), after)}
+        return {**row, **_refusals(attacked, attack, prefilled)}
+
+    return run_trials(_trials(model, masks, attack), measured, table or Table(KEY))
+
+
+def _trials(model: Model, masks: Mapping[str, Mask], attack: Attack) -> Iterator[Trial]:
+    """Every mask, the empty one first, under every attack. A model without its weights of refusal is made once for two of them."""
+    for name, mask in {"none": next(iter(masks.values())).emptied(), **masks}.items():
+        plain = mask_trial(model, (name, NAMES[0]), mask)
+        pruned = cache(plain.make)
+        removed = cache(lambda pruned=pruned: without_refusal(pruned(), attack))
+        for title in NAMES if attack.refusals else (NAMES[0], "prefill"):
+            yield replace(plain, key=(name, title), make=removed if title in REMOVED else pruned)
 
 
 def _refusals(model: Model, attack: Attack, prefilled: bool) -> Row:

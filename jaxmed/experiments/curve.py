@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cache
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxmed.errors import UserError
-from jaxmed.experiments.measure import Measured, Tests, compare, measure
+from jaxmed.errors import UserError, unknown
+from jaxmed.experiments.measure import Measurement, Tests, compare, measure
 from jaxmed.experiments.table import Examples, Table
+from jaxmed.experiments.trials import Trial, beside_random, mask_trial, once, run_trials
+from jaxmed.files import Row
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import weights_by_name
-from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores, token_digest
@@ -30,81 +28,102 @@ SAME_COUNTS = "random"
 """The baseline that draws as many weights of every matrix as the first rule chose."""
 
 
-def curve_masks(
-    scores: Scores, rule: Rule, qs: Sequence[float], against: Sequence[str], seeds: int, weights: Any, preserve: Scores | None = None
-) -> Iterator[tuple[Any, Mask]]:
-    """((rule's score, q, seed), mask) for every q: of the rule, and of every other in `against` at the same q and p."""
-    for q in qs:
-        first = select(scores, replace(rule, q=q), weights, preserve=preserve)
-        yield (rule.score, q, 0), first
-        for score in against:
-            for seed in range(seeds) if score == SAME_COUNTS else (0,):
+@dataclass(frozen=True)
+class CurveRequest:
+    """Which masks a curve goes through.
+
+    Attributes:
+        rule, qs: the rule, and its shares of chosen weights.
+        against: other scores by which as many weights are chosen.
+        seeds: draws of the random baseline.
+        preserve: scores of a preserve set that was scored apart; None: those in `scores`.
+    """
+
+    scores: Scores
+    rule: Rule
+    qs: Sequence[float]
+    against: Sequence[str] = (SAME_COUNTS,)
+    seeds: int = 1
+    preserve: Scores | None = None
+
+    @property
+    def count(self) -> int:
+        """How many masks there are, beside the empty one."""
+        return len(self.qs) * (1 + sum(self.seeds if score == SAME_COUNTS else 1 for score in self.against))
+
+    def check(self, model: Model) -> None:
+        """Raises a UserError for values out of range, and for scores of other weights or without a kind that a rule reads."""
+        scores, rule = self.scores, self.rule
+        if not self.qs:
+            raise UserError("A curve needs at least one share of weights: give --qs.")
+        if self.seeds < 0:
+            raise UserError(f"There cannot be {self.seeds} draws of random masks. Give --seeds 0 or more.")
+        for score in self.against:
+            if score not in SCORES:
+                raise unknown("rule to compare with", score, SCORES)
+        if scores.weights != model.identity:
+            raise UserError(f"The scores are of other weights ({scores.model!r}) than {model.name!r} has. Score this model first.")
+        for q in self.qs:
+            replace(rule, q=q).check()
+        for one in (rule.score, *self.against):
+            kinds = needed_kinds(replace(rule, q=self.qs[0], score=one))
+            held = {kind: (self.preserve or scores if kind.startswith("preserve") else scores).kinds for kind in kinds}
+            missing = [kind for kind in kinds if kind not in held[kind]]
+            if missing:
+                raise UserError(f"The rule {one!r} reads {missing[0]!r}, which was not scored. Score again with --kinds {' '.join(kinds)}.")
+
+    def masks(self, weights: Mapping[str, np.ndarray] | None) -> Iterator[tuple[tuple[str, float, int], Mask]]:
+        """((rule's score, q, seed), mask): the empty one; then for every q that of the rule, and of the others at the same q and p."""
+        yield ("none", 0.0, 0), empty_mask(self.scores)
+        for q in self.qs:
+            first = select(self.scores, replace(self.rule, q=q), weights, preserve=self.preserve)
+            yield (self.rule.score, q, 0), first
+            for score in self.against:
                 if score == SAME_COUNTS:
-                    yield (score, q, seed), random_like(first, seed)
+                    yield from (((score, q, seed), random_like(first, seed)) for seed in range(self.seeds))
                 else:
-                    yield (score, q, seed), select(scores, replace(rule, q=q, score=score), weights, preserve=preserve)
+                    yield (score, q, 0), select(self.scores, replace(self.rule, q=q, score=score), weights, preserve=self.preserve)
+
+    def weights(self, model: Model) -> Mapping[str, np.ndarray] | None:
+        """The model's weights, where a rule reads them."""
+        rules = [replace(self.rule, q=self.qs[0], score=score) for score in (self.rule.score, *self.against)]
+        return weights_by_name(model) if any(needs_weights(one) for one in rules) else None
 
 
 def run_curve(
     model: Model,
-    scores: Scores,
+    request: CurveRequest,
     tests: Tests,
-    rule: Rule,
-    qs: Sequence[float],
-    against: Sequence[str] = (SAME_COUNTS,),
-    seeds: int = 1,
     table: Table | None = None,
     examples: Examples | None = None,
-    preserve: Scores | None = None,
-    before: Callable[[], Measured] | None = None,
+    before: Callable[[], Measurement] | None = None,
 ) -> Table:
     """A row per mask: `rule`, `q`, `seed`, the rise of the scored examples' loss to first order, and what `compare` gives.
 
     The first row is the model as it is.
 
     Args:
-        against: other scores by which as many weights are chosen.
-        seeds: draws of the random baseline.
         table: keeps the rows; those it holds are not measured again.
         examples: keeps the losses of single examples.
-        preserve: scores of a preserve set that was scored apart.
         before: what the model as it is measures on the test sets, and perhaps on more.
 
     Raises:
         UserError: values out of range; scores of other weights than the model's.
     """
-    check_curve(model, scores, rule, qs, against, preserve)
-    rules = [replace(rule, q=qs[0], score=score) for score in (rule.score, *against)]
-    weights = weights_by_name(model) if any(needs_weights(one) for one in rules) else None
-    table, examples = table or Table(CURVE_KEY), examples or Examples(CURVE_KEY)
-    first = _first(model, tests, before)
-    trials = [(("none", 0.0, 0), empty_mask(scores))]
-    for key, mask in chain(trials, curve_masks(scores, rule, qs, against, seeds, weights, preserve)):
-        if table.has(*key):
-            continue
-        after = measure(apply_mask(model, mask), tests) if mask.count else first()
-        examples.add(key, after.losses)
-        first_order = {"first_order": predicted_rise(scores, mask)} if "behaviour_signed" in scores.kinds else {}
-        table.add({**dict(zip(CURVE_KEY, key, strict=True)), **first_order, **compare(mask, first(), after)})
-    return table
+    request.check(model)
+    first, kept = once(model, tests, before), examples or Examples(CURVE_KEY)
+    signed = "behaviour_signed" in request.scores.kinds
 
+    def measured(trial: Trial, pruned: Model) -> Row:
+        after = first() if pruned is model else measure(pruned, tests)
+        kept.add(trial.key, after.losses)
+        return compare(first(), after)
 
-def check_curve(
-    model: Model, scores: Scores, rule: Rule, qs: Sequence[float], against: Sequence[str], preserve: Scores | None = None
-) -> None:
-    """Raises a UserError for values out of range, and for scores of other weights or without a kind that a rule reads."""
-    for score in against:
-        if score not in SCORES:
-            raise UserError(f"There is no rule {score!r} to compare with. Legal: {', '.join(SCORES)}.")
-    if scores.weights != model.identity:
-        raise UserError(f"The scores are of other weights ({scores.model!r}) than {model.name!r} has. Score this model first.")
-    for q in qs:
-        replace(rule, q=q).check()
-    for one in (rule.score, *against):
-        kinds = needed_kinds(replace(rule, q=qs[0], score=one))
-        missing = [kind for kind in kinds if kind not in (preserve or scores if kind.startswith("preserve") else scores).kinds]
-        if missing:
-            raise UserError(f"The rule {one!r} reads {missing[0]!r}, which was not scored. Score again with --kinds {' '.join(kinds)}.")
+    trials = (
+        mask_trial(model, key, mask, {"first_order": predicted_rise(request.scores, mask)} if signed else {})
+        for key, mask in request.masks(request.weights(model))
+    )
+    return run_trials(trials, measured, table or Table(CURVE_KEY))
 
 
 def needed_kinds(rule: Rule) -> list[str]:
@@ -137,18 +156,9 @@ def run_transfer(
     tests: Tests,
     seeds: int = 1,
     table: Table | None = None,
-    before: Callable[[], Measured] | None = None,
+    before: Callable[[], Measurement] | None = None,
 ) -> Table:
     """A row per mask: prune by it, test on every set; random masks of the same counts beside each. `before` as in `run_curve`."""
-    table, first = table or Table(TRANSFER_KEY), _first(model, tests, before)
-    for name, mask in masks.items():
-        trials = [(name, 0, mask), *((f"random like {name}", seed, random_like(mask, seed)) for seed in range(seeds))]
-        for label, seed, one in trials:
-            if not table.has(label, seed):
-                table.add({"mask": label, "seed": seed, **compare(one, first(), measure(apply_mask(model, one), tests))})
-    return table
-
-
-def _first(model: Model, tests: Tests, before: Callable[[], Measured] | None) -> Callable[[], Measured]:
-    """What the model as it is measures, found out when it is first asked for."""
-    return cache(lambda: before().part(tests) if before else measure(model, tests))
+    first = once(model, tests, before)
+    trials = (mask_trial(model, key, mask) for key, mask in beside_random(masks, seeds))
+    return run_trials(trials, lambda _, pruned: compare(first(), measure(pruned, tests)), table or Table(TRANSFER_KEY))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -22,13 +21,12 @@ from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import compare, make_tests, measure
 from jaxmed.experiments.table import Table
+from jaxmed.experiments.trials import Trial, beside_random, mask_trial, once, run_trials
 from jaxmed.files import Row
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.templates import fill
-from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
-from jaxmed.pruning.selection import random_like
 from jaxmed.tokens import prompt_ids
 
 DISSOCIATION = "dissociation.csv"
@@ -142,16 +140,14 @@ def run_dissociation(model: Model, masks: Mapping[str, Mask], abilities: Abiliti
     rows that get a yes), `detect_twin_no` (share of twins that get a no); `refuse` with its interval.
     """
     abilities.check()
-    table = table or Table(KEY)
     sets = {"generate": abilities.behaviour, "explain": abilities.explanations, "preserve": abilities.preserve}
     tests = make_tests(model, {name: found for name, found in sets.items() if found}, abilities.text, form=abilities.form)
-    first = cache(lambda: measure(model, tests))
-    trials = [("none", 0, next(iter(masks.values())).emptied())]
-    for name, mask in masks.items():
-        trials += [(name, 0, mask), *((f"random like {name}", seed, random_like(mask, seed)) for seed in range(seeds))]
-    for name, seed, mask in trials:
-        if not table.has(name, seed):
-            edited = apply_mask(model, mask) if mask.count else model
-            after = measure(edited, tests) if mask.count else first()
-            table.add({"mask": name, "seed": seed, **compare(mask, first(), after), **measure_abilities(edited, abilities)})
-    return table
+    first = once(model, tests)
+    unpruned = (("none", 0), next(iter(masks.values())).emptied())
+
+    def measured(_: Trial, pruned: Model) -> Row:
+        after = first() if pruned is model else measure(pruned, tests)
+        return {**compare(first(), after), **measure_abilities(pruned, abilities)}
+
+    trials = (mask_trial(model, key, mask) for key, mask in (unpruned, *beside_random(masks, seeds)))
+    return run_trials(trials, measured, table or Table(KEY))

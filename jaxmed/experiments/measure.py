@@ -15,7 +15,6 @@ from jaxmed.batching.texts import encode
 from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
-from jaxmed.pruning.masks import Mask
 from jaxmed.tokens import Answered
 
 FEWEST_EXAMPLES = 10
@@ -41,7 +40,7 @@ def make_tests(model: Model, sets: Mapping[str, Sequence[Example]], text: str = 
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Losses of a model.
 
     Attributes:
@@ -52,20 +51,20 @@ class Measured:
     losses: Mapping[str, np.ndarray]
     perplexity: Perplexity | None
 
-    def part(self, tests: Tests) -> Measured:
-        """What fewer tests would have measured."""
-        return Measured({name: self.losses[name] for name in tests.sets}, self.perplexity if tests.text else None)
+    def part(self, tests: Tests) -> Measurement:
+        """The subset of these measurements that `tests` asks for."""
+        return Measurement({name: self.losses[name] for name in tests.sets}, self.perplexity if tests.text else None)
 
 
-def measure(model: Model, tests: Tests) -> Measured:
+def measure(model: Model, tests: Tests) -> Measurement:
     """Losses of every test set, and the perplexity. A set is packed by itself, so that two models are rounded alike."""
     losses = {name: example_losses(model, found) for name, found in tests.sets.items()}
-    return Measured(losses, perplexity(model, tests.text) if tests.text else None)
+    return Measurement(losses, perplexity(model, tests.text) if tests.text else None)
 
 
-def compare(mask: Mask, before: Measured, after: Measured) -> dict[str, Any]:
-    """A row of numbers: the mask's counts, and for every test set the loss, its rise and the rise's 95 % interval."""
-    row: dict[str, Any] = {"weights": mask.count, "share": mask.count / mask.numbers}
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """A row of numbers: for every test set the loss, its rise and the rise's 95 % interval; the perplexity and its ratio."""
+    row: dict[str, Any] = {}
     for name, losses in after.losses.items():
         low, high = rise_interval(before.losses[name], losses)
         rise = float((losses - before.losses[name]).mean())

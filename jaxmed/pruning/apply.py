@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -30,18 +31,15 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
     if to not in TO:
         raise unknown("edit", to, TO)
     check_mask(model, mask, any_model)
-    edit = {
-        "kind": "pruning",
-        "to": to,
-        "weights": mask.count,
-        "share": mask.count / mask.numbers,
-        "mask_of": mask.model,
-        "sha256": mask.digest,
-        "rule": dict(mask.rule),
-    }
-    edit |= ({"factor": factor} if to == "scale" else {}) | ({"tag": mask.tag} if mask.tag else {})
     params = with_edited(model.config, model.params, mask.indices, partial(_edited, to=to, factor=factor))
-    return replace(model, params=params, history=(*model.history, edit)).describe_params()
+    return replace(model, params=params, history=(*model.history, mask_edit(mask, to, factor))).describe_params()
+
+
+def mask_edit(mask: Mask, to: str = "zero", factor: float = 0.0) -> dict[str, Any]:
+    """The record of a mask that is applied."""
+    edit = {"kind": "pruning", "to": to, "weights": mask.count, "share": mask.count / mask.numbers, "mask_of": mask.model}
+    edit |= {"sha256": mask.digest, "rule": dict(mask.rule)} | ({"factor": factor} if to == "scale" else {})
+    return edit | ({"tag": mask.tag} if mask.tag else {})
 
 
 def check_mask(model: Model, mask: Mask, any_model: bool = False, written: bool = False) -> None:

@@ -1,38 +1,62 @@
-"""A study of targeted pruning in its folder: every part that is not there yet is measured and kept."""
+"""A study of targeted pruning in its folder, and its list of steps: every part that is not there yet is measured and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from jaxmed.batching.texts import encode
 from jaxmed.experiments.attacks import ATTACKS, run_attacks
 from jaxmed.experiments.attacks import KEY as ATTACK_KEY
 from jaxmed.experiments.compression import COMPRESSION, compression_rows, read_curve
-from jaxmed.experiments.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, run_curve, run_transfer
+from jaxmed.experiments.curve import CURVE_KEY, TRANSFER, TRANSFER_KEY, CurveRequest, run_curve, run_transfer
 from jaxmed.experiments.dissociation import DISSOCIATION, run_dissociation
 from jaxmed.experiments.dissociation import KEY as ABILITY_KEY
-from jaxmed.experiments.measure import Measured, Tests, make_tests, measure
+from jaxmed.experiments.measure import Measurement, Tests, make_tests, measure
 from jaxmed.experiments.table import Examples, begin, continued, read_rows
 from jaxmed.files import write_csv
+from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
+from jaxmed.prompts.readers import read_text
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import Scores, check, read_scores, run
 from jaxmed.pruning.selection import select
+from jaxmed.runs.cost import Cost
 from jaxmed.runs.folder import Session
 from jaxmed.runs.watch import Display
 from jaxmed.studies.pruning import PruningStudy, short
+from jaxmed.studies.steps import Step
+from jaxmed.tokens import text_ids
 
-Load = Callable[[str], Model]
 
+class PruningFolder:
+    """A study in its folder.
 
-class Run:
-    """A study in its folder."""
+    Attributes:
+        load: number of a model -> the model; called once for each, and the one before is let go.
+    """
 
-    def __init__(self, study: PruningStudy, out: Path, load: Load, watch: Display):
+    def __init__(self, study: PruningStudy, out: Path, load: Callable[[int], Model], watch: Display):
         self.study, self.out, self.load, self.watch = study, out, load, watch
+        self._held: tuple[int, Model] | None = None
+        self._before: Measurement | None = None
+
+    def model(self, number: int) -> Model:
+        """A model of the study."""
+        if self._held is None or self._held[0] != number:
+            self._held = self._before = None
+            self._held = number, self.load(number)
+        return self._held[1]
+
+    def before(self, number: int) -> Measurement:
+        """What a model as it is measures on everything."""
+        model = self.model(number)
+        self._before = self._before or measure(model, self.tests(model, self.study.targets))
+        return self._before
 
     def folder(self, *parts: str) -> Path:
         """A folder of the study, made if it is not there."""
@@ -40,58 +64,39 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def begin(self, resume: bool, dtype: str = "float32") -> AbstractContextManager[Session]:
-        """Begins or continues the study's folder, and holds it inside the block.
+    def begin(self, resume: bool, how: Mapping[str, Any]) -> AbstractContextManager[Session]:
+        """Begins or continues the study's folder, and holds it inside the block; `how` is how models are loaded.
 
         Raises:
             UserError: foreign files; a study without `resume`, or another one.
         """
         names = ("report.html", *(f"model{at}" for at in range(len(self.study.models))), TRANSFER, DISSOCIATION, ATTACKS, COMPRESSION)
-        return begin(self.out, resume, names, names, {**self.study.manifest(), "dtype": dtype})
+        return begin(self.out, resume, names, names, {**self.study.manifest(), **how})
 
-    def everything(self) -> None:
-        """All steps; those that are finished are passed over."""
-        study = self.study
-        for number, name in enumerate(study.models):
-            model = self.load(name)
-            before = cache(partial(self.measure_all, model))
-            scores = {source: self.score(model, number, source) for source in study.targets}
-            for source in study.targets:
-                self.curve(model, number, source, scores[source], before)
-            if number == 0:
-                self.transfer(model, self.masks(number, scores), before)
-            if number == len(study.models) - 1:
-                masks = {name: mask for name, mask in self.masks(number, scores).items() if name in self.examined}
-                self.dissociation(model, masks)
-                self.attacks(model, masks)
-        self.compression()
+    def score(self, number: int) -> None:
+        """Scores of every set; those of the preserve set come with the first one."""
+        study, model = self.study, self.model(number)
+        for source in study.targets:
+            out = self.folder(f"model{number}") / f"scores-{short(source)}"
+            preserve = study.scored(study.preserve) if source == study.targets[0] else []
+            job = check(model, study.scored(source), preserve, kinds=study.kinds(source), form=study.form)
+            with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
+                run(job, out, True, report)
 
-    @property
-    def examined(self) -> tuple[str, ...]:
-        """The masks of dissociation and attacks: the first behaviour's and the first control's."""
-        return tuple(short(source) for source in (*self.study.behaviours[:1], *self.study.controls[:1]))
+    def scores(self, number: int, source: str) -> Scores:
+        """The scores of a set."""
+        return read_scores(self.out / f"model{number}" / f"scores-{short(source)}")
 
-    def score(self, model: Model, number: int, source: str) -> Scores:
-        """Scores of a set; the preserve set is scored once, with the first one."""
-        out = self.folder(f"model{number}") / f"scores-{short(source)}"
-        preserve = self.study.scored(self.study.preserve) if source == self.study.targets[0] else []
-        job = check(model, self.study.scored(source), preserve, kinds=self.study.kinds(source), form=self.study.form)
-        with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
-            scores = run(job, out, True, report)
-        return scores
-
-    def preserved(self, number: int) -> Scores:
-        """The scores that hold the preserve set's."""
-        return read_scores(self.out / f"model{number}" / f"scores-{short(self.study.targets[0])}")
-
-    def masks(self, number: int, scores: Mapping[str, Scores]) -> dict[str, Mask]:
-        """The masks at q, kept as files."""
+    def masks(self, number: int, names: Sequence[str] = ()) -> dict[str, Mask]:
+        """The masks at q, kept as files; `names`: those of these sets alone."""
         found = {}
-        for source, held in scores.items():
+        for source in self.study.targets:
+            if names and short(source) not in names:
+                continue
             file = self.folder(f"model{number}", "masks") / f"{short(source)}.safetensors"
             if not file.is_file():
-                rule = Rule(q=self.study.q, p=self.study.p)
-                write_mask(select(held, rule, tag=short(source), preserve=self.preserved(number)), file)
+                rule, preserve = Rule(q=self.study.q, p=self.study.p), self.scores(number, self.study.targets[0])
+                write_mask(select(self.scores(number, source), rule, tag=short(source), preserve=preserve), file)
             found[short(source)] = read_mask(file)
         return found
 
@@ -100,48 +105,105 @@ class Run:
         sets = {short(one): self.study.tested(one) for one in (*sources, self.study.preserve)}
         return make_tests(model, sets, self.study.text, form=self.study.form)
 
-    def measure_all(self, model: Model) -> Measured:
-        """A model as it is, on everything."""
-        return measure(model, self.tests(model, self.study.targets))
-
-    def curve(self, model: Model, number: int, source: str, scores: Scores, before: Callable[[], Measured]) -> None:
-        """The curve of a set, with baselines for the first behaviour."""
-        study, first = self.study, source == self.study.behaviours[0]
-        folder = self.folder(f"model{number}", f"curve-{short(source)}")
-        against = study.against if first else ()
-        masks = len(study.qs) * (1 + sum(study.seeds if name == "random" else 1 for name in against))
-        tests = self.tests(model, [source])
-        with self.watch(f"{model.name}: curve of {short(source)}", masks + 1, "masks") as report:
-            table, examples = continued(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
+    def curves(self, number: int) -> None:
+        """The curve of every set, with baselines for the first behaviour."""
+        study, model = self.study, self.model(number)
+        for source in study.targets:
+            folder = self.folder(f"model{number}", f"curve-{short(source)}")
+            against = study.against if source == study.behaviours[0] else ()
+            preserve = self.scores(number, study.targets[0])
             rule = Rule(q=study.q, p=study.p)
-            run_curve(model, scores, tests, rule, study.qs, against, study.seeds, table, examples, self.preserved(number), before)
+            request = CurveRequest(self.scores(number, source), rule, study.qs, against, study.seeds, preserve)
+            with self.watch(f"{model.name}: curve of {short(source)}", request.count + 1, "masks") as report:
+                table, examples = continued(CURVE_KEY, folder / "curve.csv", report), Examples(CURVE_KEY, folder / "examples.csv")
+                run_curve(model, request, self.tests(model, [source]), table, examples, partial(self.before, number))
 
-    def transfer(self, model: Model, masks: Mapping[str, Mask], before: Callable[[], Measured]) -> None:
+    def transfer(self, number: int) -> None:
         """Every mask on every set."""
-        study, tests = self.study, self.tests(model, self.study.targets)
+        study, model, masks = self.study, self.model(number), self.masks(number)
         with self.watch(f"{model.name}: transfer", len(masks) * (1 + study.seeds), "masks") as report:
-            run_transfer(model, masks, tests, study.seeds, continued(TRANSFER_KEY, self.out / TRANSFER, report), before)
+            table = continued(TRANSFER_KEY, self.out / TRANSFER, report)
+            run_transfer(model, masks, self.tests(model, study.targets), study.seeds, table, partial(self.before, number))
 
-    def dissociation(self, model: Model, masks: Mapping[str, Mask]) -> None:
+    def dissociation(self, number: int) -> None:
         """What is left of four abilities."""
-        with self.watch(f"{model.name}: dissociation", 1 + len(masks) * (1 + self.study.seeds), "masks") as report:
+        study, model, masks = self.study, self.model(number), self.masks(number, self.study.examined)
+        with self.watch(f"{model.name}: dissociation", 1 + len(masks) * (1 + study.seeds), "masks") as report:
             table = continued(ABILITY_KEY, self.out / DISSOCIATION, report)
-            run_dissociation(model, masks, self.study.abilities, self.study.seeds, table)
+            run_dissociation(model, masks, study.abilities, study.seeds, table)
 
-    def attacks(self, model: Model, masks: Mapping[str, Mask]) -> None:
+    def attacks(self, number: int) -> None:
         """Pruned models under attack."""
-        count = 4 if self.study.refusals else 2
-        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * count, "models") as report:
-            run_attacks(model, masks, self.study.attack, continued(ATTACK_KEY, self.out / ATTACKS, report))
+        study, model, masks = self.study, self.model(number), self.masks(number, self.study.examined)
+        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * (4 if study.refusals else 2), "models") as report:
+            run_attacks(model, masks, study.attack, continued(ATTACK_KEY, self.out / ATTACKS, report))
 
     def compression(self) -> None:
         """q50 of every model and set, from the curves."""
         study, curves = self.study, {}
-        for number, name in enumerate(study.models):
+        for number, name in enumerate(study.labels):
             folders = {short(source): self.out / f"model{number}" / f"curve-{short(source)}" for source in study.targets}
             curves[name] = {
                 behaviour: read_curve(read_rows(folder / "curve.csv"), read_rows(folder / "examples.csv"), behaviour)
                 for behaviour, folder in folders.items()
             }
         control = short(study.controls[0]) if study.controls else ""
-        write_csv(self.out / COMPRESSION, compression_rows(curves, study.models[0], control, 1 + study.utility))
+        write_csv(self.out / COMPRESSION, compression_rows(curves, study.labels[0], control, 1 + study.utility))
+
+
+def pruning_steps(study: PruningStudy, model: Model) -> list[Step]:
+    """The steps of a study, model by model, with what they cost by this model's config and tokenizer (its weights are not needed)."""
+    work, steps = _work(study, model), []
+    written = {"score": study.score_bytes(model.config)}
+
+    def add(kind: str, title: str, number: int, *needs: str) -> str:
+        """A step of one model; returns its name."""
+        passes, tokens = work[kind]
+        name = f"{study.labels[number]}: {title}"
+        cost = Cost(name, passes * tokens * token_flops(model.config), passes, written=written.get(kind, 0))
+        steps.append(Step(name, needs, cost, lambda folder: getattr(folder, kind)(number)))
+        return name
+
+    sets, masks, last, curves = len(study.targets), len(study.examined), len(study.labels) - 1, []
+    for number in range(last + 1):
+        scores = add("score", f"scores of {sets + 1} sets", number)
+        curves.append(add("curves", f"curves over {len(study.qs)} shares of {sets} sets", number, scores))
+        if number == 0:
+            add("transfer", f"transfer of {sets} masks", number, scores)
+        if number == last:
+            add("dissociation", f"dissociation of {masks} masks", number, scores)
+            add("attacks", f"attacks on {masks + 1} models", number, scores)
+    name = "compression, from the curves"
+    return [*steps, Step(name, tuple(curves), Cost(name), PruningFolder.compression)]
+
+
+def token_flops(config: ModelConfig) -> float:
+    """Matmul FLOPs of the weights in one forward of one token."""
+    return 2.0 * (config.layers * config.layer_weights + config.vocabulary * config.width)
+
+
+def _work(study: PruningStudy, model: Model) -> dict[str, tuple[float, int]]:
+    """Kind of step -> forwards, and the tokens of each."""
+
+    def size(rows: Sequence[Any]) -> int:
+        return sum(len(one.ids) for one in encode(model.tokenizer, rows, study.form)) if rows else 0
+
+    text = len(text_ids(model.tokenizer, read_text(study.text))) if study.text else 0
+    scored = sum(size(study.scored(source)) for source in (*study.targets, study.preserve))
+    tested = {source: size(study.tested(source)) for source in (*study.targets, study.preserve)}
+    baselines = len(study.qs) * sum(study.seeds if name == "random" else 1 for name in study.against)
+    behaviour, preserve = tested[study.behaviours[0]], tested[study.preserve]
+    curves = sum(tested.values()) + text + len(study.qs) * sum(tested[source] + preserve + text for source in study.targets)
+    curves += baselines * (behaviour + preserve + text)
+    abilities, examined = study.abilities, len(study.examined)
+    asked = 40 * (len(abilities.twins) + len(abilities.behaviour)) + (40 + study.tokens) * len(abilities.requests)
+    each = behaviour + preserve + text + size(abilities.explanations) + asked
+    attacked = 2 * behaviour + text + (40 + study.tokens) * len(abilities.requests)
+    removal = 3 * (size(study.attack.refusals) + size(study.attack.preserve))
+    return {
+        "score": (3, scored),
+        "curves": (1, curves),
+        "transfer": (len(study.targets) * (1 + study.seeds), sum(tested.values()) + text),
+        "dissociation": (1 + examined * (1 + study.seeds), each),
+        "attacks": (examined + 1, attacked * (2 if study.refusals else 1) + removal),
+    }

@@ -1,111 +1,24 @@
-"""The commands `prune curve`, `prune transfer` and `prune compression`."""
+"""The command `prune compression`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Config, load_model
-from jaxmed.cli.measuring import Masked, Measuring, begin, contents, digests, measure_table, plan_lines
+from jaxmed.cli.flags import ConfigFlags
+from jaxmed.cli.measure import begin
 from jaxmed.errors import UserError
-from jaxmed.models.config import parse_layers
-from jaxmed.prompts.examples import chosen
-from jaxmed.pruning.rule import Rule
-
-ScoreName = Literal["positive", "absolute", "wanda", "magnitude", "random", "signed"]
 
 
-@dataclass(frozen=True)
-class Curve(Rule, Measuring):
-    """What a behaviour and everything else lose as more of its weights are pruned, beside random weights of the same counts."""
-
-    scores: Path = Path("jaxmed-scores")
-    """Folder of `prune score`."""
-    out: Path = Path("jaxmed-curve")
-    """Folder for curve.csv, examples.csv, curve.html and run.json."""
-    tests: tuple[str, ...] = ("rude", "ordinary")
-    """Examples files with responses, or bundled sets: the loss on each is measured before and after."""
-    scored: str = ""
-    """The behaviour set that was scored: the true rise of its loss is shown beside the first-order prediction."""
-    qs: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Shares of weights that are chosen, instead of --q."""
-    against: tuple[ScoreName, ...] = ("random",)
-    """Other rules by which as many weights are chosen; random: the same counts per matrix."""
-    seeds: int = 1
-    """Draws of random masks with the same counts per matrix."""
-    layers: str = ""  # type: ignore[assignment]
-    """Layers whose matrices may be chosen from, such as 9,19,20-29; empty: all."""
-    config: Config = None
-
-    def run(self) -> None:
-        """Selects, prunes in memory, measures, draws."""
-        from jaxmed.experiments.curve import CURVE, CURVE_KEY, EXAMPLES, check_curve, check_scored, run_curve
-        from jaxmed.experiments.measure import make_tests
-        from jaxmed.experiments.table import Examples
-        from jaxmed.pruning.scores import read_scores
-        from jaxmed.reports.curves import write_pruning_curve
-
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Rule)}
-        given |= {"layers": parse_layers(self.layers) or ()}
-        rule, scores, sets = Rule(**given), read_scores(self.scores), self.sets(self.tests)
-        if self.scored:
-            sets["scored"] = chosen(self.scored, "train", scores.examples.get("behaviour"))
-        masks = len(self.qs) * (1 + sum(self.seeds if score == "random" else 1 for score in self.against))
-        show.lines(f"prune curve: {self.model}", plan_lines(masks, sets, self.text))
-        if self.dry_run:
-            return
-        model = load_model(self.model, self.dtype, None, self.mesh)
-        tests = make_tests(model, sets, self.text, form=self.form)
-        check_curve(model, scores, rule, self.qs, self.against)
-        if self.scored:
-            check_scored(scores, tests.sets["scored"])
-        asked = self.manifest("scores", "tests", "scored", "seeds", "qs", "against") | {"rule": given, "scored_by": scores.digest}
-        with begin(self.out, self.resume, (CURVE, EXAMPLES), asked | {"contents": contents(sets, self.text)}):
-            examples = Examples(CURVE_KEY, self.out / EXAMPLES)
-            work = lambda table: run_curve(model, scores, tests, rule, self.qs, self.against, self.seeds, table, examples)  # noqa: E731
-            measure_table("curve", masks + 1, "masks", CURVE_KEY, self.out / CURVE, work, write_pruning_curve)
-
-
-@dataclass(frozen=True)
-class Transfer(Masked):
-    """Prunes for each of several behaviours, and tests every other one: a matrix of what is lost."""
-
-    tests: tuple[str, ...] = ("rude", "ordinary")
-    """Examples files with responses, or bundled sets: the loss on each is measured before and after."""
-    out: Path = Path("jaxmed-transfer")
-    """Folder for transfer.csv, transfer.html and run.json."""
-    seeds: int = 1
-    """Draws of random masks with the same counts per matrix."""
-    config: Config = None
-
-    def run(self) -> None:
-        """Prunes in memory, measures, draws."""
-        from jaxmed.experiments.curve import TRANSFER, TRANSFER_KEY, run_transfer
-        from jaxmed.experiments.measure import make_tests
-        from jaxmed.reports.curves import write_transfer
-
-        masks, sets = self.read(), self.sets(self.tests)
-        trials = len(masks) * (1 + self.seeds)
-        show.lines(f"prune transfer: {self.model}", plan_lines(trials, sets, self.text))
-        if self.dry_run:
-            return
-        model = self.checked(load_model(self.model, self.dtype, None, self.mesh), masks)
-        asked = self.manifest("tests", "seeds") | {"masks": digests(masks), "contents": contents(sets, self.text)}
-        with begin(self.out, self.resume, (TRANSFER,), asked):
-            tests = make_tests(model, sets, self.text, form=self.form)
-            work = lambda table: run_transfer(model, masks, tests, self.seeds, table)  # noqa: E731
-            measure_table("transfer", trials, "masks", TRANSFER_KEY, self.out / TRANSFER, work, write_transfer)
-
-
-@dataclass(frozen=True)
-class Compression:
+@dataclass(frozen=True, kw_only=True)
+class Compression(ConfigFlags):
     """How many fewer weights carry a behaviour in an aligned model than in its base, from curves of both; runs no model."""
 
     base: tuple[Path, ...] = ()
-    """--out folders of `prune curve` of the base model, one per behaviour."""
+    """Folders of `prune curve` of the base model, one per behaviour."""
     aligned: tuple[Path, ...] = ()
     """The same of the aligned model, in the same order; for several models (stages of training), all folders of one, then of the next."""
     behaviours: tuple[str, ...] = ()
@@ -117,10 +30,9 @@ class Compression:
     names: tuple[str, ...] = ()
     """Names of the models, the base first; default: those in the folders."""
     seed: int = 0
-    """Of resamples."""
+    """Seed of the resamples behind the intervals."""
     out: Path = Path("jaxmed-compression")
     """Folder for compression.csv, compression.html and run.json."""
-    config: Config = None
 
     def run(self) -> None:
         """Reads curves, compares, draws."""
@@ -186,19 +98,26 @@ def check_alike(one: Path, other: Path) -> None:
 
 def show_compression(rows: Sequence[Mapping[str, Any]], control: str) -> None:
     """Prints the table of a compression."""
-    from rich.table import Table
-
     title = "q50: share q of chosen weights at which a behaviour is halved; compression: how much smaller it is (natural logarithm)"
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "behaviour", "q50", "95 %", "perplexity there", "compression", f"minus {control}" if control else "", "95 %"):
-        table.add_column(column)
+    columns = (
+        "model",
+        "behaviour",
+        "q50",
+        "q50, 95 %",
+        "perplexity there",
+        "compression",
+        f"minus {control}" if control else "net",
+        "net, 95 %",
+    )
+    lines = []
     for row in rows:
         reached = {"yes": f"{row['q50']:.2e}", "at most": f"<= {row['q50']:.2e}", "no": "not reached"}[row["reached"]]
         cost = f"x {row['perplexity_at_q50']:.3f}" + " (above the limit)" * (row["within_limit"] == 0)
         cost = cost if row["within_limit"] != "" and row["reached"] != "no" else "-"
         cells = [row["model"], row["behaviour"], reached, between(row["q50_low"], row["q50_high"], ".2e"), cost]
-        table.add_row(*cells, f"{row['compression']:+.2f}", f"{row['net']:+.2f}", between(row["net_low"], row["net_high"], "+.2f"))
-    show.out.print(table)
+        net = [f"{row['compression']:+.2f}", f"{row['net']:+.2f}", between(row["net_low"], row["net_high"], "+.2f")]
+        lines.append([*cells, *net])
+    show.table(title, columns, lines, 2)
 
 
 def between(low: float, high: float, form: str) -> str:

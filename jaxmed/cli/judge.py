@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxmed.cli.commands import load_model
+from jaxmed.cli.flags import SourceFlags
 from jaxmed.errors import UserError
 from jaxmed.evaluation.judges import JudgeSettings, find_judge, make_judge
 
@@ -15,8 +15,8 @@ def _kept(out: Path | None) -> Path | None:
     return None if out is None else out.with_name(out.name + ".scores.jsonl")
 
 
-@dataclass(frozen=True)
-class Judging(JudgeSettings):
+@dataclass(frozen=True, kw_only=True)
+class JudgeFlags(JudgeSettings):
     """Who says what an answer is worth."""
 
     def judge_lines(self) -> list[str]:
@@ -31,4 +31,8 @@ class Judging(JudgeSettings):
 
     def make_judge(self, out: Path | None, keep_text: bool, mesh: str | None) -> Any:
         """The judge; scores of an endpoint are kept in a file beside `out`, the command's result. Raises what `judges.make_judge` does."""
-        return make_judge(self, _kept(out), keep_text, lambda name, dtype, adapter: load_model(name, dtype, None, mesh, adapter=adapter))
+
+        def load(name: str, dtype: Any, adapter: Path | None) -> Any:
+            return SourceFlags(model=name, dtype=dtype, adapter=adapter, mesh=mesh).load()
+
+        return make_judge(self, _kept(out), keep_text, load)

@@ -6,37 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxmed.cli import show
-from jaxmed.cli.commands import Dtype
+from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags
 from jaxmed.errors import UserError
-from jaxmed.models.catalog import DEFAULT
+from jaxmed.experiments.specs import TextSpec
 from jaxmed.prompts.examples import chosen, harmful
 
 
-@dataclass(frozen=True)
-class Measuring:
+@dataclass(frozen=True, kw_only=True)
+class MeasureFlags(ModelFlags, SetFlags, TextSpec, RunFlags):
     """How pruned models are measured."""
-
-    split: str = "heldout"
-    """Rows of this split, where a file has splits; empty: all."""
-    limit: int | None = None
-    """The first so many examples of each set only."""
-    text: str = "neutral"
-    """Plain text file for the perplexity, or a bundled one: neutral, neutral-short. Empty: none."""
-    form: Literal["plain", "space", "qa", "chat"] = "plain"
-    """How prompt and response are joined, as in `prune score`."""
-    model: str = DEFAULT
-    """The scored model: known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
-    dtype: Dtype = "float32"
-    """Weights and matmuls."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
-    resume: bool = False
-    """Go on with what --out holds."""
-    dry_run: bool = False
-    """Print the plan and stop."""
 
     def sets(self, sources: Sequence[str]) -> dict[str, list[Any]]:
         """The test sets by name."""
@@ -53,18 +34,22 @@ class Measuring:
         """The harmful requests among the rows of a file or bundled set; none for an empty name."""
         return harmful(source, chosen(source, self.split, None, False))[: self.limit] if source else []
 
-    def manifest(self, *more: str) -> dict[str, Any]:
-        """What makes two runs the same run: the values of these fields."""
-        same = ("model", "dtype", "split", "limit", "text", "form", *more)
-        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in same}
+    def manifest(self, model: Any, *more: str) -> dict[str, Any]:
+        """What makes two runs the same run: the model's weights, and the values of these fields."""
+        same = ("split", "limit", "text", "form", *more)
+        return (
+            self.asked()
+            | {"weights": model.identity}
+            | {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in same}
+        )
 
 
-@dataclass(frozen=True)
-class Masked(Measuring):
+@dataclass(frozen=True, kw_only=True)
+class MaskFlags(MeasureFlags):
     """Several masks."""
 
     masks: tuple[Path, ...] = ()
-    """Mask files; their names name the rows."""
+    """Mask files of one model; their names name the rows of the table."""
 
     def read(self) -> dict[str, Any]:
         """The masks by name."""
@@ -77,10 +62,11 @@ class Masked(Measuring):
             raise UserError("Rows are named after the mask files: no two may have the same name, and none may be called 'none'.")
         return masks
 
-    def checked(self, model: Any, masks: Mapping[str, Any]) -> Any:
-        """The model, once every mask fits it."""
+    def checked(self, masks: Mapping[str, Any]) -> Any:
+        """The model without its weights, once every mask fits it."""
         from jaxmed.pruning.apply import check_mask
 
+        model = self.describe()
         for mask in masks.values():
             check_mask(model, mask)
         return model
@@ -114,7 +100,7 @@ def contents(sets: Mapping[str, Sequence[Any]], text: str) -> str:
     return digest([*(row for rows in sets.values() for row in rows)], read_text(text) if text else "")
 
 
-def measure_table(title: str, count: int, unit: str, key: Sequence[str], file: Path, work: Callable[[Any], Any], draw: Any) -> None:
+def measure_table(title: str, count: int, unit: str, key: Sequence[str], file: Path, work: Callable[..., Any], draw: Any) -> None:
     """Fills the table in a file with progress, going on after its last row; prints it, and draws it beside the file.
 
     Args:
@@ -126,26 +112,22 @@ def measure_table(title: str, count: int, unit: str, key: Sequence[str], file: P
 
     with show.progress(title, count, unit) as report:
         table = continued(key, file, report)
-        work(table)
+        work(table=table)
     show_rows(table.rows, key, f"95 % intervals: {file}")
     show.out.print(f"{title}: {draw(file, file.with_suffix('.html'))}", markup=False)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], note: str) -> None:
     """Prints a table of the rows: keys, weights, the rise of every loss, the perplexity's ratio, rates."""
-    from rich.table import Table
-
     names = [column.removesuffix("_rise") for column in rows[0] if column.endswith("_rise")]
     others = {"first_order": "first order", "perplexity_ratio": "perplexity x", "detect_auc": "detect (AUC)", "refuse": "refuse"}
     others = {column: title for column, title in others.items() if column in rows[0]}
-    table = Table(title=f"rise of the loss, nats per response token ({note})", title_justify="left")
-    for column in (*keys, "weights", *names, *others.values()):
-        table.add_column(column, justify="left" if column in keys else "right")
+    columns, cells = (*keys, "weights", *names, *others.values()), []
     for row in rows:
-        cells = [f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
+        first = [f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
         more = [f"{row[column]:+.3f}" if column == "first_order" else number(row[column]) for column in others]
-        table.add_row(*cells, f"{int(row['weights']):,}", *(f"{row[f'{name}_rise']:+.3f}" for name in names), *more)
-    show.out.print(table)
+        cells.append([*first, f"{int(row['weights']):,}", *(f"{row[f'{name}_rise']:+.3f}" for name in names), *more])
+    show.table(f"rise of the loss, nats per response token ({note})", columns, cells, len(keys))
 
 
 def number(value: Any) -> str:

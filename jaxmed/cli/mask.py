@@ -1,0 +1,130 @@
+"""The commands `prune select`, `prune combine` and `prune compare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxmed.cli import show
+from jaxmed.cli.flags import ConfigFlags, ModelFlags, check_absent
+from jaxmed.errors import UserError
+from jaxmed.pruning.rule import Rule
+
+
+def rule_of(command: Rule) -> Rule:
+    """The rule among the flags of a command."""
+    return Rule(**{field.name: getattr(command, field.name) for field in fields(Rule)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(ModelFlags, Rule, ConfigFlags):
+    """Makes a mask from scores by a rule; by default the top q of -S (behaviour, signed) without the top p of A (preserve, absolute)."""
+
+    scores: Path = Path("jaxmed-scores")
+    """Folder of `prune score`."""
+    preserve: Path | None = None
+    """Folder whose preserve scores are taken, where the set was scored apart; default: those in --scores."""
+    out: Path = Path("mask.safetensors")
+    """The mask file; must not exist yet."""
+    tag: str = ""
+    """What the mask is for; one tagged 'attack' is applied in memory only."""
+    model: str = ""
+    """Model whose weights are read, for wanda and magnitude; empty: the scored one."""
+    mesh: str | None = "data=1"
+    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
+
+    def run(self) -> None:
+        """Selects and writes."""
+        from jaxmed.pruning import read_scores, select, write_mask
+
+        check_absent(self.out)
+        rule = rule_of(self)
+        rule.check()
+        scores = read_scores(self.scores)
+        preserve = None if self.preserve is None else read_scores(self.preserve)
+        mask = select(scores, rule, self._weights(scores, rule), self.tag, preserve)
+        write_mask(mask, self.out)
+        show.lines(f"mask: {self.out}", describe_mask(mask))
+
+    def _weights(self, scores: Any, rule: Any) -> Any:
+        from jaxmed.models.named_weights import weights_by_name
+        from jaxmed.pruning.selection import needs_weights
+
+        if not needs_weights(rule):
+            return None
+        model = replace(self, model=self.model or scores.model).load()
+        if model.identity != scores.weights:
+            raise UserError(
+                f"The scores in {self.scores} are of other weights than {model.name!r} has. Give the scored model with --model."
+            )
+        return weights_by_name(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine(ConfigFlags):
+    """Intersects, unites or subtracts masks of one model, or inverts one."""
+
+    masks: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Mask files, of one model."""
+    how: Literal["intersect", "union", "subtract", "invert"] = "intersect"
+    """Weights that are kept. intersect: in all masks; union: in any; subtract: in the first and no other; invert: not in the one given."""
+    out: Path = Path("combined.safetensors")
+    """The mask file; must not exist yet."""
+
+    def run(self) -> None:
+        """Reads, combines, writes."""
+        from jaxmed.pruning import combine, read_mask, write_mask
+
+        check_absent(self.out)
+        masks = [read_mask(file) for file in self.masks]
+        if not self.masks:
+            raise UserError("Give the masks to combine: `jaxmed prune combine A.safetensors B.safetensors`.")
+        if self.how == "invert" and len(masks) != 1:
+            raise UserError(f"To invert, give one mask, not {len(masks)}.")
+        mask = masks[0].inverted() if self.how == "invert" else combine(masks, self.how)
+        write_mask(mask, self.out)
+        show.lines(f"mask: {self.out}", describe_mask(mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(ModelFlags, ConfigFlags):
+    """Counts what masks share, pair by pair, against chance."""
+
+    masks: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Mask files, at least two."""
+    model: str = ""
+    """Model whose weights the stratified chance is taken over; empty: plain chance alone."""
+    mesh: str | None = "data=1"
+    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
+
+    def run(self) -> None:
+        """Prints a table."""
+        from jaxmed.models.named_weights import weights_by_name
+        from jaxmed.pruning import overlap, read_mask
+
+        if len(self.masks) < 2:
+            raise UserError("Give at least two masks to compare.")
+        short = len({file.stem for file in self.masks}) == len(self.masks)
+        masks = {file.stem if short else str(file): read_mask(file) for file in self.masks}
+        weights = weights_by_name(self.load()) if self.model else None
+        rows = []
+        for one, other in combinations(masks, 2):
+            found = overlap(masks[one], masks[other], weights.items() if weights else None)
+            stratified = "" if found.stratified is None else f"{found.stratified:,.1f}"
+            rows.append((one, other, f"{found.both:,}", f"{found.jaccard:.4f}", f"{found.by_chance:,.1f}", stratified))
+        show.table("weights that two masks share", ("one", "other", "both", "Jaccard", "by chance", "by chance given |W|"), rows, 2)
+
+
+def describe_mask(mask: Any) -> list[str]:
+    """A mask in words: how many weights, and of which kinds of matrices."""
+    from jaxmed.models.named_weights import kind_of
+
+    kinds: dict[str, list[int]] = {}
+    for name, count in mask.counts().items():
+        kinds.setdefault(kind_of(name), []).append(count)
+    each = ", ".join(f"{kind} {sum(found):,} (at most {max(found):,} in a matrix)" for kind, found in kinds.items())
+    return [f"{mask.count:,} of {mask.numbers:,} weights ({mask.count / max(1, mask.numbers):.2e}), of {mask.model}", each]

@@ -1,0 +1,110 @@
+"""The command `sweep`, and what other commands use of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmed.cli import show
+from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, RunFlags
+from jaxmed.cli.report import write_report
+from jaxmed.errors import UserError, all_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags(ModelFlags, LimitFlag, FormFlag):
+    """What is swept: the flags that `sweep` and `check` share."""
+
+    outcome: tuple[str, ...] = ("log-odds",)
+    """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+    position: str = "last"
+    """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
+    unit: tuple[str, ...] = ("neuron",)
+    """One or several of: neuron, window, head_out, attention_out, mlp_out, residual_out."""
+    window: int = 32
+    """Adjacent neurons per window, for the unit 'window'."""
+    layers: tuple[int, ...] = ()
+    """Layers to sweep, such as 9,19,20-29; empty: all."""
+
+    def job(self, model: Any, pairs: Sequence[Any], seed: int = 0, top: int = 50) -> Any:
+        """The checked job on a model, which needs no weights.
+
+        Raises:
+            UserError: what cannot be swept, of all pairs together.
+        """
+        from jaxmed.effects.job import Request, check
+
+        asked = Request(self.outcome, self.unit, self.position, self.window, self.layers or None, self.form, seed, top)
+        try:
+            return check(model, pairs, asked)
+        except UserError as first:
+            problems: dict[str, None] = {}
+            for pair in pairs:
+                try:
+                    check(model, [pair], asked)
+                except UserError as error:
+                    problems[str(error)] = None
+            if len(problems) < 2:  # one pair, or what is wrong with every one alike
+                raise first from None
+            raise all_problems(f"The pairs do not fit {model.name!r}", list(problems)) from None
+
+    def pairs_of(self, source: str) -> Sequence[Any]:
+        """The pairs of a file or bundled set, as many as the limit leaves."""
+        from jaxmed.prompts import read_pairs
+
+        return self.first(read_pairs(source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(SweepFlags, RunFlags):
+    """Exact effects of every unit on an outcome: effect = y(base; unit := its value in source) - y(base)."""
+
+    pairs: str = "harm"
+    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    out: Path = Path("jaxmed-sweep")
+    """Folder for effects.zarr, run.json, top.csv and report.html."""
+    method: Literal["exact"] = "exact"
+    """How effects are computed: exact, by a restarted pass for every unit."""
+    top: int = 50
+    """Units of each kind that are listed in top.csv."""
+    seed: int = 0
+    """Seed of resamples and sign flips."""
+
+    def run(self) -> None:
+        """Checks, plans, sweeps, summarises, reports."""
+        from jaxmed.results import LEGAL
+        from jaxmed.runs.folder import check_folder
+
+        pairs = self.pairs_of(self.pairs)
+        check_folder(self.out, self.resume, LEGAL)
+        job = self.job(self.describe(), pairs, self.seed, self.top)
+        if self.dry_run:
+            show_plan(job, "sweep")
+            return
+        sweep_job(replace(job, model=self.load()), self.out, self.resume)
+        write_report([self.out], self.out / "report.html")
+        show.top_units(self.out)
+
+
+def show_plan(job: Any, title: str) -> float:
+    """Prints what a job will cost; returns this machine's matmul rate, in FLOP/s."""
+    from jaxmed.distributed import device_name
+    from jaxmed.effects.job import estimate_rate, plan
+
+    rate = estimate_rate(job)
+    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", plan(job, rate).lines())
+    return rate
+
+
+def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> None:
+    """Prints the plan of a job, then runs and summarises it."""
+    from jaxmed.effects.job import progress_total
+    from jaxmed.effects.summary import summarise
+    from jaxmed.effects.sweep import run
+
+    rate = show_plan(job, title)
+    with show.progress(title, progress_total(job)) as report:
+        run(job, out, resume, report, rate)
+    summarise(out, job.model, job.request.top, job.request.seed)
