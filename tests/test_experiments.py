@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from scipy import stats
 
 import jaxmed as jm
 from jaxmed.batching.scoring import choice_logits, example_losses
@@ -20,7 +19,7 @@ from jaxmed.cli.main import main
 from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
 from jaxmed.experiments.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
 from jaxmed.experiments.curve import CurveRequest, predicted_rise, run_curve
-from jaxmed.experiments.dissociation import Abilities, answer_tokens, auc, auc_interval, detection, run_dissociation
+from jaxmed.experiments.dissociation import Abilities, answer_tokens, detection, run_dissociation
 from jaxmed.experiments.measure import make_tests, measure
 from jaxmed.experiments.table import Examples, Table
 from jaxmed.models.model import Model
@@ -29,6 +28,7 @@ from jaxmed.pruning import Mask, Rule, select, write_mask
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.scores import Scores, score
 from jaxmed.reports.curves import draw_pruning_curve
+from jaxmed.statistics import auc
 from jaxmed.tokens import Answered, prompt_ids
 from tests import tiny
 
@@ -211,15 +211,6 @@ def test_a_few_logits_are_those_of_forward(tiny_model: Model) -> None:
     found = choice_logits(tiny_model, prompts, [7, 2])
     for row, ids in zip(found, prompts, strict=True):
         assert np.allclose(row, np.asarray(jm.forward(tiny_model, ids[None])[0])[0, -1, [7, 2]], atol=1e-4)
-
-
-def test_auc_is_that_of_mann_and_whitney() -> None:
-    rng = np.random.default_rng(0)
-    one, two = rng.integers(0, 6, 30) + 1.0, rng.integers(0, 6, 20).astype(float)
-    assert auc(one, two) == pytest.approx(stats.mannwhitneyu(one, two).statistic / 600)
-    low, high = auc_interval(one, two)
-    assert low < auc(one, two) < high
-    assert math.isnan(auc_interval(one[:9], two)[0])
 
 
 def test_dissociation(yes_no_model: Model, masks: dict[str, Mask]) -> None:

@@ -74,7 +74,7 @@ def _statistics(table: xr.Dataset, effects: xr.DataArray, seed: int) -> xr.Datas
     found = statistics.summarise(
         effects.values.reshape(len(behaviour), -1), table.group.values[behaviour], table.split.values[behaviour], seed=seed
     )
-    fields = {"mean": found.mean, "ci_low": found.low, "ci_high": found.high, "p": found.p, "q": found.q}
+    fields = {"mean": found.mean, "ci_low": found.low, "ci_high": found.high, "p": found.p_adjusted, "q": found.q}
     coords = {name: effects.coords[name] for name in effects.dims if name != "pair"}
     arrays = {name: (effects.dims[1:], values.reshape(shape)) for name, values in fields.items()}
     return xr.Dataset(arrays, coords=coords, attrs={"interval": found.interval, "smallest_p": found.smallest_p})

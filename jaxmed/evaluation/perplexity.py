@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
+from jaxmed.statistics import ratio_interval
 from jaxmed.tokens import Answered, text_ids
 
 SEGMENT = 512
@@ -56,22 +56,9 @@ def perplexity(model: Model, source: str | Path) -> Perplexity:
     return Perplexity(math.exp(total / count), int(count), np.stack([kept[:, 0] / kept[:, 1], kept[:, 1]], axis=1))
 
 
-FEWEST_PARAGRAPHS = 10
-"""Below, there is no interval: too few to resample."""
-
-
-def perplexity_ratio(before: Perplexity, after: Perplexity, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Perplexity after over before, and its 95 % interval: paragraphs resampled, the same for both (percentile bootstrap).
-
-    The interval is NaN below `FEWEST_PARAGRAPHS`.
-    """
-
-    def ratio(old: np.ndarray, new: np.ndarray, weight: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.exp(((new - old) * weight).sum(axis) / weight.sum(axis))
-
-    data = (before.losses[:, 0], after.losses[:, 0], before.losses[:, 1])
-    if len(before.losses) < FEWEST_PARAGRAPHS:
-        return float(ratio(*data)), math.nan, math.nan
-    found = stats.bootstrap(data, ratio, paired=True, vectorized=True, n_resamples=resamples, method="percentile", rng=seed)
-    interval = found.confidence_interval
-    return float(ratio(*data)), float(interval.low), float(interval.high)
+def perplexity_ratio(before: Perplexity, after: Perplexity) -> tuple[float, float, float]:
+    """Perplexity after over before, and its 95 % interval over paragraphs, which are the same in both; NaN where they are too few."""
+    tokens = before.losses[:, 1]
+    rise = ratio_interval((after.losses[:, 0] - before.losses[:, 0]) * tokens, tokens)
+    ratio, low, high = (math.exp(end) for end in rise)
+    return ratio, low, high

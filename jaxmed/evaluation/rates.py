@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.prompts.examples import Example
+from jaxmed.statistics.intervals import EVERYTHING, mean_interval, wilson
 
 T = TypeVar("T")
-FEWEST = 10
-"""Below, a mean has no interval: too few to resample."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Mean:
     """The mean score of a group of answers.
 
     Attributes:
-        low, high: 95 % BCa bootstrap interval over answers; NaN below `FEWEST`.
+        low, high: 95 % interval over answers; NaN below `statistics.FEWEST_FOR_INTERVAL`.
         unjudged: answers without a score; they are left out.
     """
 
@@ -56,8 +54,8 @@ class Mean:
 
 def rate(name: str, refused: Sequence[bool]) -> Rate:
     """The share of refusals with its interval."""
-    low, high = stats.binomtest(sum(refused), len(refused)).proportion_ci(method="wilson")
-    return Rate(name, sum(refused), len(refused), float(low), float(high))
+    low, high = wilson(sum(refused), len(refused))
+    return Rate(name, sum(refused), len(refused), low, high)
 
 
 def refusal_rates(examples: Sequence[Example], answers: Sequence[str], by: str = "kind", short: int = 0) -> list[Rate]:
@@ -70,21 +68,17 @@ def rates_of(examples: Sequence[Example], scores: Sequence[float | None], by: st
     return [rate(name, [bool(score) for score in found]) for name, found in _groups(examples, scores, by).items()]
 
 
-def mean_score(name: str, scores: Sequence[float | None], resamples: int = 2000, seed: int = 0) -> Mean:
-    """The mean of the scores there are, with its interval."""
+def mean_score(name: str, scores: Sequence[float | None], legal: tuple[float, float] = EVERYTHING) -> Mean:
+    """The mean of the scores there are, with its interval, which stays within what is `legal`."""
     kept = np.array([score for score in scores if score is not None])
-    value, unjudged = float(kept.mean()) if len(kept) else math.nan, len(scores) - len(kept)
-    if len(kept) < FEWEST:
-        return Mean(name, value, len(kept), math.nan, math.nan, unjudged)
-    if np.ptp(kept) == 0:
-        return Mean(name, value, len(kept), value, value, unjudged)
-    found = stats.bootstrap((kept,), np.mean, n_resamples=resamples, method="BCa", rng=seed).confidence_interval
-    return Mean(name, value, len(kept), float(found.low), float(found.high), unjudged)
+    value = float(kept.mean()) if len(kept) else math.nan
+    low, high = mean_interval(kept, legal=legal)
+    return Mean(name, value, len(kept), float(low), float(high), len(scores) - len(kept))
 
 
 def mean_scores(examples: Sequence[Example], scores: Sequence[float | None], by: str = "kind") -> list[Mean]:
     """Mean scores of every value of a column, in order of appearance."""
-    return [mean_score(name, found) for name, found in _groups(examples, scores, by).items()]
+    return [mean_score(name, found, (0.0, 1.0)) for name, found in _groups(examples, scores, by).items()]
 
 
 def _groups(examples: Sequence[Example], values: Sequence[T], by: str) -> dict[str, list[T]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmed.errors import UserError
 from jaxmed.files import Row
+from jaxmed.statistics import percentile_interval, resample_weights
 
 COMPRESSION = "compression.csv"
 HALVED = math.log(2)
@@ -113,7 +114,7 @@ def compression_rows(
         if len(counts) > 1:
             raise UserError(f"The curves of {name!r} have {sorted(counts)} examples; all models need the same ones.")
         size = counts.pop()
-        draws = rng.multinomial(size, np.full(size, 1 / size), resamples)
+        draws = resample_weights(size, resamples, rng)
         for model in curves:
             found[model, name] = np.array([q50(curves[model][name]), *(q50(curves[model][name], draw) for draw in draws)])
     with np.errstate(invalid="ignore"):
@@ -121,22 +122,14 @@ def compression_rows(
         rows = []
         for (model, name), values in found.items():
             curve = curves[model][name]
-            low, high = _interval(values[1:])
+            low, high = percentile_interval(values[1:])
             reached = "no" if math.isinf(values[0]) else "at most" if values[0] == curve.q[0] else "yes"
             cost, share = (at_share(curve, column, values[0]) for column in (curve.ratio, curve.share))
             row: Row = {"model": model, "behaviour": name, "q50": values[0], "q50_low": 0.0 if reached == "at most" else low}
             row |= {"q50_high": high, "reached": reached, "share_at_q50": share, "perplexity_at_q50": cost}
             row |= {"within_limit": "" if np.isnan(curve.ratio).any() else int(cost <= limit)}
             net = gains[model, name] - gains[model, control] if control else gains[model, name]
-            low, high = _interval(net[1:]) if model != base else (math.nan, math.nan)
+            low, high = percentile_interval(net[1:]) if model != base else (math.nan, math.nan)
             row |= {"compression": gains[model, name][0], "net": net[0], "net_low": low, "net_high": high}
             rows.append(row)
     return rows
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Percentiles 2.5 and 97.5; NaN where values are not finite."""
-    if not np.isfinite(values).all():
-        return math.nan, math.nan
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

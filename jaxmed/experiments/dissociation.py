@@ -6,12 +6,10 @@ about their twins. Refuse: answers to requests, judged by rules.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 from scipy.special import logsumexp
 
 from jaxmed.batching.scoring import choice_logits
@@ -27,6 +25,7 @@ from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.templates import fill
 from jaxmed.pruning.masks import Mask
+from jaxmed.statistics import auc, auc_interval
 from jaxmed.tokens import prompt_ids
 
 DISSOCIATION = "dissociation.csv"
@@ -101,21 +100,6 @@ def detection(model: Model, abilities: Abilities) -> tuple[np.ndarray, np.ndarra
     logits = choice_logits(model, [prompt_ids(model.tokenizer, one) for one in asked], [*yes, *no]).astype(np.float64)
     odds = logsumexp(logits[:, : len(yes)], axis=1) - logsumexp(logits[:, len(yes) :], axis=1)
     return odds[: len(abilities.behaviour)], odds[len(abilities.behaviour) :]
-
-
-def auc(of_behaviour: np.ndarray, of_twins: np.ndarray) -> float:
-    """How often a row's log-odds exceed a twin's (ties count half): area under the ROC curve."""
-    above = of_behaviour[:, None] - of_twins[None, :]
-    return float((above > 0).mean() + 0.5 * (above == 0).mean())
-
-
-def auc_interval(of_behaviour: np.ndarray, of_twins: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of `auc`: rows and twins resampled (percentile bootstrap); NaN below ten of either."""
-    if min(len(of_behaviour), len(of_twins)) < 10:
-        return math.nan, math.nan
-    data = (of_behaviour, of_twins)
-    found = stats.bootstrap(data, auc, n_resamples=resamples, vectorized=False, method="percentile", rng=seed).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def measure_abilities(model: Model, abilities: Abilities) -> Row:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from jaxmed.batching.scoring import example_losses
 from jaxmed.batching.texts import encode
 from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
+from jaxmed.statistics import mean_interval
 from jaxmed.tokens import Answered
-
-FEWEST_EXAMPLES = 10
-"""Below, there is no interval: too few to resample."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +62,10 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     """A row of numbers: for every test set the loss, its rise and the rise's 95 % interval; the perplexity and its ratio."""
     row: dict[str, Any] = {}
     for name, losses in after.losses.items():
-        low, high = rise_interval(before.losses[name], losses)
-        rise = float((losses - before.losses[name]).mean())
-        row |= {f"{name}_loss": float(losses.mean()), f"{name}_rise": rise, f"{name}_low": low, f"{name}_high": high}
+        rise = losses - before.losses[name]
+        low, high = map(float, mean_interval(rise))
+        row |= {f"{name}_loss": float(losses.mean()), f"{name}_rise": float(rise.mean()), f"{name}_low": low, f"{name}_high": high}
     if before.perplexity is not None and after.perplexity is not None:
         ratio, low, high = perplexity_ratio(before.perplexity, after.perplexity)
         row |= {"perplexity": after.perplexity.value, "perplexity_ratio": ratio, "perplexity_low": low, "perplexity_high": high}
     return row
-
-
-def rise_interval(before: np.ndarray, after: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean rise of the loss over examples (BCa bootstrap of paired differences); NaN below `FEWEST_EXAMPLES`."""
-    rise = after - before
-    if len(rise) < FEWEST_EXAMPLES:
-        return math.nan, math.nan
-    if np.ptp(rise) == 0:
-        return float(rise[0]), float(rise[0])
-    found = stats.bootstrap((rise,), np.mean, n_resamples=resamples, method="BCa", rng=seed).confidence_interval
-    return float(found.low), float(found.high)

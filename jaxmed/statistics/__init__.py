@@ -1,0 +1,36 @@
+"""Statistics of effects over pairs, and every interval of the package: numpy in, numpy out."""
+
+from jaxmed.statistics.flips import DISCOVERIES, flip_tests, max_t, replicate, sign_flip, smallest_p, studentised
+from jaxmed.statistics.intervals import (
+    FEWEST_FOR_INTERVAL,
+    auc,
+    auc_interval,
+    mean_interval,
+    percentile_interval,
+    ratio_interval,
+    resample_weights,
+    wilson,
+)
+from jaxmed.statistics.summary import Summary, group_means, share, summarise
+
+__all__ = [
+    "DISCOVERIES",
+    "FEWEST_FOR_INTERVAL",
+    "Summary",
+    "auc",
+    "auc_interval",
+    "flip_tests",
+    "group_means",
+    "max_t",
+    "mean_interval",
+    "percentile_interval",
+    "ratio_interval",
+    "replicate",
+    "resample_weights",
+    "share",
+    "sign_flip",
+    "smallest_p",
+    "studentised",
+    "summarise",
+    "wilson",
+]
