@@ -23,7 +23,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.prompts.examples import Example
 from jaxmed.runner import Layout, Prefix, Recording, causal_layout, extend, logits_of, run_tokens
-from jaxmed.tokens import bucket, check_tokens, end_tokens, render, written_text
+from jaxmed.tokens import bucket, check_tokens, end_tokens, has_text, render, written_text
 
 WHERE = ("both", "prompt", "generated")
 ROWS = 64
@@ -244,14 +244,13 @@ def _write(
     """The texts of the first `count` rows of one batch; it ends when all of them have ended."""
     config, params = model.config, model.params
     written = read_prompts(config, params, tokens, padding, halves[0], sampling, most, sampled)
-    columns, stopped = [np.asarray(written.token)[:count]], np.full(count, most)
+    columns, stopped, last = [np.asarray(written.token)[:count]], np.full(count, most), np.asarray(tokens[:, -1])
 
     def alive() -> bool:
         """Whether a row goes on, after noting the rows that end with the newest token."""
         stopped[np.isin(columns[-1], ends) & (stopped == most)] = len(columns) - 1
         for row in np.nonzero(stopped == most)[0] if stop_texts else ():
-            tail = [column[row] for column in columns[-max(map(len, stop_texts)) - 1 :]]  # a token has a character at least
-            if any(text in model.tokenizer.decode(tail) for text in stop_texts):
+            if has_text(model.tokenizer, last[row], [column[row] for column in columns], stop_texts):
                 stopped[row] = len(columns)
         return bool((stopped == most).any())
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.batching.texts import encode
 from jaxmed.effects.outcomes import encode_answers
-from jaxmed.tokens import BUCKETS, align, bucket, locate, pack, render
+from jaxmed.errors import Notice
+from jaxmed.tokens import BUCKETS, align, bucket, encode_example, locate, pack, render
 from tests import tiny
+from tests.tokenizers_of_families import tokenizer
 
 
 def test_ids_of_the_default_tokenizer_are_pinned(smol) -> None:
@@ -76,6 +81,75 @@ def test_positions_out_of_range_and_unknown(smol) -> None:
         locate(prompt, 1000)
     with pytest.raises(jm.UserError, match="Did you mean 'last'"):
         locate(prompt, "lst")
+
+
+@pytest.mark.parametrize("position", ["--5", "- 5", "5-", "+-5", ""])
+def test_what_is_no_number_is_refused_as_a_position(smol, position: str) -> None:
+    prompt = render(smol, tiny.PAIRS[0], "base")
+    assert locate(prompt, "-5") == locate(prompt, -5) == [len(prompt.ids) - 5]
+    with pytest.raises(jm.UserError, match="Unknown position"):
+        locate(prompt, position)
+
+
+def test_a_substring_is_looked_for_in_the_message_first(smol) -> None:
+    prompt = render(smol, jm.PromptPair("p", "who is an assistant", "x", ("a",), ("b",)), "base")
+    assert locate(prompt, "assistant") == locate(prompt, "user_last")
+    assert locate(prompt, "SmolLM")[0] < locate(prompt, "user")[0]
+
+
+FED = {
+    "text": ("<s>hi", " Sure"),
+    "plain": ("hi\n", "Sure"),
+    "space": ("hi", " Sure"),
+    "qa": ("Q: hi\nA:", " Sure"),
+}
+
+
+@pytest.mark.parametrize("form", FED)
+def test_every_command_feeds_a_form_alike(form: str) -> None:
+    fast = tokenizer("byte-level BPE", "ChatML")
+    prompt, answer = FED[form]
+    given = " Sure" if form == "text" else "Sure"
+    example, pair = jm.Example("hi", given), jm.PromptPair("p", "hi", "hi", (given,), ("No",))
+    trained = encode_example(fast, example, form)
+    fed = [render(fast, asked, form=form).ids.tolist() for asked in (pair, example, "hi")] + [trained.ids[: trained.prompt].tolist()]
+    assert [fast.decode(ids) for ids in fed] == 4 * [prompt]
+    assert fast.decode(trained.ids[trained.prompt :]) == answer
+    assert fast.decode(encode_answers(fast, pair, ("prefix-gap",), form).ids[0]) == answer
+    with pytest.raises(jm.UserError, match="use --form chat"):
+        render(
+            fast, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "hi"}], form=form
+        )
+
+
+@pytest.mark.parametrize(
+    ("pair", "form", "said"),
+    [
+        (jm.PromptPair("p", "hi ", "hi", ("Sure",), ("No",)), "text", r"alone it ends in ' ' \(ids \d+\), and with the text in ' Sure'"),
+        (jm.PromptPair("p", "hi", "hi ", ("Sure",), ("No",)), "text", r"let the prompt end where a token ends"),
+        (jm.PromptPair("p", "hi", "hi", ("Sure",), ("No",), base_prefill="I "), "chat", r"'Sure' cannot follow this prompt"),
+    ],
+)
+def test_a_seam_that_merges_is_told_of_with_its_tokens(pair: jm.PromptPair, form: str, said: str) -> None:
+    fast = tokenizer("byte-level BPE", "ChatML")
+    with pytest.raises(jm.UserError, match=said):
+        encode_answers(fast, pair, ("prefix-gap",), form)
+
+
+def test_an_answer_with_other_tokens_after_base_than_after_source_is_refused() -> None:
+    fast = tokenizer("SentencePiece BPE", "Llama 2")
+    pair = jm.PromptPair("p", "hi", "hi", ("Sure",), ("No",), base_prefill="hi")
+    with pytest.raises(jm.UserError, match=r"'Sure' is .* after base and ' Sure' \(\d+,\) after source"):
+        encode_answers(fast, pair, ("prefix-gap",))
+    assert encode_answers(fast, replace(pair, target=(" Sure",), foil=(" No",)), ("prefix-gap",)).ids
+
+
+def test_a_response_that_merges_with_its_prompt_belongs_to_the_response() -> None:
+    fast = tokenizer("byte-level BPE", "ChatML")
+    with pytest.warns(Notice, match="1 of 2 prompts have other tokens"):
+        merged, apart = encode(fast, [jm.Example("hi ", "Sure"), jm.Example("hi", " Sure")], "text")
+    assert merged.ids.tolist() == apart.ids.tolist()
+    assert merged.prompt == apart.prompt
 
 
 def test_unequal_lengths_pair_from_the_right_or_not_at_all() -> None:

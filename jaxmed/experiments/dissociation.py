@@ -26,7 +26,7 @@ from jaxmed.prompts.examples import Example
 from jaxmed.prompts.templates import fill
 from jaxmed.pruning.masks import Mask
 from jaxmed.statistics import auc, auc_interval
-from jaxmed.tokens import prompt_ids
+from jaxmed.tokens import answer_ids, prompt_ids, render
 
 DISSOCIATION = "dissociation.csv"
 KEY = ("mask", "seed")
@@ -74,14 +74,14 @@ class Abilities:
 
 
 def answer_tokens(model: Model) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that say yes, and of those that say no.
+    """Ids of the tokens that say yes, and of those that say no, where an answer begins.
 
     Raises:
         UserError: a tokenizer that has none.
     """
-    found = []
+    found, asked = [], render(model.tokenizer, "?")
     for words in (YES, NO):
-        ids = {tuple(model.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words}
+        ids = {tuple(answer_ids(model.tokenizer, asked, word)) for word in words}
         found.append(sorted(one[0] for one in ids if len(one) == 1))
     if not all(found):
         raise UserError("This tokenizer has no single tokens for yes and no, so detection cannot be read from one. Leave out the twins.")

@@ -5,7 +5,7 @@ Public as `jm.tokens`: `render` (one prompt, with the places of its parts), `bat
 
 from jaxmed.tokens.answers import Answered, encode_example, tell_seams
 from jaxmed.tokens.batch import batch, pad
-from jaxmed.tokens.encode import show_tokens, text_ids
+from jaxmed.tokens.encode import has_text, show_tokens, text_ids
 from jaxmed.tokens.ends import end_tokens
 from jaxmed.tokens.limits import check_length, check_tokens
 from jaxmed.tokens.packing import BUCKETS, WINDOW_BUCKETS, Packed, bucket, pack
@@ -30,6 +30,7 @@ __all__ = [
     "check_tokens",
     "encode_example",
     "end_tokens",
+    "has_text",
     "locate",
     "need_tokenizer",
     "pack",

@@ -15,6 +15,8 @@ from jaxmed.tokens.encode import encode, seam
 from jaxmed.tokens.prompt import example_chat, render
 from jaxmed.tokens.template import MARK, Span, answer_beginning, find_mark, render_chat
 
+OTHERWISE = "the chat template writes past turns another way than it asks for new ones"
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -60,7 +62,7 @@ def encode_example(
     ids = ids[: sum(span[0] < end or span[1] <= 0 for span in offsets)]
     same = begin == len(prompt.text) and ids[: len(prompt.ids)] == prompt.ids.tolist()
     count = len(prompt.ids) if same else _tokens_before(offsets, begin)
-    said = "" if same or begin != len(prompt.text) else seam(tokenizer, prompt.ids.tolist(), ids)
+    said = "" if same else seam(tokenizer, prompt.ids.tolist(), ids) if begin == len(prompt.text) else OTHERWISE
     if scored_separator and form != "chat":
         count = max(1, min(_tokens_before(offsets, prompt.user[1] + len(find_form(form).prompt.split("{}")[1])), count - 1))
     if not 0 < count < len(ids):
@@ -102,4 +104,4 @@ def tell_seams(examples: Sequence[Answered]) -> None:
     """Tells the user where responses are tokenised together with the end of their prompts."""
     merged = [one.seam for one in examples if one.seam]
     if merged:
-        notice(f"{len(merged)} of {len(examples)} prompts end in other tokens with their responses than alone: {merged[0]}.")
+        notice(f"{len(merged)} of {len(examples)} prompts have other tokens with their responses than alone: {merged[0]}.")

@@ -82,3 +82,21 @@ def seam(tokenizer: Any, alone: Sequence[int], whole: Sequence[int]) -> str:
     after = list(whole[same : same + 3])
     shown = [f"{show_tokens(tokenizer, part)} (ids {', '.join(map(str, part))})" for part in (list(alone[same:]), after)]
     return f"alone it ends in {shown[0]}, and with the text in {shown[1]}; let the prompt end where a token ends (no space at its end)"
+
+
+def decode_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], special: bool = False) -> str:
+    """The text of tokens behind others: alone, some tokenizers drop the space that a text begins with.
+
+    Args:
+        special: control tokens are shown.
+    """
+    known = tokenizer.decode(before, skip_special_tokens=not special)
+    whole = tokenizer.decode([*before, *ids], skip_special_tokens=not special)
+    return whole[len(known) :] if known and whole.startswith(known) else tokenizer.decode(ids, skip_special_tokens=not special)
+
+
+def has_text(tokenizer: Any, last: int, written: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether one of `texts` stands at the end of the tokens that were written after the token `last`."""
+    ids = [last, *written][-max(len(text.encode()) for text in texts) - 2 :]  # a token has a byte at least
+    shown = decode_after(tokenizer, ids[:1], ids[1:], special=True)
+    return any(text in shown for text in texts)

@@ -48,7 +48,8 @@ def _find(prompt: Prompt, text: str) -> Span | None:
     """The first place of a text in the user's message, as it is written or as it was given; else in the whole prompt."""
     begin, end = prompt.user
     at = prompt.text.find(text, begin, end)
-    if at < 0 and end - begin == len(given := prompt.message.strip()) and text in given:
+    given = next((one for one in (prompt.message, prompt.message.strip()) if len(one) == end - begin), "")
+    if at < 0 and text in given:
         at = begin + given.index(text)  # the template changed letters
     if at < 0:
         at = prompt.text.find(text)

@@ -11,7 +11,7 @@ from jaxmed.errors import UserError
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.forms import find_form
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.tokens.encode import encode, follow
+from jaxmed.tokens.encode import decode_after, encode, follow
 from jaxmed.tokens.template import Chat, Span, answer_beginning, render_chat, user_span
 
 TAIL = 8
@@ -151,11 +151,7 @@ def answer_ids(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
 
 def written_text(tokenizer: Any, prompt: Prompt, ids: np.ndarray) -> str:
     """What tokens that were written after a prompt add to it, without the space that the form itself puts there."""
-    tail = prompt.ids[-TAIL:].tolist()
-    before = tokenizer.decode(tail, skip_special_tokens=True)
-    whole = tokenizer.decode([*tail, *ids.tolist()], skip_special_tokens=True)  # alone, some tokenizers drop the first space
-    text = whole[len(before) :] if before and whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
-    return text.removeprefix(prompt.lead)
+    return decode_after(tokenizer, prompt.ids[-TAIL:].tolist(), ids.tolist()).removeprefix(prompt.lead)
 
 
 def prompt_ids(tokenizer: Any, example: Example, form: str = "chat") -> np.ndarray:

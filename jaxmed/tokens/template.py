@@ -21,7 +21,7 @@ MARK = "\ue0f5\ue0f6\ue0f7"
 """Stands in for a message: private-use characters, which no template trims, splits or changes the case of."""
 
 _NOW = (
-    "{%- macro strftime_now(form='%Y-%m-%d') -%}{%- set found = namespace(text=form) -%}"
+    "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}"
     "{%- for name, value in fixed_dates.items() -%}{%- set found.text = found.text.replace(name, value) -%}{%- endfor -%}"
     "{{- found.text -}}{%- endmacro +%}"
 )
