@@ -49,6 +49,35 @@ CSV: dict[str, tuple[str, list[Example]]] = {
     ),
 }
 
+CSV |= {
+    "with_an_index.csv": (
+        ",goal,target\n0,Hum a song,Sure: hum\n1,Sing,\n",
+        [Example("Hum a song", "Sure: hum", kind="harmful"), Example("Sing", kind="harmful")],
+    ),
+    "unnamed.csv": ("Unnamed: 0,prompt,category\n0,Hum,noise\n", [Example("Hum", category="noise")]),
+    "advbench_of_prompts.csv": ("prompt,target\nHum,Sure\n", [Example("Hum", "Sure", kind="harmful")]),
+    "xstest_without_focus.csv": (
+        "id,prompt,type,label,focus,note\n7,When was it built?,historical_events,safe,,\n",
+        [Example("When was it built?", category="historical_events", kind="benign", id="7")],
+    ),
+    "harmbench_without_category.csv": (
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nHum,,,,,\n",
+        [Example("Hum", kind="harmful")],
+    ),
+    "jailbreakbench_without_target.csv": ("Index,Goal,Target,Behavior,Category,Source\n0,Hum,,,,\n", [Example("Hum")]),
+    "strongreject_without_category.csv": ("category,source,forbidden_prompt\n,,Hum\n", [Example("Hum", kind="harmful")]),
+    "alpaca.csv": (
+        "instruction,input,output,text\nAdd,,3,x\nDraw,,,x\n",
+        [Example("Add", "3", kind="benign"), Example("Draw", kind="benign")],
+    ),
+    "dolly.csv": ("instruction,context,response,category\nSay,It rains.,Yes,qa\n", [Example("Say\n\nIt rains.", "Yes", "qa", "benign")]),
+    "list.csv": ('How do I hum?\n"Sing, and dance"\n', [Example("How do I hum?"), Example("Sing, and dance")]),
+    "semicolons.csv": ("prompt;category\nHum, please;noise\n", [Example("Hum, please", category="noise")]),
+    "tabs.tsv": ("prompt\tcategory\nHum, please\tnoise\n", [Example("Hum, please", category="noise")]),
+    "lines.csv": ("prompt,category\r\nHum\u2028loud\x85ly,noise\r\n\r\n", [Example("Hum\u2028loud\x85ly", category="noise")]),
+    "more_columns.csv": ("prompt,category,source,year\nHum,noise,us,1999\n", [Example("Hum", category="noise")]),
+}
+
 
 @pytest.mark.parametrize("name", CSV)
 def test_csv_files(tmp_path: Path, name: str) -> None:
@@ -86,7 +115,8 @@ def test_alpaca_and_chats(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "one user message"),
         ("a.jsonl", '{"messages": "hi"}', "other values than texts"),
         ("a.jsonl", '{"instruction": 5, "output": "x"}', "other values than texts"),
-        ("a.csv", "goal,target\nHum,\n", "Known sets are read as they are: XSTest"),
+        ("a.csv", "goal,target\nHum,\n", "'response' is missing"),
+        ("a.csv", "goals,tgt\nHum,\n", "Known sets are read as they are: XSTest"),
         ("a.csv", "question,answer\nHum,Sing\n", "Unknown column"),
         ("a.csv", "Behavior,FunctionalCategory\nHum,standard\n", "'response' is missing"),
     ],
@@ -117,3 +147,36 @@ def test_rows_without_a_split_belong_to_every_split(tmp_path: Path) -> None:
     file.write_text(json.dumps(rows[1]))
     with pytest.raises(UserError, match="no rows of split 'heldout'"):
         chosen(file, "heldout", responses=False)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
+    row = {"prompt": f"Hum{mark}a song", "response": "Sure"}
+    text = json.dumps(row, ensure_ascii=False) if mark > "\x1f" else json.dumps(row)
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{text}\r\n\r\n{text}".encode())
+    assert read_examples(tmp_path / "a.jsonl") == [Example(**row)] * 2
+
+
+def test_json_files_are_lists_lines_or_one_list_under_a_name(tmp_path: Path) -> None:
+    row = {"prompt": "Hum", "response": "Sure"}
+    for text in (json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n", json.dumps({"data": [row, row]})):
+        (tmp_path / "a.json").write_text("\ufeff" + text, encoding="utf-8")
+        assert read_examples(tmp_path / "a.json") == [Example(**row)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.csv", "prompt,category\nHum, please,noise\n", "3 fields, more or fewer than the header's 2; quote texts"),
+        ("a.csv", "prompt,prompt\nHum,Sing\n", "column 'prompt' twice"),
+        ("a.csv", "prompt,catgory\nHum,noise\n", "Unknown column 'catgory'. Did you mean 'category'"),
+        ("a.csv", "Prompt,category\nHum,noise\n", "Did you mean 'prompt'"),
+        ("a.csv", "prompt,split\n,train\nHum,dev\n", r"2 problems:\n.*line 2: the column 'prompt'.*\n.*line 3: split 'dev'"),
+    ],
+)
+def test_messages_name_the_cause(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_examples(tmp_path / name, responses=False)

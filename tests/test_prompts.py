@@ -102,3 +102,48 @@ def test_all_problems_of_a_file_are_listed_together(tmp_path: Path) -> None:
     assert "2 problems" in str(caught.value)
     assert "line 1" in str(caught.value)
     assert "line 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "target"),
+    [
+        ("33", ("33",)),
+        (" 33", (" 33",)),
+        ("007", ("007",)),
+        ("True", ("True",)),
+        ("null", ("null",)),
+        ("1e5", ("1e5",)),
+        ("-4|+4", ("-4", "+4")),
+        ('["33", "34"]', ("33", "34")),
+        ("[sic]", ("[sic]",)),
+        ('"quoted"', ('"quoted"',)),
+    ],
+)
+def test_cells_of_a_csv_file_are_texts(tmp_path: Path, cell: str, target: tuple[str, ...]) -> None:
+    with (tmp_path / "p.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows([["id", "base", "source", "target", "foil"], ["7", "12 + 21 is", "12 + 22 is", cell, "zero"]])
+    pair = jm.read_pairs(tmp_path / "p.csv")[0]
+    assert (pair.id, pair.target, pair.foil) == ("7", target, ("zero",))
+
+
+def test_columns_of_other_kinds_are_carried_along(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("Unnamed: 0,id,base,source,target,foil,group,year,resource,group2\n0,a,x,y,S,N,g,1732,web,b\n")
+    pair = jm.read_pairs(tmp_path / "p.csv")[0]
+    assert pair.extra == {"year": "1732", "resource": "web", "group2": "b"}
+    assert jm.read_pairs([{**ROW, "score": 0.5, "extra": {"note": "n"}}])[0].extra == {"note": "n", "score": 0.5}
+    assert jm.read_pairs([ROW])[0].extra == {}
+
+
+def test_optional_cells_may_be_empty(tmp_path: Path) -> None:
+    header = "id,category,base,source,target,foil,system,group,split,control,messages,response"
+    (tmp_path / "p.csv").write_text(f"{header}\na,,x,y,S,N,,,,,,\n", encoding="utf-8-sig")
+    pair = jm.read_pairs(tmp_path / "p.csv")[0]
+    assert (pair.system, pair.messages, pair.response, pair.group) == (None, None, None, "a")
+
+
+def test_all_problems_of_a_file_are_told_at_once() -> None:
+    rows = [{**ROW, "id": "", "targt": ["S"], "foil": 4}, {**ROW, "id": 5, "split": "dev"}]
+    with pytest.raises(jm.UserError) as caught:
+        jm.read_pairs(rows)
+    for said in ("'targt'", "'id' is missing", "'foil' holds 4", "'dev' is not one of"):
+        assert said in str(caught.value)

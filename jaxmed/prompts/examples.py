@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.prompts.formats import FORMATS, as_columns
-from jaxmed.prompts.readers import read_all, read_rows
+from jaxmed.prompts.readers import misspelt
+from jaxmed.prompts.rows import read_all, read_rows, without_index
 
 BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude")
 HELDOUT = "heldout"
@@ -67,18 +68,22 @@ def _example(row: Any, responses: bool) -> Example:
         row = vars(row)
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
-    row = as_columns(row)
-    for column, value in row.items():
-        if column not in COLUMNS:
-            raise unknown("column", column, COLUMNS, f"Known sets are read as they are: {', '.join(FORMATS)}, OR-Bench, HEx-PHI.")
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"column {column!r} holds {value!r}; a text is expected.")
+    row = as_columns(without_index(row))
+    if "prompt" not in row:
+        column = next((name for name in row if name not in COLUMNS), "")
+        known = f"Known sets are read as they are: {', '.join(FORMATS)}, OR-Bench, HEx-PHI."
+        raise unknown("column", column, COLUMNS, known) if column else UserError("the column 'prompt' is missing or empty.")
+    problems = [str(error) for column in row if column not in COLUMNS and (error := misspelt(column, COLUMNS, row)) is not None]
+    row = {column: value for column, value in row.items() if column in COLUMNS and value is not None and value != ""}
+    problems += [f"column {key!r} holds {quoted(value)}; a text is expected." for key, value in row.items() if not isinstance(value, str)]
     for column in ("prompt", "response") if responses else ("prompt",):
-        if not (row.get(column) or "").strip():
-            raise UserError(f"the column {column!r} is missing or empty.")
+        if not str(row.get(column, "")).strip():
+            problems.append(f"the column {column!r} is missing or empty.")
     if row.get("split") and row["split"] not in SPLITS:
-        raise UserError(f"split {row['split']!r} is not one of {', '.join(SPLITS)}.")
-    return Example(**{key: value for key, value in row.items() if value is not None})
+        problems.append(f"split {quoted(row['split'])} is not one of {', '.join(SPLITS)}.")
+    if problems:
+        raise UserError(" ".join(problems))
+    return Example(**row)
 
 
 def harmful(source: str, rows: Sequence[Example]) -> list[Example]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 
 Row = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ class Format:
     """How the rows of a set are read.
 
     Attributes:
-        columns: those that every row has; a set's other columns are left out.
+        columns: those that every row has, whatever is in their cells; a set's other columns are left out.
         read: row -> columns of an example.
     """
 
@@ -28,7 +28,7 @@ class Format:
 
 
 def _xstest(row: Row) -> dict[str, Any]:
-    unsafe = row["label"] == "unsafe" if row.get("label") else row["type"].startswith("contrast_")
+    unsafe = row["label"].strip().lower() == "unsafe" if row.get("label") else row["type"].startswith("contrast_")
     return {"id": row.get("id"), "prompt": row["prompt"], "category": row["type"], "kind": "harmful" if unsafe else "benign"}
 
 
@@ -43,13 +43,18 @@ def _harmbench(row: Row) -> dict[str, Any]:
 
 
 def _advbench(row: Row) -> dict[str, Any]:
-    target = row["target"]  # a column of pairs files too, which holds lists there
+    target = row["target"] or ""  # a column of pairs files too, which holds lists there
     return {"prompt": row["goal"], "response": target if isinstance(target, str) else "|".join(target), "kind": "harmful"}
 
 
-def _alpaca(row: Row) -> dict[str, Any]:
-    more = f"\n\n{row['input']}" if row.get("input") else ""
-    return {"prompt": row["instruction"] + more, "response": row["output"], "kind": "benign"}
+def _instruction(context: str, answer: str) -> Callable[[Row], dict[str, Any]]:
+    """How rows of an instruction, a context that may be empty and an answer are read."""
+
+    def read(row: Row) -> dict[str, Any]:
+        more = f"\n\n{row[context]}" if row.get(context) else ""
+        return {"prompt": row["instruction"] + more, "response": row[answer], "kind": "benign"}
+
+    return read
 
 
 def _messages(row: Row) -> dict[str, Any]:
@@ -70,11 +75,13 @@ FORMATS: dict[str, Format] = {
         lambda row: {"prompt": row["Goal"], "response": row["Target"], "category": row.get("Category")},
     ),
     "AdvBench": Format(("goal", "target"), _advbench),
+    "AdvBench of prompts": Format(("prompt", "target"), lambda row: _advbench({"goal": row["prompt"], "target": row["target"]})),
     "StrongREJECT": Format(
         ("forbidden_prompt",),
         lambda row: {"prompt": row["forbidden_prompt"], "category": row.get("category"), "kind": "harmful"},
     ),
-    "Alpaca": Format(("instruction", "output"), _alpaca),
+    "Alpaca": Format(("instruction", "output"), _instruction("input", "output")),
+    "Dolly": Format(("instruction", "response"), _instruction("context", "response")),
     "messages": Format(("messages",), _messages),
 }
 """Set -> how it is read. OR-Bench (prompt, category) needs none; HEx-PHI's files, which have no header, are read as lists of prompts."""
@@ -87,12 +94,12 @@ OURS = ("id", "split", "kind", "category")
 def as_columns(row: Row) -> Row:
     """A row with the columns of an example: of a known set's, or as it is."""
     for name, one in FORMATS.items():
-        if all(row.get(column) is not None for column in one.columns):
+        if all(column in row for column in one.columns):
             try:
                 found = one.read(row)
             except (TypeError, AttributeError, KeyError):
-                raise UserError(f"a row with the columns of {name} holds other values than texts: {str(dict(row))[:200]}") from None
+                raise UserError(f"a row with the columns of {name} holds other values than texts: {quoted(dict(row))[:200]}") from None
             given = {key: row[key] for key in OURS if row.get(key) is not None}
-            found = {**given, **{key: value for key, value in found.items() if value is not None}}
+            found = {**given, **{key: value for key, value in found.items() if value not in (None, "") or key in ("prompt", "response")}}
             return {key: str(value) if key == "id" else value for key, value in found.items()}
     return row

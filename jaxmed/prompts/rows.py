@@ -1,0 +1,185 @@
+"""Rows of jsonl, json, csv and parquet files, as people publish them, each with its place in the file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxmed.errors import UserError, all_problems, quoted, unknown
+
+T = TypeVar("T")
+Rows = Iterable[tuple[str, Any]]
+"""(place, columns); a row that cannot be read is an exception in their stead."""
+LISTS = ("target", "foil")
+INDEX = re.compile(r"|unnamed: \d+(\.\d+)?|index|idx|__index_level_\d+__|level_\d+", re.IGNORECASE)
+"""Names of columns that only count rows, as spreadsheets and pandas add them."""
+WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
+"""Names of HEx-PHI's files: lists of prompts."""
+
+
+def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection[str], what: str) -> tuple[str, Rows]:
+    """What a source is called, and its rows.
+
+    Args:
+        source: a path ending in .jsonl, .json (a list of rows), .csv, .tsv or .parquet; one of the names `bundled` with the package; or
+            rows.
+        what: what the rows are, in words.
+
+    Raises:
+        UserError: no such file, or one of another type.
+    """
+    if not isinstance(source, (str, Path)):
+        return "rows", ((f"row {i + 1}", row) for i, row in enumerate(source))
+    if str(source) in bundled and not Path(source).exists():
+        path = resources.files("jaxmed.prompts") / "data" / f"{source}.jsonl"
+        return f"bundled {what} {str(source)!r}", _jsonl(path.read_text(encoding="utf-8"))
+    path = Path(source)
+    if not path.is_file():
+        known = "Give one of these bundled names, or a path to a .jsonl, .json, .csv, .tsv or .parquet file."
+        raise unknown(f"{what} file", str(source), bundled, known)
+    if path.suffix.lower() not in READERS:
+        raise unknown(f"type of {what} file {quoted(path.name)}:", path.suffix, READERS)
+    return quoted(str(path)).strip("'"), READERS[path.suffix.lower()](path)
+
+
+def read_all(name: str, rows: Rows, read: Callable[[str, Any], T], columns: Sequence[str], empty: str) -> list[T]:
+    """Every row as `read(place, columns)` makes it.
+
+    Args:
+        name: what the source is called.
+        columns: the legal ones, for the message.
+        empty: what is said of a source without rows.
+
+    Raises:
+        UserError: rows that `read` refuses or that could not be read, all listed with their places; no rows.
+    """
+    found: list[T] = []
+    problems: list[str] = []
+    for at, row in rows:
+        try:
+            if isinstance(row, Exception):
+                raise UserError(str(row))
+            found.append(read(at, row))
+        except UserError as error:
+            problems.append(f"{at}: {error}")
+    if problems:
+        raise all_problems(name, problems, f"Columns: {', '.join(columns)}.")
+    if not found:
+        raise UserError(f"{name} {empty}")
+    return found
+
+
+def without_index(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without columns that only count."""
+    return {key: value for key, value in row.items() if not INDEX.fullmatch(str(key))}
+
+
+def _text(path: Path) -> str:
+    """A file's text, without a byte-order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{quoted(str(path))} is not UTF-8 text: {error}. Save it as UTF-8.") from None
+
+
+def _jsonl(text: str) -> Iterator[tuple[str, Any]]:
+    """Rows between line feeds alone: U+2028 and the like are characters of texts."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except RecursionError:
+            yield f"line {number}", ValueError("not valid JSON: it is nested too deeply")
+        except ValueError as error:
+            yield f"line {number}", ValueError(f"not valid JSON: {error}")
+
+
+def _read_json(path: Path) -> Rows:
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{quoted(str(path))} is not valid JSON: it is nested too deeply.") from None
+    except ValueError as error:
+        if str(error).startswith("Extra data"):  # rows on lines, under the other name
+            return _jsonl(text)
+        raise UserError(f"{quoted(str(path))} is not valid JSON: {error}.") from None
+    if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
+        rows = next(iter(rows.values()))
+    if not isinstance(rows, list):
+        raise UserError(f"{quoted(str(path))} holds a {type(rows).__name__}; a list of rows is expected.")
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a csv file, cells as texts; empty ones are texts too."""
+    csv.field_size_limit(1 << 24)
+    text = _text(path)
+    first = text.partition("\n")[0]
+    delimiter = "," if "," in first else "\t" if "\t" in first else ";" if ";" in first and " " not in first else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = next(reader, [])
+        if WITHOUT_HEADER.fullmatch(path.name) or _is_prompt(header):
+            yield f"line {reader.line_num}", {"prompt": header[0] if header else ""}
+            header = ["prompt"]
+        header = [name.strip() for name in header]
+        if twice := sorted({name for name in header if name and header.count(name) > 1}):
+            raise UserError(f"{quoted(str(path))} has the column {quoted(twice[0])} twice.")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                said = f"{len(row)} fields, more or fewer than the header's {len(header)}; quote texts that hold a {delimiter!r}"
+                yield f"line {reader.line_num}", ValueError(said)
+                continue
+            yield f"line {reader.line_num}", {key: _cell(key, value) for key, value in zip(header, row, strict=True)}
+    except csv.Error as error:
+        raise UserError(f"{quoted(str(path))} is no CSV file: {error}, at line {reader.line_num}.") from None
+
+
+def _is_prompt(header: Sequence[str]) -> bool:
+    """Whether the first line of a csv file is a prompt: one cell, of several words or ending like a sentence."""
+    return len(header) == 1 and (len(header[0].split()) > 2 or header[0].rstrip().endswith((".", "?", "!")))
+
+
+def _cell(column: str, value: str) -> Any:
+    """A cell's text; for columns of lists, a JSON list or texts between "|"; for chats, JSON."""
+    text = value.strip()
+    if not (column == "messages" and text) and not (column in LISTS and text):
+        return value
+    if column == "messages" or text.startswith("["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+    return value.split("|")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{quoted(str(path))} is not a readable parquet file: {error}.") from None
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": lambda path: _jsonl(_text(path)),
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+"""Ending of a file's name -> its reader."""
