@@ -154,9 +154,45 @@ def test_a_template_that_refuses_a_chat_says_which(template: str, chat: list[str
         render(tokenizer("byte-level BPE", template), [{"role": role, "content": "hi"} for role in chat])
 
 
-def test_content_in_parts_is_refused() -> None:
+@pytest.mark.parametrize(
+    "message", [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "user"}, {"content": "hi"}, "hi"]
+)
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_messages_that_are_no_texts_are_refused(message: Any, form: str) -> None:
     with pytest.raises(jm.UserError, match="Give content as one text"):
-        render(tokenizer("byte-level BPE", "ChatML"), [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])  # type: ignore[list-item]
+        render(tokenizer("byte-level BPE", "ChatML"), [message], form=form)
+
+
+THOUGHTS = {
+    "an empty thought in past turns": "{% for m in messages %}{{ '<|' + m.role + '|>' + ('<t>\\n</t>\\n' if m.role == 'assistant' else '') "
+    "+ m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "a thought that is asked for": "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</t>')[-1] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><t>\\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_templates_of_models_that_think(thought: str) -> None:
+    fast = tokenizer("byte-level BPE", THOUGHTS[thought])
+    for response in ("Sure, here is how.", "so</t>Sure."):
+        got = encode_example(fast, jm.Example("hi there", response))
+        assert got.ids.tolist() == whole(fast, jm.Example("hi there", response))
+        assert bool(got.seam) == ("asked" in thought)
+    answer = encode_answers(fast, jm.PromptPair("p", "hi", "you", ("Sure",), ("No",)), ("log-odds",)).ids[0]
+    assert fast.decode(list(answer)) == "Sure"  # it follows what a model is asked with
+    if "asked" in thought:
+        assert fast.decode(got.ids[got.prompt :]) == "Sure.<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "header"), [("Llama 2", " [/INST]"), ("ChatML", "<|im_start|>assistant\n"), ("DeepSeek", "Assistant:")]
+)
+def test_the_header_is_what_follows_the_users_turn(template: str, header: str) -> None:
+    fast = tokenizer("byte-level BPE", template)
+    prompt = render(fast, "hi [/INST] Assistant:")
+    assert fast.decode([prompt.ids[at] for at in locate(prompt, "header")]) == header
+    opened = render(fast, jm.Example("hi", prefill="Sure, here"))
+    assert fast.decode([opened.ids[at] for at in locate(opened, "header")]).endswith("Sure, here")
 
 
 @pytest.mark.parametrize(

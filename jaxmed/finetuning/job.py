@@ -34,7 +34,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.prompts.examples import Example
 from jaxmed.runs.cost import show_time
-from jaxmed.tokens import Answered, check_tokens, encode_example, tell_seams
+from jaxmed.tokens import DATE, Answered, check_tokens, encode_example, tell_seams
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def manifest(job: Job) -> dict[str, Any]:
     """What makes two runs the same run: a run goes on only where all of it agrees."""
     settings = dataclasses.asdict(job.settings)
     model = {"name": job.model.name, "revision": job.model.revision, "weights": job.model.identity, "dtype": job.model.config.dtype}
-    return {"model": model, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape)}
+    day = DATE.date().isoformat()
+    return {"model": model, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape), "template_date": day}
 
 
 def trained_numbers(job: Job) -> int:

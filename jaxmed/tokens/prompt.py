@@ -12,7 +12,7 @@ from jaxmed.prompts.examples import Example
 from jaxmed.prompts.forms import find_form
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.tokens.encode import decode_after, encode, follow
-from jaxmed.tokens.template import Chat, Span, answer_beginning, render_chat, user_span
+from jaxmed.tokens.template import Chat, Span, answer_beginning, check_chat, render_chat, user_span
 
 TAIL = 8
 """Tokens of a prompt that are decoded with what was written after it."""
@@ -68,6 +68,7 @@ def render(tokenizer: Any, asked: Asked, side: str = "base", form: str = "chat")
     """
     tokenizer, ask, row = tokenizer_of(tokenizer), _ask(asked, side), find_form(form)
     try:
+        check_chat(ask.chat)
         found = _parts(tokenizer, ask, form)
     except UserError as error:
         raise UserError(f"{ask.name}{error}") from None

@@ -62,9 +62,7 @@ def render_chat(tokenizer: Any, chat: Chat, generation: bool, **more: Any) -> st
         UserError: no chat template; messages that are no texts; a chat that the template refuses.
     """
     template = chat_template(tokenizer)
-    for message in chat:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
-            raise UserError(f"A chat message is {{'role': ..., 'content': text}}, not {str(message)[:LONGEST]}. Give content as one text.")
+    check_chat(chat)
     try:
         return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation, **_fixed_date(template), **more)
     except Exception as error:  # a template is a program: it raises what it likes
@@ -72,6 +70,13 @@ def render_chat(tokenizer: Any, chat: Chat, generation: bool, **more: Any) -> st
         raise UserError(
             f"The model's chat template refuses a chat of {', '.join(roles)}: {str(error)[:LONGEST]!r}. {_advice(roles)}"
         ) from None
+
+
+def check_chat(chat: Chat) -> None:
+    """Refuses messages that are no roles with texts, with a UserError that shows one."""
+    for message in chat:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+            raise UserError(f"A chat message is {{'role': ..., 'content': text}}, not {str(message)[:LONGEST]}. Give content as one text.")
 
 
 def _advice(roles: Sequence[str]) -> str:
