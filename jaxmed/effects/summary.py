@@ -12,10 +12,12 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.units import EXPERT, UNITS
+from jaxmed.errors import notice
 from jaxmed.files import write_csv
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import head, matrix_rows
-from jaxmed.runs.folder import hold
+from jaxmed.results import NOT_FINITE
+from jaxmed.runs.folder import RunFolder, hold, read_run
 
 COLUMNS = [
     "rank",
@@ -60,9 +62,12 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         for name in ("mean", "ci_low", "ci_high", "p", "q"):
             added[f"{unit}_{name}"] = (joined[name].dims, joined[name].values, parts[0].attrs if name == "mean" else {})
     _name_tokens(rows, model, window)
+    if wrong := results.not_finite(table):
+        notice(f"{folder}: not finite in {', '.join(f'{count} (pair, layer) of {name}' for name, count in wrong.items())}. {NOT_FINITE}")
     with hold(folder):
         results.append(folder, added)
         _write_top(folder, rows)
+        RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
     return results.open_results(folder, check=False).load()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def run(job: Job, out: Path, resume: bool = False, report: Watch = silent, rate:
             finished table that is damaged (what is damaged is computed when the run is resumed again).
     """
     planned = plan(job, rate)
-    with RunFolder.open(out, manifest(job), resume, results.LEGAL, planned.disk + 1_000_000) as folder:
+    with RunFolder.open(out, manifest(job), resume, results.LEGAL, planned.disk + 1_000_000, ("chunk",)) as folder:
+        job = replace(job, chunk=dict(folder.manifest["chunk"]))  # of a resumed run, the one it began with
         if not folder.continues:
             attributes = {"position": str(job.request.position), "window": job.request.window, "model": job.model.name}
             attributes["outcome"] = ", ".join(outcome_name(outcome) for outcome in job.request.outcomes)

@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxmed.errors import all_problems
 from jaxmed.files.whole import read_text, write_text
 
-SUMS = "SHA256SUMS"
-"""Digests of the files beside it, in the format of the command `sha256sum`."""
-
-
-def write_sums(folder: Path, files: Sequence[Path]) -> None:
-    """Writes the SHA-256 of files in a folder, as FOLDER/SHA256SUMS."""
-    with ThreadPoolExecutor() as pool:
-        found = zip(files, pool.map(file_digest, files), strict=True)
-    write_text(folder / SUMS, "".join(f"{digest}  {file.relative_to(folder).as_posix()}\n" for file, digest in found))
-
-
-def check_sums(folder: Path) -> None:
-    """Compares the files of a folder with its SHA256SUMS; a folder without one passes.
-
-    Raises:
-        UserError: files that are missing or hold other bytes, by name.
-    """
-    if not (folder / SUMS).is_file():
-        return
-    said = [line.partition("  ")[::2] for line in read_text(folder / SUMS).splitlines() if line.strip()]
-    names = [name for _, name in said]
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda name: file_digest(folder / name) if (folder / name).is_file() else "", names))
-    problems = [
-        f"{name} {'holds other bytes' if has else 'is missing'}" for (digest, name), has in zip(said, found, strict=True) if has != digest
-    ]
-    if problems:
-        fix = f"Copy them again; if they were changed on purpose, delete {folder / SUMS}."
-        raise all_problems(f"{folder}: its files are not those that {SUMS} names", problems, fix)
+SUMS = "jaxmed.sha256"
+"""Digests of the files beside it, as the command `sha256sum --check` reads them."""
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def file_digest(file: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_sums(folder: Path, files: Iterable[Path]) -> None:
+    """Writes the SHA-256 of files in a folder beside them."""
+    files = sorted(files)
+    with ThreadPoolExecutor() as pool:
+        found = zip(files, pool.map(file_digest, files), strict=True)
+    write_text(folder / SUMS, "".join(f"{digest}  {file.relative_to(folder).as_posix()}\n" for file, digest in found))
+
+
+def check_sums(folder: Path, digest: Callable[[Path], str] = file_digest) -> None:
+    """Compares the files of a folder with the digests beside them; a folder without digests passes.
+
+    Args:
+        digest: SHA-256 of a file; one that remembers files which did not change since saves reading them again.
+
+    Raises:
+        UserError: files that are missing or hold other bytes, by name; a file of digests that is damaged itself.
+    """
+    if not (folder / SUMS).is_file():
+        return
+    lines = [LINE.fullmatch(line) for line in read_text(folder / SUMS, "digests").splitlines()]
+    said = {folder / line[2]: line[1] for line in lines if line}
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda file: digest(file) if file.is_file() else "", said))
+    wrong = [(file, has) for (file, wanted), has in zip(said.items(), found, strict=True) if has != wanted]
+    problems = [f"{file.relative_to(folder)} {'holds other bytes' if has else 'is missing'}" for file, has in wrong]
+    problems += [f"{SUMS} is damaged"] * (None in lines or not lines)
+    if problems:
+        fix = f"Copy them again. If the files were changed on purpose, delete {folder / SUMS}."
+        raise all_problems(f"{folder}: its files are not those that {SUMS} names", problems, fix)

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.files import write_sums
 from jaxmed.finetuning.settings import Lora
 from jaxmed.models.checkpoints.assemble import matrix_rules
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
@@ -184,5 +185,6 @@ def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path,
     settings |= {TAG: tag} if tag else {}
     with new_folder(folder, sum(array.nbytes for array in tensors.values())) as scratch:
         save_file(tensors, scratch / WEIGHTS)
+        write_sums(scratch, [scratch / WEIGHTS])
         (scratch / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.files import atomic, check_file
 from jaxmed.models.checkpoints.edit_record import ATTACK
 
 HOW = ("intersect", "union", "subtract")
@@ -79,17 +80,17 @@ def write_mask(mask: Mask, file: str | Path) -> Path:
         UserError: the file exists; the disk refuses.
     """
     file = Path(file)
+    check_file(file)
     if file.exists():
         raise UserError(f"{file} exists already. Give another name; nothing was written.")
     rule, shapes = json.dumps(dict(mask.rule), default=str), json.dumps({name: list(shape) for name, shape in mask.shapes.items()})
     metadata = {"format": "jaxmed-mask-1", "model": mask.model, "weights": mask.weights, "shapes": shapes, "rule": rule, "tag": mask.tag}
-    partial = file.with_name(file.name + ".partial")
+    metadata["sha256"] = mask.digest
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.asarray(found, np.int64) for name, found in mask.indices.items()}, partial, metadata)
-        partial.rename(file)
+        with atomic(file) as partial:
+            save_file({name: np.asarray(found, np.int64) for name, found in mask.indices.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"Could not write {file}: {error}. Nothing was kept.") from None
     return file
 
@@ -123,7 +124,10 @@ def read_mask(file: str | Path) -> Mask:
     if problems:
         raise all_problems(f"Mask {file}", sorted(problems))
     given = {key: metadata.get(key, "") for key in ("model", "weights", "tag")}
-    return Mask({name: indices[name] for name in shapes}, shapes, **given, rule=rule)
+    mask = Mask({name: indices[name] for name in shapes}, shapes, **given, rule=rule)
+    if metadata.get("sha256", mask.digest) != mask.digest:
+        raise UserError(f"Mask {file} is damaged: its indices are not those that were written. Copy or make it again.")
+    return mask
 
 
 def combine(masks: Sequence[Mask], how: str) -> Mask:

@@ -80,11 +80,16 @@ class Scores:
         """One matrix's scores, float32, in the shape and order of the checkpoint; of "inputs" a vector.
 
         Raises:
-            UserError: a kind that was not scored.
+            UserError: a kind that was not scored; scores that are damaged, or not finite.
         """
         if kind not in self.kinds:
             raise UserError(f"These scores hold no {kind!r}, only {', '.join(self.kinds)}. Score again with --kinds {kind}.")
-        return self.held[kind][matrix] if kind in self.held else self.folder.read(kind, matrix)  # type: ignore[union-attr]
+        found = self.held[kind][matrix] if kind in self.held else self.folder.read(kind, matrix)  # type: ignore[union-attr]
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"The {kind} scores of {matrix} are not all finite, so no mask can be made of them. Look for NaN in the weights."
+            )
+        return found
 
 
 def score(

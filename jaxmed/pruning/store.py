@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, notice
 from jaxmed.files import ArrayLayout, open_array
 from jaxmed.files.arrays import chunk_places, find_damage, reason
 from jaxmed.runs.folder import RUN, Legal, RunFolder, Session, read_run
@@ -68,17 +68,27 @@ class ScoreFolder:
             UserError: the disk is full; finished passes stay.
         """
         names: dict[str, None] = {}
+        wrong: dict[str, int] = {}
         try:
             for kind, matrices in found.items():
-                pending = [(name, self._create(f"{which}_{kind}", name, array.shape).write(array)) for name, array in matrices]
-                for name, one in pending:
-                    one.result()
+                pending = []
+                for name, array in matrices:
+                    pending.append(self._create(f"{which}_{kind}", name, array.shape).write(array))
                     names[name] = None
+                    wrong |= {f"{which}_{kind}": wrong.get(f"{which}_{kind}", 0) + 1} if not np.isfinite(array).all() else {}
+                for one in pending:
+                    one.result()
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(
                 f"Could not write to {self.folder}: {str(error).splitlines()[0][:300]}\nFinished passes are kept; continue with --resume."
             ) from None
         assert self._open is not None
+        if wrong:
+            shown = ", ".join(f"{count} matrices of {kind}" for kind, count in wrong.items())
+            notice(
+                f"{self.folder}: not finite in {shown}, which no mask can be made of. Look for NaN in the weights, or use --dtype float32."
+            )
+            self._open.record["not_finite"] = {**self._open.record.get("not_finite", {}), **wrong}
         self._open.note(passes=[*self._passes(), [which, *span, loss, list(names)]])
 
     def _mend(self, run: RunFolder) -> None:

@@ -18,7 +18,7 @@ from jaxmed.reports.record import (
     used_pairs,
 )
 from jaxmed.reports.style import count, number, percent
-from jaxmed.results import NEAR_TIE, near_ties
+from jaxmed.results import NEAR_TIE, NOT_FINITE, near_ties, not_finite
 
 LEVEL = 0.05
 CLEAR = 10.0  # an effect this many times the noise floor is read without a second thought
@@ -34,7 +34,7 @@ class Caution:
 
 def cautions(record: Record) -> list[Caution]:
     """Everything that applies to a run, serious ones first."""
-    found = [*_progress(record), *_statistics(record), *_routing(record)]
+    found = [*_progress(record), *_finite(record), *_statistics(record), *_routing(record)]
     for outcome in record.outcomes:
         found += [*_signs(record, outcome), *_noise(record, outcome), *_residual(record, outcome)]
     return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
@@ -60,6 +60,16 @@ def _progress(record: Record) -> Iterator[Caution]:
         if f"{unit}_verified" in record.table:
             share = float((record.table[f"{unit}_verified"].values > 0).mean())
             yield Caution(f"Screened run: {percent(share)} of the {unit} effects are exact, the others are estimates.")
+
+
+def _finite(record: Record) -> Iterator[Caution]:
+    wrong = not_finite(record.table)
+    if wrong:
+        where = ", ".join(f"{name} in {count:,}" for name, count in wrong.items())
+        yield Caution(
+            f"Numbers that are not finite, in computed (pair, layer): {where}, of {int(finished_chunks(record).sum()):,}. {NOT_FINITE} "
+            "Means and statistics leave out what they touch, or are NaN; nothing here is to be quoted."
+        )
 
 
 def _statistics(record: Record) -> Iterator[Caution]:

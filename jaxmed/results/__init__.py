@@ -1,11 +1,12 @@
 """Results of sweeps on disk."""
 
 from jaxmed.results.damage import Damage, damaged_parts, mend, open_results
-from jaxmed.results.table import LEGAL, NEAR_TIE, REPORT, TABLE, TOP, Table, Variable, append, create, near_ties
+from jaxmed.results.table import LEGAL, NEAR_TIE, NOT_FINITE, REPORT, TABLE, TOP, Table, Variable, append, create, near_ties, not_finite
 
 __all__ = [
     "LEGAL",
     "NEAR_TIE",
+    "NOT_FINITE",
     "REPORT",
     "TABLE",
     "TOP",
@@ -17,5 +18,6 @@ __all__ = [
     "damaged_parts",
     "mend",
     "near_ties",
+    "not_finite",
     "open_results",
 ]

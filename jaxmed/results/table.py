@@ -26,6 +26,8 @@ from jaxmed.runs.folder import Legal
 TABLE, TOP, REPORT = "effects.zarr", "top.csv", "report.html"
 NEAR_TIE = 1e-3
 """Margin in router logits below which rounding may decide which expert of a mixture a token uses."""
+NOT_FINITE = "The weights hold numbers that are not finite, or the model's arithmetic overflows (try --dtype float32)."
+"""What a reader of NaN should look for."""
 _PARTIAL = ".effects.zarr.partial"
 LEGAL = Legal((TABLE, TOP, REPORT, _PARTIAL), needed=(TABLE,))
 """What the folder of a sweep may hold."""
@@ -128,6 +130,23 @@ def near_ties(table: xr.Dataset) -> tuple[int, int]:
     """How many (pair, layer) have a `routing_margin` below `NEAR_TIE`, and of how many it is known."""
     margin = table["routing_margin"].values
     return int((margin < NEAR_TIE).sum()), int((~np.isnan(margin)).sum())
+
+
+def not_finite(table: xr.Dataset) -> dict[str, int]:
+    """Variable -> how many of its (pair, layer) were computed and hold a number that is not finite; those alone that have some.
+
+    Of a table with positions the last one counts: it is there for every pair, and others are NaN where a prompt is shorter.
+    """
+    done, found = table["done"].values.astype(bool), {}
+    for name, variable in table.data_vars.items():
+        if not {"pair", "layer"} <= {*variable.dims} or variable.dtype.kind != "f" or name == "routing_margin":
+            continue
+        last = variable.isel(position=-1) if "position" in variable.dims else variable
+        ordered = last.transpose("pair", "layer", ...)
+        wrong = [~np.isfinite(ordered[number].values).reshape(done.shape[1], -1).all(axis=1) for number in range(len(done))]
+        if (count := int((np.asarray(wrong) & done).sum())) > 0:
+            found[str(name)] = count
+    return found
 
 
 def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]) -> None:

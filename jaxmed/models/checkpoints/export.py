@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxmed.errors import UserError, all_problems
+from jaxmed.files import write_sums
 from jaxmed.models.checkpoints.assemble import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.checkpoints.edit_record import check_edit, refuse_attacks, write_edits
 from jaxmed.models.checkpoints.huggingface import GENERATION
@@ -57,6 +58,7 @@ def export_folder(model: Model, folder: str | Path, edit: Mapping[str, Any] | No
         for name, held in files.items():
             write_file(scratch / name, held, model.config.dtype, arrays)
         write_index(scratch, files)
+        write_sums(scratch, [scratch / name for name in files])
         (scratch / "config.json").write_text(json.dumps(huggingface_config(model), indent=2) + "\n", encoding="utf-8")
         write_side_files(model, scratch, edits)
     return folder

@@ -10,7 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmed.errors import LONGEST, UserError, all_problems
+from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.digests import known_digest
 
 GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
@@ -49,6 +51,7 @@ def open_folder(folder: Path) -> Checkpoint:
     ]
     if problems:
         raise all_problems(f"Checkpoint {folder}", problems, "Copy or download the files again.")
+    check_sums(folder, known_digest)
 
     def read(name: str, cut: tuple[slice, ...] | None = None) -> np.ndarray:
         with safe_open(where[name], framework="numpy") as handle:

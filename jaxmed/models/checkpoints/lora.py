@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmed.errors import UserError, all_problems
+from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import expected_tensors, is_stacked, needed_rules, under_full_names
 from jaxmed.models.checkpoints.huggingface import read_json
@@ -85,6 +86,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path, family: Family, config: M
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"No {WEIGHTS} in {folder}. An adapter is a folder as PEFT saves it, with {SETTINGS}; pickled ones are not read.")
     settings = read_json(folder / SETTINGS)
+    check_sums(folder, known_digest)
     deltas, problems = _deltas(folder / WEIGHTS, settings, _matrices(family, config), family)
     problems = _unsupported(settings) + problems
     if problems:

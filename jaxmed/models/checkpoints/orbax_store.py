@@ -1,7 +1,7 @@
 """Our own sharded checkpoint: the parameters as Orbax keeps them, which any mesh can restore, and what is needed to use them.
 
-FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config, where the weights came from, and the size of every file; the
-tokenizer's files lie beside it.
+FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config, where the weights came from, and the size of every file; digests of
+all of them, and the tokenizer's files, lie beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.files import check_sums, write_sums
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.export import check_writable, write_side_files
@@ -28,6 +29,7 @@ from jaxmed.models.checkpoints.huggingface import read_json, read_tokenizer
 from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
 from jaxmed.models.checkpoints.safetensors_file import TYPES
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.digests import known_digest
 from jaxmed.models.transformer import Params, param_dtype, param_shapes, param_shardings
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def save_store(model: Model, folder: str | Path) -> Path:
         save_arrays(model.params, scratch / PARAMS)
         card |= {"files": _file_sizes(scratch)}
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        write_sums(scratch, [scratch / CARD, *(scratch / name for name in card["files"])])
         write_side_files(model, scratch, model.history)
     return folder
 
@@ -98,6 +101,7 @@ def open_store(folder: Path) -> Checkpoint:
     problems += [f"{name} has {held[name]:,} bytes, not {size:,}" for name, size in card["files"].items() if held.get(name, size) != size]
     if problems:
         raise all_problems(f"Checkpoint {folder}", problems, "Copy it again.")
+    check_sums(folder, known_digest)
 
     def read(name: str, cut: Any = None) -> Any:
         raise UserError(f"{folder} holds parameters, and no tensor {name}.")

@@ -1,0 +1,218 @@
+"""Run folders: one record of every session, one writer at a time, one request; signals end a run in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxmed.errors import UserError
+from jaxmed.runs import signals
+from jaxmed.runs.folder import Legal, RunFolder, check_folder, hold, last_versions, read_run, seconds_spent
+
+LEGAL = Legal(("table.csv", "parts"), begins=("copy-",), needed=("parts",), measured=("table.csv",))
+
+
+def _run(out: Path, manifest: Any = None, resume: bool = False, error: BaseException | None = None) -> None:
+    with RunFolder.open(out, manifest or {"a": 1}, resume, LEGAL) as folder, folder.session() as session:
+        (out / "parts").mkdir(exist_ok=True)
+        session.count(items=2)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "finished"),
+        (KeyboardInterrupt(), "interrupted"),
+        (signals.Interrupted(signal.SIGTERM), "interrupted"),
+        (UserError("no room"), "failed"),
+        (ZeroDivisionError("oh"), "failed"),
+        (SystemExit(3), "interrupted"),
+    ],
+)
+def test_a_session_is_recorded_on_every_exit(tmp_path: Path, error: BaseException | None, status: str) -> None:
+    if error is None:
+        _run(tmp_path / "out")
+    else:
+        with pytest.raises(type(error)):
+            _run(tmp_path / "out", error=error)
+    record = read_run(tmp_path / "out")
+    (session,) = record["sessions"]
+    assert record["status"] == session["status"] == status
+    assert session["items"] == 2
+    assert {"started", "ended", "seconds", "versions", "host", "pid"} <= set(session)
+
+
+def test_sessions_add_up_and_a_killed_one_is_told(tmp_path: Path) -> None:
+    _run(tmp_path / "out")
+    with RunFolder.open(tmp_path / "out", {"a": 1}, True, LEGAL) as folder:
+        folder.record["sessions"][0] |= {"status": "running", "seconds": 5.0}
+        folder.note(status="running")
+    with RunFolder.open(tmp_path / "out", {"a": 1}, True, LEGAL) as folder:
+        assert folder.ended == "killed"
+        with folder.session():
+            pass
+    record = read_run(tmp_path / "out")
+    assert [session["status"] for session in record["sessions"]] == ["killed", "finished"]
+    assert seconds_spent(record) >= 5
+    assert "jax" in last_versions(record)
+
+
+def test_records_of_earlier_versions_are_read() -> None:
+    assert seconds_spent({"sessions": [12.5, {"seconds": 2.5}]}) == 15
+    assert last_versions({"versions": {"jax": "0"}, "sessions": [1.0]}) == {"jax": "0"}
+
+
+@pytest.mark.parametrize("now", [{"a": 2}, {"a": 1, "labels": ["x"]}, {"a": [1]}, {"a": {"b": 1}}])
+def test_a_run_of_another_request_is_not_continued(tmp_path: Path, now: dict[str, Any]) -> None:
+    _run(tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(UserError, match="another request"):
+        _run(tmp_path / "out", now, resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_what_is_reused_is_taken_from_the_run_that_goes_on(tmp_path: Path) -> None:
+    _run(tmp_path / "out", {"a": 1, "chunk": {"neuron": 8}})
+    with RunFolder.open(tmp_path / "out", {"a": 1, "chunk": {"neuron": 16}}, True, LEGAL, reused=("chunk",)) as folder:
+        assert folder.manifest["chunk"] == {"neuron": 8}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "\x1b[31mred", "parts2"])
+def test_foreign_files_are_named_harmlessly(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match="holds something else") as caught:
+        check_folder(tmp_path, True, LEGAL)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.tmp", "copy-7", "run.json.tmp", ".lock"])
+def test_own_files_are_not_foreign(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    if name == "table.csv":
+        with pytest.raises(UserError, match="nobody can say"):
+            check_folder(tmp_path, True, LEGAL)
+    else:
+        assert check_folder(tmp_path, True, LEGAL) is False
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "out", {"a": 1}, False, LEGAL) as folder, folder.session():
+        (tmp_path / "out" / "parts").mkdir()
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+            _run(tmp_path / "out", {"a": 1}, resume=True)
+        with pytest.raises(UserError, match="in use"), hold(tmp_path / "out"):
+            pass
+    assert not (tmp_path / "out" / ".lock").exists()
+    with hold(tmp_path / "out"):
+        pass
+
+
+CHILD = """
+import pathlib, sys, time
+from jaxmed.runs.folder import hold
+with hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_ends_with_its_process(tmp_path: Path, number: signal.Signals) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="in use"), hold(tmp_path):
+        pass
+    child.send_signal(number)
+    child.wait()
+    child.stdout.close()
+    with hold(tmp_path):
+        pass
+
+
+def _send(number: signal.Signals) -> None:
+    """Sends a signal to this process; its handler runs before the next line."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_raises_and_has_its_exit_code(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(signals.Interrupted, match=number.name) as caught, signals.handled():
+        _send(number)
+    assert signals.exit_code(caught.value) == code
+    assert signal.getsignal(number) is before
+    signals.check()  # forgotten outside
+
+
+@pytest.mark.parametrize("number", signals.HANDLED)
+def test_a_swallowed_signal_is_raised_at_the_next_item(number: signal.Signals) -> None:
+    def item() -> None:
+        try:
+            _send(number)
+        except BaseException:  # as callbacks of libraries do
+            return
+
+    def items() -> None:
+        with signals.handled():
+            item()
+            signals.check()
+            pytest.fail("the run went on")
+
+    with pytest.raises(signals.Interrupted):
+        items()
+
+
+def test_a_record_is_written_before_a_signal_counts() -> None:
+    done = []
+
+    def write() -> None:
+        with signals.handled():
+            with signals.delayed():
+                _send(signal.SIGTERM)
+                done.append("written")
+            signals.check()
+            done.append("next")
+
+    with pytest.raises(signals.Interrupted):
+        write()
+    assert done == ["written"]
+
+
+SECOND = """
+import os, signal, sys, time
+from jaxmed.runs import signals
+with signals.handled():
+    try:
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
+    except KeyboardInterrupt:
+        print("first", flush=True)
+        os.kill(os.getpid(), int(sys.argv[1])); time.sleep(1)
+        print("second", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_process_at_once(number: signal.Signals, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND, str(int(number))], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("first\n", code)
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled():
+            _send(signal.SIGINT)
+            signals.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
