@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "api": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "parity", "finetuning"},
-    "bench": {"errors", "prompts", "tokens", "interventions", "models", "runner", "effects", "runs", "distributed"},
+    "bench": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "effects", "runs", "distributed"},
     "cli": {"errors", "files", "prompts", "tokens", "interventions", "models", "distributed", "effects", "reports", "results", "runs"}
     | {"bench", "parity", "generation"}
     | {"finetuning", "evaluation", "pruning", "experiments", "studies"},

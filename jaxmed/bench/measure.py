@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import statistics as medians
 import sys
 import time
@@ -17,6 +16,7 @@ from jaxmed.bench.contestants import bare_matmuls, engine, naive
 from jaxmed.bench.peers import Peers
 from jaxmed.bench.shapes import Subject, make_subject
 from jaxmed.distributed import device_name
+from jaxmed.files import write_json, write_text
 from jaxmed.models.config import parse_layers
 from jaxmed.runs import watch
 from jaxmed.runs.cost import propagate_flops
@@ -52,7 +52,7 @@ def bench(command: Any) -> dict[str, Any]:
     found = _result(subject, layers, contestants, times, agreement)
     _show(found)
     if command.json:
-        command.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(command.json, found)
     if command.append:
         append(command.append, found)
     return found
@@ -132,4 +132,4 @@ def append(file: Path, found: dict[str, Any]) -> None:
         + f"\n| contestant | neurons/s |\n|---|---|\n{rows}\n"
     )
     text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    file.write_text(text + section, encoding="utf-8")
+    write_text(file, text + section)

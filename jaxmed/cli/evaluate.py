@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, SourceF
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import TextSpec
+from jaxmed.runs.folder import open_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,17 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
     save_text: bool = False
     """Keep the answers in --out; otherwise only their hashes are kept."""
     out: Path | None = None
-    """JSON file for every number; must not exist yet."""
+    """JSON file for every number."""
+    resume: bool = False
+    """Continue the evaluation that --out holds: parts that are finished are not measured again."""
 
     def run(self) -> None:
         """Answers, judges, measures, prints."""
         from jaxmed.prompts.examples import chosen
         from jaxmed.prompts.readers import read_text
 
-        check_absent(self.out)
+        if self.out is not None and not self.resume:
+            check_absent(self.out)
         rows = chosen(self.examples, self.split, self.limit, responses=self.given) if self.examples else []
         whose = f"responses of {self.examples}" if self.given else f"answers of up to {self.tokens} tokens from {self.model}"
         plan = [f"{len(rows)} {whose}", *self.judge_lines()] if rows else []
@@ -69,12 +72,30 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
         judge = self.make_judge(self.out, self.save_text, self.mesh) if rows else None
         model: Any = self.load() if asked else None
         found = {} if model is None else {"model": self.model, "weights": model.identity, "history": list(model.history)}
-        for part in (lambda: self._judged(model, rows, judge), lambda: self._perplexity(model), lambda: self._tasks(model)):
-            found |= part()
-            if self.out is not None:
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                self.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-        self._show(found)
+        parts = {
+            "judged": lambda: self._judged(model, rows, judge),
+            "perplexity": lambda: self._perplexity(model),
+            "tasks": lambda: self._tasks(model),
+        }
+        if self.out is None:
+            self._show(found | {key: value for part in parts.values() for key, value in part().items()})
+            return
+        with open_file(self.out, self._manifest(rows) | {"model": found}, self.resume) as file, file.session() as session:
+            file.record |= found
+            for name, part in parts.items():
+                if name not in file.record.get("parts", []):
+                    file.note(**part(), parts=[*file.record.get("parts", []), name])
+                session.count()
+        self._show(file.record)
+
+    def _manifest(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """What makes two evaluations the same: every flag that decides a number, and what the files hold."""
+        from jaxmed.prompts.examples import digest
+        from jaxmed.prompts.readers import read_text
+
+        apart = ("out", "resume", "dry_run", "config", *(one.name for one in fields(ModelFlags)))
+        asked = {one.name: str(getattr(self, one.name)) for one in fields(self) if one.name not in apart}
+        return asked | {"contents": digest(rows, read_text(self.text) if self.text else "")}
 
     def _check_model(self, rows: Sequence[Any]) -> None:
         """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""

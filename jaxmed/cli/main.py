@@ -95,7 +95,7 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt as error:
         kept = ""
-        if hasattr(command, "resume") and (command.out / RUN).is_file():
+        if getattr(command, "out", None) and hasattr(command, "resume") and (command.out.is_file() or (command.out / RUN).is_file()):
             again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
             kept = f" What was finished is kept in {command.out}; continue with: jaxmed {shlex.join(again)}"
         print(f"\njaxmed: interrupted{f' by {error}' if str(error) else ''}.{kept}", file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, all_problems, notice
-from jaxmed.files import TMP, check_path, read_json, simple, write_json
+from jaxmed.files import TMP, check_file, check_path, read_json, simple, write_json
 from jaxmed.runs import signals
 from jaxmed.runs.provenance import versions
 
@@ -120,27 +120,26 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keeps other writers out of an existing folder; raises a UserError where one is in it.
+def hold(folder: Path, lock: str = LOCK, out: Path | None = None) -> Iterator[None]:
+    """Keeps other writers out of an existing folder, or of the file `out` in it; raises a UserError where there is one.
 
     The kernel drops the lock with its process, however that ends. The file goes too, but after a kill, when it locks nobody out. (The
     library filelock leaves it behind always.)
     """
-    path = folder / LOCK
+    path, out = folder / lock, out or folder
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"--out {folder} cannot be written: {error.strerror}. Give another folder; nothing was written.") from None
+            raise UserError(f"--out {out} cannot be written: {error.strerror}. Give another one; nothing was written.") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise UserError(
-                f"--out {folder} is in use{_by_whom(folder)}. Wait for it, or give another folder; nothing was written."
-            ) from None
+            fix = "Wait for it, or give another one; nothing was written."
+            raise UserError(f"--out {out} is in use{_by_whom(folder / RUN if out == folder else out)}. {fix}") from None
         except OSError as error:
-            notice(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes there.")
+            notice(f"{out} cannot be locked ({error.strerror}): see to it that no other run writes there.")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 break
@@ -152,26 +151,27 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _by_whom(folder: Path) -> str:
+def _by_whom(file: Path) -> str:
     try:
-        session = read_run(folder)["sessions"][-1]
+        session = read_json(file, "the record of a run")["sessions"][-1]
         return f" by process {session['pid']} on {session['host']}, which began at {session['started']}"
     except (UserError, LookupError, TypeError):
         return " by another process"
 
 
 class RunFolder:
-    """An open folder, which no other process writes to.
+    """An open folder, which no other process writes to; or an open file, which holds its record and all results (`open_file`).
 
     Attributes:
-        path: the folder.
+        path: the folder, or the file's.
+        file: the file of the record.
         continues: whether it holds a run that goes on.
         ended: status of the run when it was opened: "finished", "interrupted", "failed", "killed"; "new" at its beginning.
         record: what RUN holds.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], continues: bool):
-        self.path, self.record, self.continues = path, record, continues
+    def __init__(self, path: Path, record: dict[str, Any], continues: bool, file: Path | None = None):
+        self.path, self.record, self.continues, self.file = path, record, continues, file or path / RUN
         self.ended = str(record.get("status", "")) if record.get("status") != "running" else "killed"
 
     @property
@@ -213,7 +213,7 @@ class RunFolder:
         """Keeps entries in RUN."""
         self.record |= entries
         with signals.delayed():
-            write_json(self.path / RUN, self.record)
+            write_json(self.file, self.record)
 
     def tell_damage(self, shown: Sequence[str]) -> None:
         """Says which stored parts of a continued run are damaged; the caller has marked them as not done.
@@ -251,6 +251,32 @@ class RunFolder:
                 session.close(ended, reason=": ".join([type(error).__name__, *told])[:300])
             raise
         session.close(ended)
+
+
+@contextmanager
+def open_file(out: Path, manifest: Mapping[str, Any], resume: bool) -> Iterator[RunFolder]:
+    """Begins or continues a run whose record and results are one JSON file, and holds the file inside the block.
+
+    Raises:
+        UserError: a path that cannot be written; a file that exists, and no `resume`; one of another request; another writer.
+    """
+    check_file(out)
+    if out.exists() and not resume:
+        raise UserError(f"--out {out} exists already. Add --resume to continue it, or give another file; nothing was written.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror or error}. Give another file; nothing was written.") from None
+    with hold(out.parent, f".{out.name}{LOCK}", out):
+        continues = out.exists()
+        if continues and not resume:
+            raise UserError(f"--out {out} exists already. Add --resume to continue it, or give another file; nothing was written.")
+        record = read_json(out, "the record of a run") if continues else {"manifest": simple(manifest), "status": "new", "sessions": []}
+        if continues:
+            if not isinstance(record, dict) or not isinstance(record.get("manifest"), dict):
+                raise UserError(f"{out} is no record of a run. Give another file; nothing was written.")
+            check_same(out, record["manifest"], manifest)
+        yield RunFolder(out.parent, record, continues, out)
 
 
 class Session:

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxmed.runs import signals
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 RESUMED = "resumed"
@@ -61,6 +63,7 @@ def progress(title: str, total: float, what_counts: str = "effects") -> Iterator
         def report(work: float, count: int, what: str) -> None:
             tally.add(work, count, what)
             refresh(what)
+            signals.check()  # whatever loop reports here ends where a callback has swallowed a signal
 
         yield report
     if tally.count:

@@ -1,7 +1,7 @@
 """Our own sharded checkpoint: the parameters as Orbax keeps them, which any mesh can restore, and what is needed to use them.
 
-FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config, where the weights came from, and the size of every file; digests of
-all of them, and the tokenizer's files, lie beside it.
+FOLDER/params is Orbax's; FOLDER/jaxmed.json holds the config, where the weights came from, and the size of every file; digests
+of them, and the tokenizer's files, lie beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def save_store(model: Model, folder: str | Path) -> Path:
         save_arrays(model.params, scratch / PARAMS)
         card |= {"files": _file_sizes(scratch)}
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        write_sums(scratch, [scratch / CARD, *(scratch / name for name in card["files"])])
+        write_sums(scratch, [scratch / name for name in card["files"]])
         write_side_files(model, scratch, model.history)
     return folder
 
