@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import PlanFlags, SourceFlags
+from jaxmed.cli.flags import NewFolderFlag, OneDeviceFlag, PlanFlags, SourceFlags
 from jaxmed.cli.mask import describe_mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apply(SourceFlags, PlanFlags):
+class Apply(NewFolderFlag, OneDeviceFlag, SourceFlags, PlanFlags):
     """Writes a model with the weights of a mask set to zero, to their mean, or scaled."""
 
     mask: Path
     """Mask file whose weights are edited."""
-    out: Path
-    """Folder to write; must not exist yet, or be empty."""
     to: Literal["zero", "mean", "scale"] = "zero"
     """Masked weights become zero, the mean of the masked weights of their matrix, or are multiplied by --factor."""
     factor: float = 0.0
@@ -27,8 +25,6 @@ class Apply(SourceFlags, PlanFlags):
     """Take a mask that was made of other weights of the same shapes, such as an aligned sibling's."""
     format: Literal["huggingface", "orbax"] = "huggingface"
     """A folder that transformers loads, or a sharded checkpoint of our own."""
-    mesh: str | None = "data=1"
-    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
 
     def run(self) -> None:
         """Loads, edits, writes."""

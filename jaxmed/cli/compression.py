@@ -11,22 +11,21 @@ from jaxmed.cli import show
 from jaxmed.cli.flags import ConfigFlags
 from jaxmed.cli.measure import begin
 from jaxmed.errors import UserError
+from jaxmed.experiments.specs import UtilitySpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compression(ConfigFlags):
+class Compression(ConfigFlags, UtilitySpec):
     """How many fewer weights carry a behaviour in an aligned model than in its base, from curves of both; runs no model."""
 
     base: tuple[Path, ...] = ()
     """Folders of `prune curve` of the base model, one per behaviour."""
     aligned: tuple[Path, ...] = ()
-    """The same of the aligned model, in the same order; for several models (stages of training), all folders of one, then of the next."""
+    """Folders of `prune curve` of the aligned model, in the order of --base; of several models, all of one, then of the next."""
     behaviours: tuple[str, ...] = ()
-    """The test set of each folder that is its behaviour, in the same order."""
+    """Test set of each folder that is its behaviour, in the order of --base."""
     control: str = ""
     """One of --behaviours whose compression is subtracted."""
-    utility: float = 0.01
-    """Rise of the perplexity, as a share, up to which a behaviour counts as halved without harm."""
     names: tuple[str, ...] = ()
     """Names of the models, the base first; default: those in the folders."""
     seed: int = 0

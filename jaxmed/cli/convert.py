@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import Dtype, ModelFlags, PlanFlags
+from jaxmed.cli.flags import Dtype, ModelFlags, NewFolderFlag, OneDeviceFlag, PlanFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(ModelFlags, PlanFlags):
+class Convert(NewFolderFlag, OneDeviceFlag, ModelFlags, PlanFlags):
     """Writes a model, with adapter and mask applied where they are given, as a Hugging Face folder or as a sharded Orbax checkpoint."""
 
     to: Literal["huggingface", "orbax"]
     """Format. huggingface: config, tokenizer and safetensors for transformers; orbax: sharded, restored under any mesh by --model."""
-    out: Path
-    """Folder to write; must not exist yet, or be empty."""
     dtype: Dtype | None = None
     """Number format of the written weights; default: the one that the checkpoint names, float32 where it names none or another."""
-    mesh: str | None = "data=1"
-    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
 
     def run(self) -> None:
         """Checks, says what will be written, and writes it."""

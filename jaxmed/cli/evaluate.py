@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, SourceFlags, SplitFlag, check_absent
+from jaxmed.cli.edits import EditFlags
+from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, ResumeFlag, SourceFlags, SplitFlag, check_absent
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import TextSpec
@@ -17,7 +18,7 @@ from jaxmed.runs.folder import open_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec, PlanFlags):
+class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags, TextSpec, ResumeFlag, PlanFlags):
     """What a model does with requests (how often it refuses, or how a judge scores its answers), and its perplexity on neutral text."""
 
     against: str = ""
@@ -40,8 +41,6 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
     """Keep the answers in --out; otherwise only their hashes are kept."""
     out: Path | None = None
     """JSON file for every number."""
-    resume: bool = False
-    """Continue the evaluation that --out holds: parts that are finished are not measured again."""
 
     def run(self) -> None:
         """Answers, judges, measures, prints."""
@@ -50,6 +49,10 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
 
         if self.out is not None and not self.resume:
             check_absent(self.out)
+        if self.edits is not None and (self.text or self.tasks or self.given):
+            raise UserError(
+                "--edits act on answers alone: perplexity, tasks and given responses would be those of the unedited model. Add --text ''."
+            )
         rows = chosen(self.examples, self.split, self.limit, responses=self.given) if self.examples else []
         whose = f"responses of {self.examples}" if self.given else f"answers of up to {self.tokens} tokens from {self.model}"
         plan = [f"{len(rows)} {whose}", *self.judge_lines()] if rows else []
@@ -95,13 +98,15 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
 
         apart = ("out", "resume", "dry_run", "config", *(one.name for one in fields(ModelFlags)))
         asked = {one.name: str(getattr(self, one.name)) for one in fields(self) if one.name not in apart}
-        return asked | {"contents": digest(rows, read_text(self.text) if self.text else "")}
+        edits = self.edits.read_text(encoding="utf-8") if self.edits else ""
+        return asked | {"contents": digest(rows, read_text(self.text) if self.text else "", edits)}
 
     def _check_model(self, rows: Sequence[Any]) -> None:
         """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""
         from jaxmed.tokens import prompt_ids
 
         model = self.describe()
+        self.how(model)
         for row in rows if not self.given else ():
             prompt_ids(model.tokenizer, row, self.form)
         if self.text and self.against:
@@ -121,7 +126,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, TextSpec,
         texts = [row.response for row in rows]
         if not self.given:
             with show.progress("answers", len(rows), "answers") as report:
-                texts = answer(model, rows, self.tokens, self.form, report=lambda count: report(count, count, ""))
+                texts = answer(model, rows, self.tokens, self.form, **self.how(model), report=lambda count: report(count, count, ""))
         with show.progress("judging", len(rows), "answers") as report:
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}

@@ -34,13 +34,19 @@ class PlanFlags(ConfigFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(PlanFlags):
+class ResumeFlag:
+    """Of a command that can be continued."""
+
+    resume: bool = False
+    """Continue the run that --out holds: what is finished is not computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(ResumeFlag, PlanFlags):
     """Of a command that fills a folder and can be continued."""
 
     out: Path = Path("jaxmed-out")
     """Folder that the results are written to."""
-    resume: bool = False
-    """Continue the run that --out holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,22 @@ class ModelFlags(SourceFlags):
         from jaxmed.pruning.masks import read_mask
 
         return None if self.mask is None else read_mask(self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneDeviceFlag:
+    """For commands that read weights without running them."""
+
+    mesh: str | None = "data=1"
+    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFolderFlag:
+    """Of a command that writes a model."""
+
+    out: Path
+    """Folder to write; must not exist yet, or be empty."""
 
 
 MODEL_FLAGS = tuple(one.name for one in fields(ModelFlags) if one.name != "mesh")

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import tyro
 
 from jaxmed.cli import show
+from jaxmed.cli.edits import EditFlags
 from jaxmed.cli.flags import ConfigFlags, FormFlag, ModelFlags
 from jaxmed.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(ModelFlags, FormFlag, ConfigFlags):
+class Generate(ModelFlags, FormFlag, EditFlags, ConfigFlags):
     """Continues prompts: user messages through the chat template, or another --form."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -43,14 +44,14 @@ class Generate(ModelFlags, FormFlag, ConfigFlags):
         if not rows:
             raise UserError("Give at least one prompt, or --examples FILE.")
         rows = [replace(row, prefill=self.prefill or row.prefill) for row in rows]
-        self._check(rows)
+        edits = self._check(rows)
         model = self.load()
-        how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop_texts": self.stop}
+        how = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop_texts": self.stop, **edits}
         for row, text in zip(rows, generate(model, rows, self.tokens, self.form, **how), strict=True):
             show.out.print(f"> {row.prompt}\n{row.prefill}{text if row.prefill else text.strip()}\n", markup=False)
 
-    def _check(self, rows: Sequence[Any]) -> None:
-        """Raises a UserError for settings and prompts that cannot be used; loads no weights."""
+    def _check(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The edits, once settings and prompts can be used; loads no weights."""
         from jaxmed.tokens import prompt_ids
 
         if self.tokens < 1:
@@ -60,3 +61,4 @@ class Generate(ModelFlags, FormFlag, ConfigFlags):
         model = self.describe()
         for row in rows:
             prompt_ids(model.tokenizer, row, self.form)
+        return self.how(model)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ConfigFlags, ModelFlags, check_absent
+from jaxmed.cli.flags import ConfigFlags, ModelFlags, OneDeviceFlag, check_absent
 from jaxmed.errors import UserError
 from jaxmed.pruning.rule import Rule
 
@@ -21,7 +21,7 @@ def rule_of(command: Rule) -> Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(ModelFlags, Rule, ConfigFlags):
+class Select(OneDeviceFlag, ModelFlags, Rule, ConfigFlags):
     """Makes a mask from scores by a rule; by default the top q of -S (behaviour, signed) without the top p of A (preserve, absolute)."""
 
     scores: Path = Path("jaxmed-scores")
@@ -30,12 +30,12 @@ class Select(ModelFlags, Rule, ConfigFlags):
     """Folder whose preserve scores are taken, where the set was scored apart; default: those in --scores."""
     out: Path = Path("mask.safetensors")
     """The mask file; must not exist yet."""
+    curve: Path | None = None
+    """Folder of `prune curve` of these scores: where it shows that this q breaks the model, a warning says so."""
     tag: str = ""
     """What the mask is for; one tagged 'attack' is applied in memory only."""
     model: str = ""
     """Model whose weights are read, for wanda and magnitude; empty: the scored one."""
-    mesh: str | None = "data=1"
-    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
 
     def run(self) -> None:
         """Selects and writes."""
@@ -46,9 +46,10 @@ class Select(ModelFlags, Rule, ConfigFlags):
         rule.check()
         scores = read_scores(self.scores)
         preserve = None if self.preserve is None else read_scores(self.preserve)
+        ratio = None if self.curve is None else curve_ratio(self.curve, scores, rule)
         mask = select(scores, rule, self._weights(scores, rule), self.tag, preserve)
         write_mask(mask, self.out)
-        show.lines(f"mask: {self.out}", describe_mask(mask))
+        show.lines(f"mask: {self.out}", [*describe_mask(mask), *warnings_of(mask, rule, ratio)])
 
     def _weights(self, scores: Any, rule: Any) -> Any:
         from jaxmed.models.named_weights import weights_by_name
@@ -91,15 +92,13 @@ class Combine(ConfigFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(ModelFlags, ConfigFlags):
+class Compare(OneDeviceFlag, ModelFlags, ConfigFlags):
     """Counts what masks share, pair by pair, against chance."""
 
     masks: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Mask files, at least two."""
     model: str = ""
     """Model whose weights the stratified chance is taken over; empty: plain chance alone."""
-    mesh: str | None = "data=1"
-    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
 
     def run(self) -> None:
         """Prints a table."""
@@ -128,3 +127,49 @@ def describe_mask(mask: Any) -> list[str]:
         kinds.setdefault(kind_of(name), []).append(count)
     each = ", ".join(f"{kind} {sum(found):,} (at most {max(found):,} in a matrix)" for kind, found in kinds.items())
     return [f"{mask.count:,} of {mask.numbers:,} weights ({mask.count / max(1, mask.numbers):.2e}), of {mask.model}", each]
+
+
+BROKEN = 1.1
+"""Perplexity over that of the unpruned model above which a model counts as broken."""
+MANY = 1e-4
+"""Share of all weights above which masks of targeted scores broke the models that were tried (the default one: x 9.5 at 3.6e-4)."""
+
+
+def curve_ratio(folder: Path, scores: Any, rule: Rule) -> float:
+    """Perplexity at the rule's q over that of the unpruned model, by a curve of the same scores; NaN where the curve has none.
+
+    Raises:
+        UserError: no curve there, or one of other scores or another rule.
+    """
+    import numpy as np
+
+    from jaxmed.experiments.curve import CURVE
+    from jaxmed.experiments.table import read_rows
+    from jaxmed.runs.folder import read_run
+
+    if not (folder / CURVE).is_file():
+        raise UserError(f"{folder} holds no curve. Give the --out folder of `jaxmed prune curve`.")
+    if read_run(folder)["manifest"].get("scored_by") != scores.digest:
+        raise UserError(f"The curve in {folder} is of other scores. Give one that was drawn with --scores of the same folder.")
+    rows = sorted(
+        (row["q"], row["perplexity_ratio"]) for row in read_rows(folder / CURVE) if row["rule"] == rule.score and "perplexity_ratio" in row
+    )
+    if not rows:
+        return float("nan")
+    qs, ratios = np.log(np.array(rows, float)).T
+    return float(np.exp(np.interp(np.log(rule.q), qs, ratios)))
+
+
+def warnings_of(mask: Any, rule: Rule, ratio: float | None) -> list[str]:
+    """What the user is warned of: a mask that breaks the model by its curve, or without a curve by its count."""
+    if ratio is not None and ratio > BROKEN:
+        return [
+            f"warning: at this q the curve's perplexity is {ratio:.2f}x that of the unpruned model, which breaks it. Take a smaller --q."
+        ]
+    share = mask.count / max(1, mask.numbers)
+    if (ratio is None or ratio != ratio) and share > MANY and rule.score in ("signed", "positive", "absolute", "wanda"):
+        return [
+            f"warning: {share:.1e} of all weights are many: such masks break a model ({MANY:g} is a lot). Look at `jaxmed prune curve`, "
+            "and take a smaller --q where the perplexity rises."
+        ]
+    return []

@@ -30,7 +30,7 @@ class Score(ModelFlags, SetFlags, RunFlags):
     scored_separator: bool = False
     """Score what stands between prompt and response too."""
     max_length: int = 0
-    """Tokens of an example at most; a longer one loses its end. 0: as many as the model takes."""
+    """Tokens of a scored example at most; a longer one loses its end. 0: as many as the model takes."""
     rows: int = 0
     """Examples per device and batch; 0: as many as keep the matmuls busy."""
     layers_per_pass: int = 0

@@ -41,6 +41,14 @@ class RequestSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UtilitySpec:
+    """What counts as harmless."""
+
+    utility: float = 0.01
+    """Rise of the perplexity, as a share, up to which a behaviour counts as halved without harm."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeedsSpec:
     """How many random masks stand beside every mask."""
 

@@ -46,21 +46,21 @@ class Settings:
     method: Literal["lora", "full"] = "lora"
     """Adapters on the blocks' matrices, or every parameter."""
     rank: int = 16
-    """Of the adapters."""
+    """Rank of the adapters."""
     alpha: float = 32.0
-    """The adapters' product is scaled by alpha / rank."""
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
     stabilised: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    """Scale the adapters by alpha / sqrt(rank) instead (rsLoRA)."""
     strength: float = 1.0
-    """The adapters' product is scaled by this once training has ended; below 1, less of everything that was learnt is kept."""
+    """Factor that the trained adapters are multiplied by before they are merged; 1: as trained."""
     targets: tuple[str, ...] = ()
     """Adapted matrices by the last part of their names, such as q_proj v_proj; empty: all of the blocks."""
     first_layer: int = 0
     """The lowest block with adapters; the blocks below it are run once per example, not in every epoch."""
     learning_rate: float = 2e-4
-    """At its highest."""
+    """Highest learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Of the learning rate after the warm-up: constant, or down to zero at the last step."""
+    """Learning rate after the warm-up: constant, or down to zero at the last step (linear, cosine)."""
     warmup: int = 10
     """Steps in which the learning rate rises from zero."""
     epochs: float = 1.0
@@ -74,25 +74,25 @@ class Settings:
     clip: float = 1.0
     """Largest norm of a gradient; 0: no clipping."""
     weight_decay: float = 0.0
-    """Of AdamW, on matrices."""
+    """Weight decay of AdamW, on matrices alone."""
     beta1: float = 0.9
-    """Of AdamW: decay of the mean of gradients."""
+    """Decay rate of AdamW's mean of the gradients."""
     beta2: float = 0.999
-    """Of AdamW: decay of the mean of their squares."""
+    """Decay rate of AdamW's mean of the squared gradients."""
     epsilon: float = 1e-8
-    """Of AdamW: added to the root of the latter."""
+    """Number that AdamW adds to the root of the mean square, against division by zero."""
     packing: bool = True
     """Several examples may share a row of tokens, without seeing each other."""
     form: FormName = "chat"
     """How prompt and response are joined: the chat template, or plain (prompt, newline, response), space, qa, text."""
     max_length: int = 0
-    """Limit of an example's tokens; what is longer loses its end. 0: the model's."""
+    """Tokens of an example at most; a longer one loses its end. 0: as many as the model takes."""
     max_response: int = 0
-    """Limit of a response's tokens, such as 12 to train how answers begin; 0: none."""
+    """Tokens of a response at most, such as 12 to train how answers begin; 0: no limit."""
     whole_share: float = 0.0
-    """This share of the examples, drawn by the seed, keeps its responses beyond --max-response: how answers go on is trained on a few."""
+    """Share of the examples (chosen by --seed) that is trained on whole responses instead of their first --max-response tokens."""
     remat: bool = False
-    """Run blocks again for their gradients, to save memory."""
+    """Run blocks again for their gradients, which saves memory."""
     evaluate_every: int = 0
     """Steps between held-out losses; 0: a tenth of the steps."""
     patience: int = 0
@@ -100,7 +100,7 @@ class Settings:
     save_every: int = 0
     """Steps between checkpoints; 0: a fifth of the steps."""
     seed: int = 0
-    """Of the data's order, the held-out share and fresh adapters."""
+    """Seed of the order of the data, the held-out share and fresh adapters."""
 
     @property
     def lora(self) -> Lora:
@@ -143,7 +143,7 @@ class Source:
     heldout: str = ""
     """Examples file of the held-out loss; empty: a share of --data."""
     heldout_share: float = 0.1
-    """That share."""
+    """Share of --data that is held out where --heldout names no file."""
 
 
 @dataclass(frozen=True)

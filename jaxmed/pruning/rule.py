@@ -33,19 +33,19 @@ class Rule:
     p: float = 5e-3
     """Share of weights that are spared, ranked by the preserve score in the same way; 0: none."""
     score: ScoreName = "signed"
-    """signed: -S; positive: +S; absolute: absolute SNIP; wanda; magnitude (smallest); random."""
+    """Score that ranks weights. signed: -S; positive: +S; absolute: absolute SNIP; wanda; magnitude: smallest |W|; random."""
     spare: Literal["absolute", "wanda", "none"] = "absolute"
     """Preserve score by which weights are spared."""
     ranking: Literal["matrix", "row", "global"] = "matrix"
-    """Weights are ranked within their matrix, within their output's row, or all together."""
+    """Where weights are ranked: within their matrix, within the row of their output, or all together (global)."""
     skip: float = 0.0
-    """Share of the highest ranked weights that are passed over before q are chosen."""
+    """Share of the highest ranked weights that are skipped before q are chosen."""
     layers: tuple[int, ...] = ()
-    """Layers whose matrices may be chosen from; empty: all."""
+    """Layers whose matrices may be chosen from, such as 9,19,20-29; empty: all."""
     matrices: tuple[str, ...] = ()
     """Matrices by the last part of their names, such as down_proj; empty: all."""
     seed: int = 0
-    """Of random scores."""
+    """Seed of random scores, for --score random."""
 
     def check(self) -> None:
         """Raises a UserError for values that cannot be used."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmed.errors import UserError
-from jaxmed.experiments.specs import AbilitySpec, AttackSpec, FormSpec, TextSpec
+from jaxmed.experiments.specs import AbilitySpec, AttackSpec, FormSpec, TextSpec, UtilitySpec
 from jaxmed.models.catalog import DEFAULT
 from jaxmed.models.config import ModelConfig
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
@@ -27,7 +27,7 @@ STUDY = "targeted pruning"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec):
+class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec):
     """Targeted pruning end to end: curves, transfer, compression, dissociation and attacks, with figures and tables on one page."""
 
     models: tuple[str, ...] = (DEFAULT, "smollm2-135m-aligned")
@@ -56,8 +56,6 @@ class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec):
     """Held-out examples of each set that are tested at most, from its beginning; default: all."""
     against: tuple[ScoreName, ...] = ("random",)
     """Baselines of the first behaviour's curve: other rules by which as many weights are chosen."""
-    utility: float = 0.01
-    """Rise of the perplexity, as a share, up to which a behaviour counts as halved without harm."""
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -1,0 +1,124 @@
+"""`--edits FILE`: interventions from the command line, for generate and evaluate."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.cli.edits import read_edits
+from jaxmed.cli.main import main
+from jaxmed.interventions import edits, kinds
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("edits") / "model")
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _write(file: Path, content: Any) -> Path:
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def test_a_file_says_what_the_functions_of_kinds_do(tmp_path: Path) -> None:
+    direction = np.arange(16, dtype=np.float32)
+    np.save(tmp_path / "d.npy", direction)
+    entries = [
+        {"kind": "zero", "site": "neuron", "layer": 1, "unit": [3, 17]},
+        {"kind": "scale", "site": "hook_z", "layer": 0, "unit": 2, "factor": 0.5},
+        {"kind": "steer", "site": "residual_out", "layer": 2, "direction": "d.npy", "coefficient": 2},
+        {"kind": "ablate-direction", "site": "attention_out", "direction": direction.tolist()},
+    ]
+    wanted = edits.merge(
+        kinds.zero("neuron", 1, unit=[3, 17]),
+        kinds.scale("head_out", 0.5, 0, unit=2),
+        kinds.steer("residual_out", direction, 2.0, 2),
+        kinds.ablate_direction("attention_out", direction),
+    )
+    found = read_edits(_write(tmp_path / "e.json", entries))
+    assert found.keys() == wanted.keys()
+    for site, edit in wanted.items():
+        for name in ("gate", "value", "add", "basis"):
+            np.testing.assert_array_equal(getattr(found[site], name), getattr(edit, name))
+    model = tiny.model("llama")
+    ids = np.arange(3, 12)[None]
+    assert np.array_equal(jm.forward(model, ids, found)[0], jm.forward(model, ids, wanted)[0])
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_edits_change_what_is_answered(folder: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out"}])
+    rows = _write(tmp_path / "rows.jsonl", json.dumps({"prompt": "how to"}) + "\n")
+    asked = {
+        "generate": ["generate", "how to", "--model", str(folder), "--tokens", "6"],
+        "evaluate": ["evaluate", "--examples", str(rows), "--text", "", "--model", str(folder), "--tokens", "6", "--save-text"],
+    }[command]
+    said = []
+    for number, more in enumerate(([], ["--edits", str(file)])):
+        out = [] if command == "generate" else ["--out", str(tmp_path / f"{number}.json")]
+        assert main([*asked, *more, *out]) == 0
+        text = capsys.readouterr().out
+        said.append(text if command == "generate" else json.loads((tmp_path / f"{number}.json").read_text())["answers"][0]["answer"])
+    assert said[0] != said[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
+        ({}, "no list of interventions"),
+        ([], "no list of interventions"),
+        ([3], "entry 1: an intervention is an object, not 3"),
+        ([{"kind": "zer", "site": "neuron"}], "Did you mean 'zero'"),
+        ([{"kind": "zero"}], "'zero' needs site"),
+        ([{"kind": "zero", "site": "neuron", "layr": 1}], "Did you mean 'layer'"),
+        ([{"kind": "zero", "site": "neurons"}], "neuron"),
+        ([{"kind": "zero", "site": "neuron", "layer": "one"}], "a whole number or a list of them"),
+        ([{"kind": "zero", "site": "neuron", "layer": True}], "a whole number or a list of them"),
+        ([{"kind": "zero", "site": "neuron", "layer": 3}], "names layer 3; legal: 0 to 2"),
+        ([{"kind": "zero", "site": "neuron", "unit": 24}], "names unit 24; legal: 0 to 23"),
+        ([{"kind": "scale", "site": "neuron", "factor": "much"}], "a .npy file of them is expected"),
+        ([{"kind": "scale", "site": "neuron", "factor": 1e999}], "finite numbers"),
+        ([{"kind": "steer", "site": "residual_out", "direction": [0.0, 0.0]}], "not all of them zero"),
+        ([{"kind": "steer", "site": "residual_out", "direction": "none.npy"}], "No such file"),
+        ([{"kind": "zero", "site": "neuron", "layer": [0, 1], "unit": [1, 2, 3]}], "lengths that do not fit"),
+        ([{"kind": "zero", "site": "neuron"}, {"kind": "zero", "site": "neuron", "unit": 2}], "neuron"),
+    ],
+)
+def test_bad_files_get_one_message_each(
+    folder: Path, content: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jaxmed.cli.flags import ModelFlags
+
+    monkeypatch.setattr(ModelFlags, "load", lambda self: pytest.fail("weights were loaded"))
+    file = _write(tmp_path / "e.json", content)
+    assert main(["generate", "how to", "--model", str(folder), "--edits", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "e.json" in said
+    assert len(said) < 2000
+
+
+def test_all_problems_of_a_file_are_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _write(tmp_path / "e.json", [{"kind": "zero"}, {"kind": "zero", "site": "mlp_out"}, {"kind": "move", "site": "x"}])
+    assert main(["generate", "how to", "--model", str(folder), "--edits", str(file)]) == 2
+    assert re.search(r"2 problems.*entry 1.*entry 3", capsys.readouterr().err, re.S)
+
+
+@pytest.mark.parametrize("more", [["--text", "neutral"], ["--text", "", "--given"]])
+def test_edits_act_on_answers_alone(folder: Path, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out"}])
+    rows = _write(tmp_path / "rows.jsonl", json.dumps({"prompt": "how to", "response": "so"}) + "\n")
+    asked = ["evaluate", "--model", str(folder), "--examples", str(rows), "--edits", str(file)]
+    assert main([*asked, *more]) == 2
+    assert "act on answers alone" in capsys.readouterr().err
