@@ -149,7 +149,7 @@ SAID = (
 def unboxed(text: str) -> str:
     """A message of tyro's without its frame and its pointer to the help, on one line."""
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    kept = [line for line in lines[1:] if line]
+    kept = [line for line in lines[1:] if line.strip("- ")]
     stop = next((at for at, line in enumerate(kept) if line.startswith(("For full helptext", "Argument helptext"))), len(kept))
     said = " ".join(kept[:stop] or lines).rstrip(".")
     for pattern, words in SAID:

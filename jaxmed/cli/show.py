@@ -9,10 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
+from rich.cells import cell_len
 from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
 
 from jaxmed.files import read_csv
 from jaxmed.runs.watch import err, lines, out, progress, speed
@@ -23,44 +21,47 @@ COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "r
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Prints a table whose first `left` columns are texts and the others numbers. No column is ever narrower than its cells.
+    """Prints a table whose first `left` columns are texts and the others numbers. No cell is ever cut or torn.
 
-    On a terminal that is too narrow, each row becomes a paragraph of its own; what is piped has the width that it needs.
+    What is piped has the width that it needs. On a terminal that is too narrow for that, headers are broken into lines; where that does
+    not help, each row becomes a paragraph of its own.
     """
-    drawn = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, column in enumerate(columns):
-        # a header may break at underscores and spaces, a cell nowhere
-        words = max(len(word) for word in column.replace("_", "_ ").split(" ") or [""])
-        width = max([words, *(len(row[number]) for row in rows)])
-        drawn.add_column(escape(_broken(column, width)), justify="left" if number < left else "right", no_wrap=False, min_width=width)
-    for row in rows:
-        drawn.add_row(*(escape(cell) for cell in row))
-    needed = Measurement.get(out, out.options.update(width=10_000), drawn).minimum
-    if needed <= out.width or not out.is_terminal:
-        drawn.title = None
-        out.print(f"[bold]{escape(title)}[/bold]")
-        out.print(drawn, width=max(needed, out.width if out.is_terminal else needed), crop=False)
-        return
     out.print(f"[bold]{escape(title)}[/bold]")
+    cells = [max((cell_len(row[number]) for row in rows), default=0) for number in range(len(columns))]
+    for shortest in (max(map(len, columns)), HEADER, 0):
+        heads = [_broken(column, max(cell, shortest)) for column, cell in zip(columns, cells, strict=True)]
+        widths = [max(cell, *map(len, head)) for cell, head in zip(cells, heads, strict=True)]
+        if out.is_terminal and sum(widths) + 2 * len(widths) - 2 > out.width:
+            continue
+        deepest = max(map(len, heads))
+        titles = [[""] * (deepest - len(head)) + head for head in heads]
+        for line in [*zip(*titles, strict=True), ["-" * width for width in widths], *rows]:
+            pads = [" " * (width - cell_len(cell)) for width, cell in zip(widths, line, strict=True)]
+            shown = [cell + pad if at < left else pad + cell for at, (cell, pad) in enumerate(zip(line, pads, strict=True))]
+            out.print("  ".join(shown).rstrip(), markup=False)
+        return
     for row in rows:
         out.print(row[0], markup=False)
         for column, cell in zip(columns[1:], row[1:], strict=True):
-            if cell:
-                out.print(
-                    textwrap.fill(f"{column}: {cell}", max(20, out.width), initial_indent="  ", subsequent_indent="    "), markup=False
-                )
+            text = textwrap.fill(f"{column}: {cell}", max(20, out.width), initial_indent="  ", subsequent_indent="    ")
+            out.print(text, markup=False)
 
 
-def _broken(column: str, width: int) -> str:
-    """A header of several lines, none longer than `width` where its words allow it."""
+HEADER = 9
+"""Letters of a header's line at least, where headers are broken."""
+
+
+def _broken(column: str, width: int) -> list[str]:
+    """A header in lines of at most `width` letters, broken at spaces and underscores, and within longer words."""
+    width = max(width, 6)
     found: list[str] = []
     for word in column.replace("_", "_ ").split(" "):
+        parts = [word[at : at + width] for at in range(0, len(word), width)]
         joint = "" if found and found[-1].endswith("_") else " "
-        if found and len(found[-1] + joint + word) <= width:
-            found[-1] += joint + word
-        else:
-            found.append(word)
-    return "\n".join(found)
+        if found and len(found[-1] + joint + parts[0]) <= width:
+            found[-1] += joint + parts.pop(0)
+        found += parts
+    return found
 
 
 def top_units(folder: Path, count: int = 12) -> None:
