@@ -95,7 +95,7 @@ def test_only_a_template_that_writes_past_turns_otherwise_is_told_of() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_space_of_the_template_and_one_of_the_answer_are_one(kind: str) -> None:
-    for template in ("Llama 2", "Mistral v3", "DeepSeek", "Falcon"):
+    for template in ("Llama 2", "Mistral v3", "DeepSeek", "Vicuna", "Falcon"):
         fast = tokenizer(kind, template)
         with_space, without = (
             encode_answers(fast, jm.PromptPair("p", "hi", "you", (text,), ("No",)), ("log-odds",)).ids[0] for text in (" Sure", "Sure")

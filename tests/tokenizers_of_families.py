@@ -108,6 +108,8 @@ TEMPLATES: dict[str, str] = {
     "DeepSeek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}{% elif m.role == 'system' %}"
     "{{ m.content + '\n\n' }}{% else %}{{ 'Assistant: ' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "Vicuna": "{% for m in messages %}{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(m.role, '') + m.content + "
+    "(eos_token if m.role == 'assistant' else ' ') }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}",
     "Falcon": "{% for m in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}{{ m.role.capitalize() + ': ' + m.content.replace('\n\n', '\n') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}",
 }

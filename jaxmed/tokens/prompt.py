@@ -123,15 +123,19 @@ def _chat_parts(tokenizer: Any, ask: _Ask) -> dict[str, Any]:
         given = answer_beginning(tokenizer, ask.chat, opening, ask.prefill)
         return {"text": opening + (ask.prefill if given is None else given), "user": user, "header": header}
     lead = answer_beginning(tokenizer, ask.chat, opening, "") or ""
+    trims = not lead.strip() and answer_beginning(tokenizer, ask.chat, opening, " ") == lead
     if lead.strip():  # a block of its own, such as an empty thought, which a model that is asked writes or not
-        return {"text": opening, "user": user, "header": header}
-    return {
-        "text": opening,
-        "user": user,
-        "header": header,
-        "lead": lead,
-        "trims": answer_beginning(tokenizer, ask.chat, opening, " ") == lead,
-    }
+        lead = ""
+    if opening.endswith(" ") and _merges(tokenizer, opening):
+        lead = opening[len(opening.rstrip(" ")) :] + lead
+        opening = opening.rstrip(" ")
+    return {"text": opening, "user": user, "header": header, "lead": lead, "trims": trims}
+
+
+def _merges(tokenizer: Any, opening: str) -> bool:
+    """Whether the tokenizer joins the space that a generation header ends with to the word that follows."""
+    last = tokenizer.convert_ids_to_tokens(encode(tokenizer, opening)[0][-1])
+    return any(token.startswith(last) and token != last for token in tokenizer.get_vocab())
 
 
 def join(lead: str, trims: bool, text: str) -> str:
