@@ -437,7 +437,7 @@ def test_wrong_input_is_refused(plain_model: Model, scores: Any, tmp_path: Path)
 
 def test_a_mask_joined_with_an_attack_stays_one(plain_model: Model) -> None:
     scores = score(plain_model, BEHAVIOUR, PRESERVE)
-    rude, attack = (select(scores, Rule(q=q), tag=tag) for q, tag in ((0.01, "rude"), (0.02, "attack")))
+    rude, attack = (select(scores, Rule(q=q), tag=tag) for q, tag in ((0.01, "behaviour"), (0.02, "attack")))
     assert {combine([rude, attack], how).tag for how in ("union", "intersect", "subtract")} == {"attack"}
     assert rude.digest != attack.digest
 

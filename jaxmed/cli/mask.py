@@ -33,15 +33,17 @@ class Select(OneDeviceFlag, ModelFlags, Rule, ConfigFlags):
     curve: Path | None = None
     """Folder of `prune curve` of these scores: where it shows that this q breaks the model, a warning says so."""
     tag: str = ""
-    """What the mask is for; one tagged 'attack' is applied in memory only."""
+    """What the mask is for: test, behaviour, defence or attack. One tagged 'attack' is applied in memory only."""
     model: str = ""
     """Model whose weights are read, for wanda and magnitude; empty: the scored one."""
 
     def run(self) -> None:
         """Selects and writes."""
+        from jaxmed.models.checkpoints.edit_record import read_tag
         from jaxmed.pruning import read_scores, select, write_mask
 
         check_absent(self.out)
+        read_tag(self.tag)
         rule = rule_of(self)
         rule.check()
         scores = read_scores(self.scores)

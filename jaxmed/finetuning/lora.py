@@ -22,7 +22,7 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.files import write_sums
 from jaxmed.finetuning.settings import Lora
 from jaxmed.models.checkpoints.assemble import matrix_rules
-from jaxmed.models.checkpoints.edit_record import refuse_attacks
+from jaxmed.models.checkpoints.edit_record import join_tags, refuse_attacks, tags_of, write_record
 from jaxmed.models.checkpoints.lora import SETTINGS, TAG, WEIGHTS
 from jaxmed.models.checkpoints.new_folder import new_folder
 from jaxmed.models.config import ModelConfig
@@ -153,12 +153,16 @@ def merge(config: ModelConfig, params: Params, added: Params) -> Params:
 
 
 def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path, tag: str = "") -> Path:
-    """Writes factors as a folder that PEFT and `load(adapter=...)` read; returns the folder.
+    """Writes factors as a folder that PEFT and `load(adapter=...)` read, with the record of the edits of the model it was trained on.
+
+    Args:
+        tag: what the adapter is for, one of `edit_record.TAGS`; a stricter tag of the model's edits goes before it.
 
     Raises:
-        UserError: a tag "attack"; a folder that holds something; a full disk.
+        UserError: a tag "attack", the adapter's or that of an edit of the model; a folder that holds something; a full disk.
     """
-    refuse_attacks([{"tag": tag}])
+    edits = [*model.history, *([{"tag": tag}] if tag else [])]
+    refuse_attacks(edits)
     folder, family = Path(folder), FAMILIES[model.config.family]
     tensors = {
         f"base_model.model.{name.format(l=lora.first_layer + at)}.lora_{part}.weight": np.ascontiguousarray(matrix)
@@ -182,9 +186,11 @@ def save_adapter(model: Model, factors: Factors, lora: Lora, folder: str | Path,
         "inference_mode": True,
     }
     settings |= {"layers_to_transform": list(range(lora.first_layer, model.config.layers))} if lora.first_layer else {}
-    settings |= {TAG: tag} if tag else {}
+    settings |= {TAG: joined} if (joined := join_tags(tags_of(edits))) else {}
     with new_folder(folder, sum(array.nbytes for array in tensors.values())) as scratch:
         save_file(tensors, scratch / WEIGHTS)
         write_sums(scratch, [scratch / WEIGHTS])
         (scratch / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if model.history:
+            write_record(scratch, {"name": str(model.name), "revision": model.revision}, model.history)
     return folder

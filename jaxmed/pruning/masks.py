@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.files import atomic, check_file
-from jaxmed.models.checkpoints.edit_record import ATTACK
+from jaxmed.models.checkpoints.edit_record import join_tags, read_tag
 
 HOW = ("intersect", "union", "subtract")
 
@@ -34,7 +34,10 @@ class Mask:
         shapes: matrix -> its shape in the checkpoint.
         model, weights: name and weights hash of the model it was made of.
         rule: how it was made, JSON values.
-        tag: what it is for; a mask tagged "attack" is used in memory only.
+        tag: what it is for, one of `edit_record.TAGS`; a mask tagged "attack" is used in memory only.
+
+    Raises:
+        UserError: an unknown tag.
     """
 
     indices: Mapping[str, np.ndarray] = field(repr=False)
@@ -43,6 +46,9 @@ class Mask:
     weights: str = "none"
     rule: Mapping[str, Any] = field(default_factory=dict)
     tag: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tag", read_tag(self.tag))
 
     @cached_property
     def digest(self) -> str:
@@ -65,7 +71,7 @@ class Mask:
 
     def emptied(self) -> Mask:
         """No weights of the same matrices."""
-        return replace(self, indices={name: found[:0] for name, found in self.indices.items()}, rule={}, tag="")
+        return replace(self, indices={name: found[:0] for name, found in self.indices.items()}, rule={})
 
     def inverted(self) -> Mask:
         """All other weights of the same matrices."""
@@ -145,8 +151,7 @@ def combine(masks: Sequence[Mask], how: str) -> Mask:
     join = {"intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
     found = {name: reduce(join, (mask.indices[name] for mask in masks)) for name in masks[0].indices}
     rule = {how: [dict(mask.rule) for mask in masks]}
-    tags = [mask.tag for mask in masks if mask.tag]
-    tag = next((tag for tag in tags if tag.strip().lower() == ATTACK), tags[0] if tags else "")  # an attack stays one
+    tag = join_tags(mask.tag for mask in masks)  # an attack stays one
     return Mask(found, masks[0].shapes, masks[0].model, masks[0].weights, rule, tag)
 
 

@@ -96,7 +96,7 @@ class PruningFolder:
             file = self.folder(f"model{number}", "masks") / f"{short(source)}.safetensors"
             if not file.is_file():
                 rule, preserve = Rule(q=self.study.q, p=self.study.p), self.scores(number, self.study.targets[0])
-                write_mask(select(self.scores(number, source), rule, tag=short(source), preserve=preserve), file)
+                write_mask(select(self.scores(number, source), rule, tag="behaviour", preserve=preserve), file)
             found[short(source)] = read_mask(file)
         return found
 

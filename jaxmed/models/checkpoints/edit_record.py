@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.models.checkpoints.huggingface import read_json
 
 RECORD, CARD = "jaxmed_edit.json", "README.md"
 ATTACK = "attack"
+TAGS = ("", "test", "behaviour", "defence", ATTACK)
+"""What an edit can be for; what is tagged with the last one is never written. Other words are refused, so that none passes for another."""
 Edits = Sequence[Mapping[str, Any]]
-"""One mapping per edit, oldest first; JSON values. The key "tag" says what it is for."""
+"""One mapping per edit, oldest first; JSON values. The key "tag" holds one of `TAGS`."""
 
 CARD_TEXT = """---
 library_name: transformers
@@ -34,10 +36,33 @@ What was done, oldest first (in full in `{record}`):
 """
 
 
+def read_tag(value: Any) -> str:
+    """The one of `TAGS` that a value is, whatever its case and the blanks around it; None is "".
+
+    Raises:
+        UserError: anything else, such as a list, or a word with a look-alike letter or an invisible character.
+    """
+    tag = "" if value is None else value.strip(" \t\r\n").lower() if isinstance(value, str) and value.isascii() else value
+    if not isinstance(tag, str) or tag not in TAGS:
+        shown = quoted(value).encode("ascii", "backslashreplace").decode()  # a look-alike letter is seen
+        raise UserError(f"Unknown tag {shown}. Legal: {', '.join(filter(None, TAGS))}, or none.")
+    return tag
+
+
+def join_tags(tags: Iterable[Any]) -> str:
+    """The tag of what is made of several things: the strictest of theirs."""
+    return max(map(read_tag, tags), key=TAGS.index, default="")
+
+
+def tags_of(edits: Edits) -> list[Any]:
+    """The tags of edits, however their key is spelt."""
+    return [value for edit in edits for key, value in edit.items() if str(key).strip().lower() == "tag"]
+
+
 def refuse_attacks(edits: Edits) -> None:
-    """Raises a UserError where an edit is tagged "attack": such weights exist in memory only."""
+    """Raises a UserError where an edit is tagged "attack" or with an unknown word: such weights exist in memory only."""
     for edit in edits:
-        if str(edit.get("tag") or "").strip().lower() == ATTACK:
+        if join_tags(tags_of([edit])) == ATTACK:
             raise UserError(
                 f"The weights carry an edit tagged {ATTACK!r} ({_summary(edit)}). Attack conditions are for measuring, in memory only; "
                 "they are not written. Load the model without it to convert or export."
@@ -50,6 +75,7 @@ def check_edit(edit: Mapping[str, Any]) -> None:
         if not isinstance(edit, Mapping):
             raise TypeError(f"it is a {type(edit).__name__}")
         json.dumps(dict(edit))
+        join_tags(tags_of([edit]))
     except (TypeError, ValueError) as error:
         raise UserError(f"An edit is a dict of JSON values that says what was done to the weights: {error}.") from None
 
@@ -68,12 +94,17 @@ def read_edits(source: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(edits)
 
 
+def write_record(folder: Path, source: Mapping[str, Any], edits: Edits) -> None:
+    """Writes what was done to the weights of `source` into `folder`."""
+    record = {"jaxmed": version("jaxmed"), "source": source, "edits": [dict(edit) for edit in edits]}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def write_edits(folder: Path, name: str, source: Mapping[str, Any], edits: Edits) -> None:
     """Writes the record and a model card with a warning into `folder`; nothing where there are no edits."""
     if not edits:
         return
-    record = {"jaxmed": version("jaxmed"), "source": source, "edits": [dict(edit) for edit in edits]}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(folder, source, edits)
     lines = "\n".join(f"- {_summary(edit)}" for edit in edits)
     (folder / CARD).write_text(CARD_TEXT.format(title=name, record=RECORD, lines=lines), encoding="utf-8")
 

@@ -99,7 +99,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path, family: Family, config: M
 
     record = {"kind": "lora", "adapter": folder.resolve().name, "sha256": known_digest(folder / WEIGHTS), "matrices": len(deltas)}
     record |= {key: settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in settings}
-    record |= {"tag": settings[TAG]} if settings.get(TAG) else {}
+    record |= {"tag": settings[TAG]} if TAG in settings else {}
     return replace(checkpoint, read=read, files=(*checkpoint.files, folder / SETTINGS, folder / WEIGHTS)), record
 
 
