@@ -54,7 +54,8 @@ def damaged_parts(folder: Path) -> list[Damage]:
             swept = [name for name, array in arrays.items() if _is_swept(array)]
         except Exception as error:  # zarr raises many types on damaged metadata
             return [Damage("zarr.json", f"damaged ({type(error).__name__}: {str(error)[:120]})")]
-        found = [damage for name, array in arrays.items() if name not in swept for damage in _whole(name, array)]
+        found = [Damage(str(name), "missing") for name in group.attrs.get("variables", ()) if name not in arrays]  # type: ignore[union-attr]
+        found += [damage for name, array in arrays.items() if name not in swept for damage in _whole(name, array)]
         if any(damage.variable == "pair" for damage in found) or not {"pair", "done"} <= arrays.keys():
             return found or [Damage("the layout", "damaged")]
         pairs = [str(name) for name in np.asarray(arrays["pair"][...])]

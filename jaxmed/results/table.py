@@ -50,7 +50,7 @@ def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str
     for leftover in (partial, table):
         shutil.rmtree(leftover, ignore_errors=True)
     coords = {k: v if isinstance(v, tuple) else ((k,), v) for k, v in coordinates.items()}
-    dataset = xr.Dataset(coords=coords, attrs=dict(attributes))
+    dataset = xr.Dataset(coords=coords, attrs={**attributes, "variables": [variable.name for variable in variables]})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet
         encoding = {name: {"compressors": CODECS} for name in coords}
