@@ -44,8 +44,12 @@ class Damage:
         return f"{TABLE}/{self.variable}{pair}{f', layer {self.layer}' if self.layer is not None else ''}: {self.why}"
 
 
-def damaged_parts(folder: Path) -> list[Damage]:
-    """Every part of a table that was written and cannot be read now; all of the table is read for that."""
+def damaged_parts(folder: Path, status: str) -> list[Damage]:
+    """Every part of a table that was written and cannot be read now; all of the table is read for that.
+
+    Args:
+        status: of the run, before it was continued: of a finished one no marker may be missing.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet
         try:
@@ -59,7 +63,7 @@ def damaged_parts(folder: Path) -> list[Damage]:
         if any(damage.variable == "pair" for damage in found) or not {"pair", "done"} <= arrays.keys():
             return found or [Damage("the layout", "damaged")]
         pairs = [str(name) for name in np.asarray(arrays["pair"][...])]
-    return [*found, *_chunks(folder, swept, pairs)]
+    return [*found, *_chunks(folder, swept, pairs, status == "finished")]
 
 
 def _is_swept(array: Any) -> bool:
@@ -79,7 +83,7 @@ def _whole(name: str, array: Any) -> Iterator[Damage]:
         yield Damage(name, f"damaged ({str(error).splitlines()[0][:160] if str(error) else type(error).__name__})")
 
 
-def _chunks(folder: Path, names: list[str], pairs: list[str]) -> Iterator[Damage]:
+def _chunks(folder: Path, names: list[str], pairs: list[str], finished: bool) -> Iterator[Damage]:
     """Damage of the variables that a sweep writes, one pair after the other."""
     arrays = {}
     for name in names:
@@ -87,7 +91,6 @@ def _chunks(folder: Path, names: list[str], pairs: list[str]) -> Iterator[Damage
             arrays[name] = open_array(folder / TABLE / name)
         except (ValueError, OSError) as error:
             yield Damage(name, reason(error))
-    finished = (folder / RUN).is_file() and read_run(folder).get("status") == "finished"
     arrays.pop("done", None)
     try:
         markers = open_array(folder / TABLE / "done", partial=not finished)
@@ -113,7 +116,7 @@ def mend(folder: RunFolder) -> None:
         UserError: a run that was finished: its numbers may be in use, so they change at the next --resume alone; or damage of what no
             run computes (labels, the layout).
     """
-    damage = damaged_parts(folder.path) if folder.continues else []
+    damage = damaged_parts(folder.path, folder.ended) if folder.continues else []
     shown = [str(one) for one in damage]
     if any(one.pair is None and not one.variable.endswith(STATISTICS) for one in damage):
         raise all_problems(str(folder.path), shown, "No run computes this again. Begin anew in another folder.")
@@ -141,7 +144,8 @@ def open_results(folder: str | Path, check: bool = True) -> xr.Dataset:
     table = Path(folder) / TABLE
     if not table.is_dir():
         raise UserError(f"{folder} holds no {TABLE}. Give the --out folder of a sweep.")
-    if check and (damage := damaged_parts(Path(folder))):
+    status = read_run(Path(folder)).get("status", "") if (Path(folder) / RUN).is_file() else ""
+    if check and (damage := damaged_parts(Path(folder), status)):
         fix = "Nothing was made of this table. Run the sweep again with --resume to compute what is damaged."
         raise all_problems(str(folder), [str(one) for one in damage], fix)
     with warnings.catch_warnings():
