@@ -160,6 +160,18 @@ def test_bench_wants_random_weights_confirmed(capsys: pytest.CaptureFixture[str]
     assert "--random-weights" in _refused(capsys, ["bench", "--shape", "llama-3.1-8b"])
 
 
+@pytest.mark.slow
+def test_the_engine_is_measured_on_the_layers_that_are_named(tmp_path: Path) -> None:
+    asked = ["bench", "--no-peers", "--repeats", "1", "--layers", "28-29", "--json", str(tmp_path / "b.json")]
+    assert main(asked) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["layers"] == [28, 29]
+
+
+def test_bench_refuses_layers_that_the_model_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "layers 0 to 2" in _refused(capsys, ["bench", "--model", str(folder), "--layers", "1,3"])
+    assert "--repeats 0" in _refused(capsys, ["bench", "--model", str(folder), "--repeats", "0"])
+
+
 def test_models_lists_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     assert "smollm2-135m-instruct" in capsys.readouterr().out

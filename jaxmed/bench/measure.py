@@ -17,7 +17,6 @@ from jaxmed.bench.peers import Peers
 from jaxmed.bench.shapes import Subject, make_subject
 from jaxmed.distributed import device_name
 from jaxmed.files import write_json, write_text
-from jaxmed.models.config import parse_layers
 from jaxmed.runs import watch
 from jaxmed.runs.cost import propagate_flops
 from jaxmed.runs.provenance import short_commit
@@ -28,8 +27,8 @@ NAIVE_NEURONS = 64
 
 def bench(command: Any) -> dict[str, Any]:
     """Runs the benchmark that a `Bench` command describes, prints it, and returns every number."""
-    subject = make_subject(command.model, command.shape, command.random_weights, command.dtype, command.tokens)
-    layers = list(parse_layers(command.layers) or range(subject.model.config.layers))
+    subject = make_subject(command.load, command.shape, command.random_weights, command.dtype, command.tokens)
+    layers = list(command.layers or range(subject.model.config.layers))
     middle = layers[len(layers) // 2]
     peers = Peers(subject, command.shape) if command.peers else None
     contestants: dict[str, tuple[int, Callable[[], float]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxmed.effects.exact import Prepared, Window, open_window, prepare_tokens
 from jaxmed.effects.outcomes import Answers, Readout, encode_answers
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig, Rope
-from jaxmed.models.load import from_params, load
+from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import random_params
 from jaxmed.prompts import read_pairs
@@ -41,8 +42,8 @@ class Subject:
     readout: Readout
 
 
-def make_subject(name: str, shape: str, random_weights: bool, dtype: str, tokens: int) -> Subject:
-    """The model and pair to measure.
+def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dtype: str, tokens: int) -> Subject:
+    """The model and pair to measure; `load` returns the model that is measured without a shape.
 
     Raises:
         UserError: a shape without `random_weights`, or fewer than two tokens.
@@ -58,7 +59,7 @@ def make_subject(name: str, shape: str, random_weights: bool, dtype: str, tokens
         base, source = np.random.default_rng(0).integers(0, config.vocabulary, (2, tokens)).astype(np.int32)
         answers = Answers(tuple((i,) for i in range(8)), ((1.0,) * 4 + (-1.0,) * 4,))
     else:
-        model, pair = load(name, dtype), read_pairs("harm")[0]
+        model, pair = load(), read_pairs("harm")[0]
         base, source = (render(model.tokenizer, pair, side).ids for side in ("base", "source"))
         answers = encode_answers(model.tokenizer, pair, outcomes)
     patch = Patch((len(base) - 1,), (len(source) - 1,))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxmed.cli.flags import ConfigFlags, ModelFlags
+from jaxmed.cli.flags import ConfigFlags, ModelFlags, check_layers
+from jaxmed.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +35,8 @@ class Bench(ModelFlags, ConfigFlags):
         """Measures and prints."""
         from jaxmed.bench.measure import bench
 
+        if self.repeats < 1:
+            raise UserError(f"--repeats {self.repeats} leaves nothing to measure. Give 1 or more.")
+        if not self.shape:
+            check_layers(self.layers, self.describe().config)
         bench(self)

@@ -212,5 +212,12 @@ def check_absent(file: Path | None, flag: str = "--out") -> None:
         raise UserError(f"{flag} {file} exists already. Give another name; nothing was written.")
 
 
+def check_layers(layers: Sequence[int], config: Any) -> None:
+    """Raises a UserError for layers that a model does not have."""
+    wrong = [layer for layer in layers if layer >= config.layers]
+    if wrong:
+        raise UserError(f"--layers names layer {wrong[0]}; this model has layers 0 to {config.layers - 1}.")
+
+
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
