@@ -14,10 +14,10 @@ import xarray as xr
 from jax.core import Tracer
 
 from jaxmed import runner
-from jaxmed.effects.job import Request, check
+from jaxmed.effects.job import Request, make_job
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.summary import summarise
-from jaxmed.effects.sweep import run
+from jaxmed.effects.sweep import run_sweep
 from jaxmed.errors import UserError
 from jaxmed.finetuning.variants import build_variant
 from jaxmed.interventions.checks import Extent, check_edits
@@ -146,8 +146,8 @@ def sweep(
     outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
     request = Request(outcomes, units, position, window, None if layers is None else tuple(layers), form, seed, top)
-    job = check(model, pairs, request)
+    job = make_job(model, pairs, request)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)
-        run(job, folder, resume, report or (lambda *_: None))
+        run_sweep(job, folder, resume, report or (lambda *_: None))
         return summarise(folder, model, top, seed)

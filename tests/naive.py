@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 import jaxmed as jm
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.model import Model
 from jaxmed.prompts import PromptPair
@@ -59,8 +59,10 @@ def outcome(model: Model, pair: PromptPair, side: str, name: str, edits: Any = N
 
 def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, index: int, window: int) -> dict[str, Edit]:
     """The edit that gives one unit its source value at the patched tokens; dense, unlike anything the engine does."""
-    site = UNITS[unit].site
-    source = np.asarray(_source(model, pair)[site])
+    return {site: _dense(np.asarray(_source(model, pair)[site]), patch, unit, layer, index, window) for site in MEDIATORS[unit].sites}
+
+
+def _dense(source: np.ndarray, patch: Patch, unit: str, layer: int, index: int, window: int) -> Edit:
     gate, value = np.zeros(source.shape, np.float32), np.zeros(source.shape, np.float32)
     units = {"neuron": slice(index, index + 1), "window": slice(index * window, (index + 1) * window), "head_out": index}.get(
         unit, slice(None)
@@ -68,7 +70,7 @@ def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, in
     for base, other in zip(patch.base, patch.source, strict=True):
         gate[layer, 0, base, units] = 1.0
         value[layer, 0, base, units] = source[layer, 0, other, units]
-    return {site: Edit(gate, value, np.float32(0.0))}
+    return Edit(gate, value, np.float32(0.0))
 
 
 _SOURCES: dict[Any, Any] = {}
@@ -78,7 +80,7 @@ def _source(model: Model, pair: PromptPair) -> Any:
     """Activations of the source run at every swapped site."""
     key = (model.name, model.config, pair.source)
     if key not in _SOURCES:
-        sites = tuple(sorted({unit.site for unit in UNITS.values()}))
+        sites = tuple(sorted({site for unit in MEDIATORS.values() for site in unit.sites}))
         taken = jm.forward(model, _padded(render(model.tokenizer, pair, "source").ids), taps=sites)[1]
         _SOURCES[key] = {name: np.asarray(a, np.float32) for name, a in taken.items()}
     return _SOURCES[key]

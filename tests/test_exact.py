@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.units import UNITS, units_per_layer
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
 from tests import naive, tiny, tolerances
 
@@ -16,21 +16,21 @@ TEXTS = ("prefix-gap", "sequence-logprob")
 
 
 def _sampled(model: Model, unit: str, count: int, seed: int = 0) -> list[tuple[int, int]]:
-    every = [(layer, index) for layer in range(model.config.layers) for index in range(units_per_layer(model.config, unit, WINDOW))]
+    every = [(layer, index) for layer in range(model.config.layers) for index in range(MEDIATORS[unit].count(model.config, WINDOW))]
     chosen = np.random.default_rng(seed).permutation(len(every))[:count]
     return [every[i] for i in sorted(chosen)]
 
 
 def _compare(model: Model, pairs: tuple[jm.PromptPair, ...], position: str | int, outcomes: tuple[str, ...], count: int) -> None:
-    table = jm.sweep(model, pairs, outcomes, tuple(UNITS), position, WINDOW)
+    table = jm.sweep(model, pairs, outcomes, tuple(MEDIATORS), position, WINDOW)
     worst = largest = 0.0
     for pair in pairs:
-        for unit in UNITS:
+        for unit in MEDIATORS:
             for layer, index in _sampled(model, unit, count):
                 for name in outcomes:
                     at = {"pair": pair.id, "layer": layer} | ({"outcome": name} if len(outcomes) > 1 else {})
-                    if UNITS[unit].coordinate:
-                        at[UNITS[unit].coordinate] = index
+                    if MEDIATORS[unit].coordinate:
+                        at[MEDIATORS[unit].coordinate] = index
                     found = np.atleast_1d(table[unit].sel(at).values)
                     wanted = np.asarray(naive.effects(model, pair, position, unit, layer, index, name, WINDOW))
                     assert np.isnan(found[: -len(wanted)]).all()
@@ -86,19 +86,19 @@ def test_python_outcome_equals_the_built_in_one(plain_model: Model) -> None:
 
 
 def test_several_chunks_equal_one(plain_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = jm.sweep(plain_model, tiny.PAIRS[:1], unit=tuple(UNITS), window=WINDOW)
+    whole = jm.sweep(plain_model, tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)
     monkeypatch.setattr("jaxmed.effects.job.units_per_device", lambda *_, **__: 5)
-    pieces = jm.sweep(plain_model, tiny.PAIRS[:1], unit=tuple(UNITS), window=WINDOW)
-    for unit in UNITS:
+    pieces = jm.sweep(plain_model, tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)
+    for unit in MEDIATORS:
         assert np.abs(whole[unit].values - pieces[unit].values).max() <= tolerances.EFFECTS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=1,model=2", "data=2"])
 def test_meshes_agree(mesh: str) -> None:
-    alone = jm.sweep(tiny.model("llama", mesh="data=1"), tiny.PAIRS[:1], unit=tuple(UNITS), window=WINDOW)
-    shared = jm.sweep(tiny.model("llama", mesh=mesh), tiny.PAIRS[:1], unit=tuple(UNITS), window=WINDOW)
-    for unit in UNITS:
+    alone = jm.sweep(tiny.model("llama", mesh="data=1"), tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)
+    shared = jm.sweep(tiny.model("llama", mesh=mesh), tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)
+    for unit in MEDIATORS:
         assert np.abs(alone[unit].values - shared[unit].values).max() <= tolerances.EFFECTS
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.interventions.sites import SITES
 from tests import naive, reference, tiny, tolerances
 
@@ -83,10 +83,10 @@ def test_engine_equals_naive_patching(folders: Callable, name: str) -> None:
     model.tokenizer, model.name = tiny.tokenizer(), name
     pair = tiny.PAIRS[1]
     window = 4 if model.config.experts else 7
-    table = jm.sweep(model, [pair], ("log-odds",), tuple(UNITS), "user_last", window=window)
+    table = jm.sweep(model, [pair], ("log-odds",), tuple(MEDIATORS), "user_last", window=window)
     rng = np.random.default_rng(0)
     worst = largest = 0.0
-    for unit in UNITS:
+    for unit in MEDIATORS:
         for layer in range(0, model.config.layers, 2):
             values = np.atleast_1d(table[unit].values[0, layer])
             for index in {int(np.abs(values).argmax()), int(rng.integers(len(values)))}:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from tests import naive, reference, tiny, tolerances
 
 
@@ -40,7 +40,7 @@ def test_logits_stay_close_on_every_mesh(folder: Path) -> None:
 def test_the_engine_is_exact_on_the_quantised_model(folder: Path) -> None:
     model = jm.load(str(folder), int8=True)
     model.tokenizer, model.name = tiny.tokenizer(), "int8"
-    table = jm.sweep(model, tiny.PAIRS[:1], unit=tuple(UNITS), window=7)
+    table = jm.sweep(model, tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=7)
     for unit in ("neuron", "head_out", "mlp_out"):
         values = np.atleast_1d(table[unit].values[0, 1])
         index = int(np.abs(values).argmax())

@@ -14,7 +14,7 @@ import xarray as xr
 
 import jaxmed as jm
 from jaxmed import results
-from jaxmed.effects.units import EXPERT
+from jaxmed.effects.mediators import EXPERT
 from jaxmed.models.model import Model
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.record import read

@@ -12,10 +12,13 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.bench.shapes import SHAPES
-from jaxmed.effects.exact import open_window, prepare
-from jaxmed.effects.job import Request, check, plan
-from jaxmed.effects.outcomes import Readout
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.contrast import Reading, make_contrast
+from jaxmed.effects.cost import plan
+from jaxmed.effects.engine import PreparedContrast, open_window
+from jaxmed.effects.engine import prepare as prepare_contrast
+from jaxmed.effects.job import Request, make_job, shapes_of
+from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.readout import Readout
 from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
 from jaxmed.models.rope import frequencies
@@ -23,6 +26,11 @@ from jaxmed.models.transformer import param_shapes
 from jaxmed.runner import causal_layout, forward, propagate
 from jaxmed.runs.cost import count_flops, propagate_flops
 from tests import tiny
+
+
+def prepare(model: Model, pair: jm.PromptPair, position: str) -> PreparedContrast:
+    """A pair, ready for sweeps of neurons."""
+    return prepare_contrast(make_contrast(model, pair, Reading("pair", position, "chat", ("log-odds",))), ("log-odds",), ("neuron",))
 
 
 def _program() -> Any:
@@ -38,7 +46,7 @@ def test_one_compile_per_length_window_and_chunk(plain_model: Model, layers: str
         plain_model = replace(plain_model, config=different)
     _program().clear_cache()
     jm.sweep(plain_model, tiny.PAIRS, unit=("neuron",))
-    lengths = {len(prepare(plain_model, pair, ("log-odds",), ("neuron",), "last").packed.tokens) for pair in tiny.PAIRS}
+    lengths = {len(prepare(plain_model, pair, "last").packed.tokens) for pair in tiny.PAIRS}
     assert _program()._cache_size() == len(lengths)
     jm.sweep(plain_model, tiny.PAIRS[:1], unit=("neuron",), layers=[0, 2])
     assert _program()._cache_size() == len(lengths)
@@ -47,16 +55,17 @@ def test_one_compile_per_length_window_and_chunk(plain_model: Model, layers: str
 @pytest.mark.slow
 def test_each_position_reuses_programs_of_window_buckets(plain_model: Model) -> None:
     _program().clear_cache()
-    job = check(plain_model, tiny.PAIRS[2:], Request(position="each"))
-    windows = {len(open_window(prepare(plain_model, tiny.PAIRS[2], ("log-odds",), ("neuron",), "each"), p).slots) for p in job.patches[0]}
+    prepared = prepare(plain_model, tiny.PAIRS[2], "each")
+    patches = prepared.contrast.patches
+    windows = {open_window(prepared, patch).size for patch in patches}
     jm.sweep(plain_model, tiny.PAIRS[2:], unit="neuron", position="each")
-    assert len(windows) < len(job.patches[0])
+    assert len(windows) < len(patches)
     assert _program()._cache_size() == len(windows)
 
 
 def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
-    prepared = prepare(plain_model, tiny.PAIRS[0], ("log-odds",), ("neuron",), "last")
-    window, config = open_window(prepared, prepared.patches[0]), plain_model.config
+    prepared = prepare(plain_model, tiny.PAIRS[0], "last")
+    window, config = open_window(prepared, prepared.contrast.patches[0]), plain_model.config
     rows, seen = 10, len(prepared.packed.tokens)
     h = np.zeros((rows, 1, config.width), np.float32)
     program = jax.make_jaxpr(
@@ -76,13 +85,13 @@ def test_scans_are_counted_once_per_step() -> None:
 
 @pytest.mark.parametrize("position", ["last", pytest.param("each", marks=pytest.mark.slow)])
 def test_the_plan_counts_effects_and_passes_that_are_done(plain_model: Model, position: str, tmp_path) -> None:
-    job = check(plain_model, tiny.PAIRS[1:], Request(units=tuple(UNITS), position=position, window=5))
+    job = make_job(plain_model, tiny.PAIRS[1:], Request(units=tuple(MEDIATORS), position=position, window=5))
     planned = plan(job)
-    table = jm.sweep(plain_model, tiny.PAIRS[1:], unit=tuple(UNITS), position=position, window=5, out=tmp_path / "run")
-    from jaxmed.results import read_run
+    table = jm.sweep(plain_model, tiny.PAIRS[1:], unit=tuple(MEDIATORS), position=position, window=5, out=tmp_path / "run")
+    from jaxmed.runs.folder import read_run
 
-    assert planned.effects == sum(int(np.isfinite(table[unit].values).sum()) for unit in UNITS)
-    assert planned.passes == sum(session["passes"] for session in read_run(tmp_path / "run")["sessions"])
+    assert planned.effects == sum(int(np.isfinite(table[unit].values).sum()) for unit in MEDIATORS)
+    assert planned.cost.passes == sum(session["passes"] for session in read_run(tmp_path / "run")["sessions"])
 
 
 def test_memory_of_a_chunk_does_not_depend_on_the_number_of_units(plain_model: Model) -> None:
@@ -96,12 +105,12 @@ def test_memory_of_a_chunk_does_not_depend_on_the_number_of_units(plain_model: M
 
 
 def test_the_plan_of_last_token_neurons_carries_one_token_per_row(plain_model: Model) -> None:
-    job = check(plain_model, tiny.PAIRS[:1], Request())
-    config, (seen, window, _) = plain_model.config, job.shapes[0]
-    rows = (job.chunk["neuron"] + 1) * plain_model.mesh.shape["data"]
-    restarts = sum(propagate_flops(config, rows, 1, seen, config.layers - 1 - layer) for layer in range(config.layers))
-    assert window == 1
-    assert plan(job).flops == restarts + 2 * propagate_flops(config, 1, seen, 0, config.layers)
+    job = make_job(plain_model, tiny.PAIRS[:1], Request())
+    config, (shape,) = plain_model.config, shapes_of(job.contrasts[0])
+    rows = (job.chunk[shape.chunk_key("neuron")] + 1) * plain_model.mesh.shape["data"]
+    restarts = sum(propagate_flops(config, rows, 1, shape.seen, config.layers - 1 - layer) for layer in range(config.layers))
+    assert shape.window == 1
+    assert plan(job).cost.flops == restarts + 2 * propagate_flops(config, 1, shape.seen, 0, config.layers)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -10,14 +10,14 @@ import numpy as np
 import xarray as xr
 
 import jaxmed as jm
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
 from jaxmed.runs.folder import read_run
 from tests import tiny
 
 
 def test_the_table_opens_with_xarray_alone(plain_model: Model, tmp_path: Path) -> None:
-    jm.sweep(plain_model, tiny.PAIRS, unit=tuple(UNITS), window=7, out=tmp_path / "run")
+    jm.sweep(plain_model, tiny.PAIRS, unit=tuple(MEDIATORS), window=7, out=tmp_path / "run")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = xr.open_zarr(tmp_path / "run" / "effects.zarr", consolidated=False)
@@ -29,7 +29,7 @@ def test_the_table_opens_with_xarray_alone(plain_model: Model, tmp_path: Path) -
     assert table.done.dtype == np.uint8
     assert list(table.pair.values) == ["equal", "unequal", "short"]
     assert list(table.category.values) == ["x", "y", "y"]
-    for unit in UNITS:
+    for unit in MEDIATORS:
         assert {f"{unit}_{name}" for name in ("mean", "ci_low", "ci_high", "p", "q")} <= set(table)
 
 

@@ -16,14 +16,13 @@ import xarray as xr
 
 import jaxmed as jm
 from jaxmed import results
-from jaxmed.effects import sweep as sweep_module
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
 from jaxmed.runs import folder as run_folder
 from jaxmed.runs.folder import read_run
 from tests import tiny
 
-SETTINGS = {"outcome": ("prefix-gap", "sequence-logprob"), "unit": tuple(UNITS), "window": 5}
+SETTINGS = {"outcome": ("prefix-gap", "sequence-logprob"), "unit": tuple(MEDIATORS), "window": 5}
 
 
 def _same(a: xr.Dataset, b: xr.Dataset) -> bool:
@@ -51,7 +50,7 @@ def test_an_interrupted_run_resumes_to_the_same_table(plain_model: Model, tmp_pa
 
 def test_finished_layers_are_not_computed_again(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run")
-    monkeypatch.setattr(sweep_module, "prepare", lambda *_: pytest.fail("a finished pair was run again"))
+    monkeypatch.setattr("jaxmed.effects.estimators.prepare", lambda *_: pytest.fail("a finished pair was run again"))
     table = jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run", resume=True)
     assert table.done.values.all()
 
@@ -115,9 +114,9 @@ _CHILD = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 import jaxmed as jm
-from jaxmed.effects.units import UNITS
+from jaxmed.effects.mediators import MEDIATORS
 from tests import tiny
-jm.sweep(tiny.model("llama"), tiny.LONG, ("prefix-gap", "sequence-logprob"), tuple(UNITS), window=5, out=sys.argv[1], resume=True)
+jm.sweep(tiny.model("llama"), tiny.LONG, ("prefix-gap", "sequence-logprob"), tuple(MEDIATORS), window=5, out=sys.argv[1], resume=True)
 """
 
 

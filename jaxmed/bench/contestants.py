@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.bench.shapes import Subject
-from jaxmed.effects.exact import neuron_values
-from jaxmed.effects.units import chunk_rows
+from jaxmed.effects.engine import chunk_rows, unit_values
 from jaxmed.interventions.edits import ANY, Edit, Where
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
@@ -23,7 +22,7 @@ def engine(subject: Subject, layers: list[int]) -> np.ndarray:
     """Exact effects float32 [layer, neuron] of all neurons of these layers, dispatched as a sweep does."""
     count = subject.model.config.neurons
     started = [
-        neuron_values(subject.model, subject.prepared, subject.window, layer, count, 1, subject.per_device, subject.readout)
+        unit_values(subject.model, subject.window, [("neuron", layer, i) for i in range(count)], 1, subject.per_device, subject.readout)
         for layer in layers
     ]
     return np.stack([values.effects(count)[0][0] for values in started])

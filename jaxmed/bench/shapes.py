@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxmed.distributed import make_mesh
-from jaxmed.effects.exact import Prepared, Window, open_window, prepare_tokens
-from jaxmed.effects.outcomes import Answers, Readout, encode_answers
+from jaxmed.effects.contrast import Contrast, Side
+from jaxmed.effects.engine import PreparedContrast, Window, open_window, prepare
+from jaxmed.effects.outcomes import Answers, encode_answers
+from jaxmed.effects.readout import Readout
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import random_params
-from jaxmed.prompts import read_pairs
+from jaxmed.prompts import PromptPair, read_pairs
 from jaxmed.runs.cost import units_per_device
 from jaxmed.tokens import Patch, render
 
@@ -36,7 +38,7 @@ class Subject:
     base: np.ndarray
     source: np.ndarray
     answers: Answers
-    prepared: Prepared
+    prepared: PreparedContrast
     window: Window
     per_device: int
     readout: Readout
@@ -56,6 +58,7 @@ def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dt
             raise UserError(f"--tokens {tokens} is too short: at least 2.")
         config, mesh = replace(SHAPES[shape], dtype=dtype), make_mesh()
         model = from_params(config, random_params(config, 0, mesh), mesh, f"random {shape}")
+        pair = PromptPair("random", "base", "source")
         base, source = np.random.default_rng(0).integers(0, config.vocabulary, (2, tokens)).astype(np.int32)
         answers = Answers(tuple((i,) for i in range(8)), ((1.0,) * 4 + (-1.0,) * 4,))
     else:
@@ -63,6 +66,6 @@ def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dt
         base, source = (render(model.tokenizer, pair, side).ids for side in ("base", "source"))
         answers = encode_answers(model.tokenizer, pair, outcomes)
     patch = Patch((len(base) - 1,), (len(source) - 1,))
-    prepared = prepare_tokens(model, base, source, answers, (patch,), outcomes, ("neuron",))
+    prepared = prepare(Contrast(pair, Side(model, base), Side(model, source), (patch,), answers), outcomes, ("neuron",))
     size = units_per_device(model.config, model.mesh, model.config.neurons, 1, len(prepared.packed.tokens))
     return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes))

@@ -28,8 +28,8 @@ class Check(SweepFlags, ConfigFlags):
         pairs = self.pairs_of(self.pairs)
         model = self.describe()
         job = self.job(model, pairs)
-        tokens = [len(one["base"]) for one in job.tokens]
-        shorter = sum(len(one["base"]) != len(one["source"]) for one in job.tokens)
+        tokens = [len(one.base.ids) for one in job.contrasts]
+        shorter = sum(len(one.base.ids) != len(one.source.ids) for one in job.contrasts)
         groups = ", ".join(f"{count} {name or 'without a category'}" for name, count in Counter(pair.category for pair in pairs).items())
         lines = [
             f"{len(pairs)} pairs are in order for {model.name}: {groups}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmed.cli import show
@@ -27,7 +27,7 @@ class Demo(ModelFlags, PlanFlags):
 
     def run(self) -> None:
         """Two sweeps and one page."""
-        from jaxmed.effects.job import Request, check
+        from jaxmed.effects.job import Request, make_job
         from jaxmed.prompts import read_pairs
         from jaxmed.results import LEGAL
         from jaxmed.runs.folder import check_folder
@@ -39,17 +39,17 @@ class Demo(ModelFlags, PlanFlags):
         spread = pairs[:: max(1, len(pairs) // self.profile_pairs)][: self.profile_pairs]
         model = self.describe()
         jobs = {
-            "profile": check(model, spread, Request(units=PROFILE)),
-            "neurons": check(model, pairs[: self.pairs], Request()),
+            "profile": make_job(model, spread, Request(units=PROFILE)),
+            "neurons": make_job(model, pairs[: self.pairs], Request()),
         }
         for name in jobs:
             check_folder(self.out / name, True, LEGAL)
         if self.dry_run:
             for name, job in jobs.items():
-                show_plan(job, name)
+                show_plan(job, name, self.out / name)
             return
         model = self.load()
         for name, job in jobs.items():
-            sweep_job(replace(job, model=model), self.out / name, True, name)
+            sweep_job(job.with_weights(model), self.out / name, True, name)
         write_report([self.out / name for name in jobs], self.out / "report.html")
         show.top_units(self.out / "neurons")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, RunFlags
 from jaxmed.cli.report import write_report
-from jaxmed.errors import UserError, all_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     position: str = "last"
     """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ("neuron",)
-    """One or several of: neuron, window, head_out, attention_out, mlp_out, residual_out."""
+    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (attention and MLP of a layer together), residual_out."""
     window: int = 32
     """Adjacent neurons per window, for the unit 'window'."""
     layers: tuple[int, ...] = ()
@@ -34,21 +33,22 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
         Raises:
             UserError: what cannot be swept, of all pairs together.
         """
-        from jaxmed.effects.job import Request, check
+        from jaxmed.effects.job import Request, make_job
 
-        asked = Request(self.outcome, self.unit, self.position, self.window, self.layers or None, self.form, seed, top)
-        try:
-            return check(model, pairs, asked)
-        except UserError as first:
-            problems: dict[str, None] = {}
-            for pair in pairs:
-                try:
-                    check(model, [pair], asked)
-                except UserError as error:
-                    problems[str(error)] = None
-            if len(problems) < 2:  # one pair, or what is wrong with every one alike
-                raise first from None
-            raise all_problems(f"The pairs do not fit {model.name!r}", list(problems)) from None
+        return make_job(
+            model,
+            pairs,
+            Request(
+                outcomes=self.outcome,
+                units=self.unit,
+                position=self.position,
+                window=self.window,
+                layers=self.layers or None,
+                form=self.form,
+                seed=seed,
+                top=top,
+            ),
+        )
 
     def pairs_of(self, source: str) -> Sequence[Any]:
         """The pairs of a file or bundled set, as many as the limit leaves."""
@@ -81,30 +81,31 @@ class Sweep(SweepFlags, RunFlags):
         check_folder(self.out, self.resume, LEGAL)
         job = self.job(self.describe(), pairs, self.seed, self.top)
         if self.dry_run:
-            show_plan(job, "sweep")
+            show_plan(job, "sweep", self.out if self.resume else None)
             return
-        sweep_job(replace(job, model=self.load()), self.out, self.resume)
+        sweep_job(job.with_weights(self.load()), self.out, self.resume)
         write_report([self.out], self.out / "report.html")
         show.top_units(self.out)
 
 
-def show_plan(job: Any, title: str) -> float:
-    """Prints what a job will cost; returns this machine's matmul rate, in FLOP/s."""
+def show_plan(job: Any, title: str, out: Path | None = None) -> float:
+    """Prints what a job will cost, without what a run in `out` has finished; returns this machine's matmul rate, in FLOP/s."""
     from jaxmed.distributed import device_name
-    from jaxmed.effects.job import estimate_rate, plan
+    from jaxmed.effects.cost import plan
+    from jaxmed.effects.job import estimate_rate
 
     rate = estimate_rate(job)
-    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", plan(job, rate).lines())
+    show.lines(f"{title}: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", plan(job, rate, out).lines())
     return rate
 
 
 def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> None:
     """Prints the plan of a job, then runs and summarises it."""
-    from jaxmed.effects.job import progress_total
+    from jaxmed.effects.cost import progress_total
     from jaxmed.effects.summary import summarise
-    from jaxmed.effects.sweep import run
+    from jaxmed.effects.sweep import run_sweep
 
-    rate = show_plan(job, title)
+    rate = show_plan(job, title, out if resume else None)
     with show.progress(title, progress_total(job)) as report:
-        run(job, out, resume, report, rate)
+        run_sweep(job, out, resume, report, rate)
     summarise(out, job.model, job.request.top, job.request.seed)

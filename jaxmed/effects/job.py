@@ -1,23 +1,26 @@
-"""A sweep before it runs: the request, checked against model and pairs, its cost, and the shape of its result table."""
+"""A sweep before it runs: the request, checked against model and pairs, and its cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jaxmed import results
-from jaxmed.effects.exact import module_units
-from jaxmed.effects.outcomes import OutcomeName, check_outcomes, encode_answers, outcome_name
-from jaxmed.effects.units import EXPERT, UNITS, check_units, units_per_layer
-from jaxmed.errors import UserError
+from jaxmed.effects.contrast import CONTRASTS, Contrast, Reading, Side, make_contrasts
+from jaxmed.effects.estimands import ESTIMANDS, check_estimands
+from jaxmed.effects.mediators import MEDIATORS, check_units
+from jaxmed.effects.outcomes import OutcomeName, check_outcomes, outcome_name
+from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.runs.cost import Plan, matmul_rate, propagate_flops, units_per_device
-from jaxmed.tokens import DATE, WINDOW_BUCKETS, Patch, align, bucket, check_tokens, pack, render
+from jaxmed.runs.cost import matmul_rate, units_per_device
+from jaxmed.tokens import DATE, WINDOW_BUCKETS, bucket
+
+DIRECTIONS = ("forward", "reverse")
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,17 @@ class Request:
 
     Attributes:
         outcomes: names in `OUTCOMES`, or functions of the logits after the last prompt token.
-        units: kinds of units.
+        units: keys of `MEDIATORS`.
         position: which tokens are patched (see `tokens.locate`), or "each".
         window: neurons per window of the unit "window".
         layers: layers to sweep; None is all.
         form: how prompts are written; see `prompts.forms`.
         seed: of resamples and flips.
         top: rows per unit in top.csv.
+        estimands: keys of `ESTIMANDS`.
+        contrast: a key of `CONTRASTS`: how a pair becomes two runs.
+        direction: "reverse": base and source change places.
+        method: a key of `ESTIMATORS`.
     """
 
     outcomes: tuple[OutcomeName, ...] = ("log-odds",)
@@ -43,62 +50,109 @@ class Request:
     form: str = "chat"
     seed: int = 0
     top: int = 50
+    estimands: tuple[str, ...] = ("indirect",)
+    contrast: str = "pair"
+    direction: str = "forward"
+    method: str = "exact"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request on a model and pairs: everything that is known before the first pass."""
+    """A checked request on a model and pairs: everything that is known before the first pass.
+
+    Attributes:
+        chunk: rows per device of every program, by `chunk_key`; a resumed run takes those it began with.
+    """
 
     model: Model
     pairs: tuple[PromptPair, ...]
     request: Request
     layers: tuple[int, ...]
-    patches: tuple[tuple[Patch, ...], ...]
-    tokens: tuple[dict[str, list[int]], ...]
-    shapes: tuple[tuple[int, int, int], ...]  # per pair: length bucket, widest window bucket, tokens used
+    contrasts: tuple[Contrast, ...]
+    source_model: Model | None = None
     chunk: dict[str, int] = field(default_factory=dict)
 
     @property
-    def many(self) -> tuple[str, ...]:
-        return tuple(unit for unit in self.request.units if UNITS[unit].many)
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Units that share chunks: each that fills chunks of one layer by itself, and all others together."""
+        alone = {unit: (unit,) for unit in self.request.units if MEDIATORS[unit].by_layer}
+        together = tuple(unit for unit in self.request.units if not MEDIATORS[unit].by_layer)
+        return {**alone, **({"modules": together} if together else {})}
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(unit for unit in self.request.units if not UNITS[unit].many)
+    def passes(self) -> tuple[str, ...]:
+        """The restarted passes that the estimands need."""
+        needed = {name for estimand in self.request.estimands for name in ESTIMANDS[estimand].needs}
+        return tuple(name for name in ("into-base", "into-source") if name in needed)
+
+    def with_weights(self, model: Model, source_model: Model | None = None) -> Job:
+        """The job on models that have weights, where it was made of their configs and tokenizers alone."""
+
+        def loaded(side: Side) -> Side:
+            return Side(model if side.model is self.model else source_model or model, side.ids)
+
+        contrasts = tuple(replace(one, base=loaded(one.base), source=loaded(one.source)) for one in self.contrasts)
+        return replace(self, model=model, source_model=source_model, contrasts=contrasts)
+
+    def count(self, units: Sequence[str]) -> int:
+        """How many units of these kinds a layer has."""
+        return sum(MEDIATORS[unit].count(self.model.config, self.request.window) for unit in units)
 
 
-def check(model: Model, pairs: Sequence[PromptPair], request: Request) -> Job:
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one patch's programs: tokens that rows carry, and tokens that they see."""
+
+    window: int
+    seen: int
+
+    def chunk_key(self, group: str) -> str:
+        """The key of `Job.chunk`: the group of units, and the program's sizes."""
+        return f"{group}@{self.window}x{self.seen}"
+
+
+def shapes_of(contrast: Contrast) -> list[Shape]:
+    """The sizes of every patch of a contrast."""
+    packed = contrast.packed()
+    return [Shape(bucket(packed.used - patch.base[0], WINDOW_BUCKETS), len(packed.tokens)) for patch in contrast.patches]
+
+
+def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source_model: Model | None = None) -> Job:
     """Everything that can be refused before a sweep runs, in one place; needs the tokenizer and the config, not the weights.
 
     Raises:
-        UserError: bad outcome, unit, layer, position or window; texts that do not tokenise as the outcome needs.
+        UserError: no pairs; bad outcome, unit, layer, position or window; texts that do not tokenise as the outcome needs.
     """
-    config = model.config
+    if not pairs:
+        raise UserError("There are no pairs to sweep.")
     outcomes, units = check_outcomes(request.outcomes), check_units(request.units)
-    request = Request(**{**vars(request), "outcomes": outcomes, "units": units})
-    layers = tuple(range(config.layers)) if request.layers is None else tuple(sorted(set(request.layers)))
-    if not layers or not 0 <= layers[0] <= layers[-1] < config.layers:
-        raise UserError(f"--layers names layer {layers[-1] if layers else 'none'}; this model has layers 0 to {config.layers - 1}.")
-    if "window" in units:
-        _check_window(config, request.window)
-    patches, tokens, shapes = [], [], []
-    for pair in pairs:
-        try:
-            base, source = (render(model.tokenizer, pair, side, request.form) for side in ("base", "source"))
-            here = tuple(align(base, source, request.position))
-            answers = encode_answers(model.tokenizer, pair, outcomes, request.form).ids
-            more = max(map(len, answers), default=1) - 1
-            check_tokens(config, (base.ids, source.ids), "the prompt", model.tokenizer, more)
-            check_tokens(config, answers, "an answer", model.tokenizer)
-        except UserError as error:
-            raise UserError(f"pair {pair.id!r}: {error}" if "pair " not in str(error) else str(error)) from None
-        packed = pack(base.ids, answers)
-        patches.append(here)
-        tokens.append({"base": base.ids.tolist(), "source": source.ids.tolist()})
-        shapes.append((len(packed.tokens), bucket(packed.used - min(p.base[0] for p in here), WINDOW_BUCKETS), packed.used))
-    job = Job(model, tuple(pairs), request, layers, tuple(patches), tuple(tokens), tuple(shapes))
-    job.chunk.update(_chunks(job))
-    return job
+    request = replace(request, outcomes=outcomes, units=units, estimands=check_estimands(tuple(request.estimands)))
+    _check_words(request, source_model)
+    layers = _check_layers(model.config, request.layers)
+    if any(MEDIATORS[unit].windowed for unit in units):
+        _check_window(model.config, request.window)
+    reading = Reading(request.contrast, request.position, request.form, outcomes)
+    contrasts = make_contrasts(model, pairs, reading, source_model)
+    if request.direction == "reverse":
+        contrasts = tuple(contrast.turned() for contrast in contrasts)
+    job = Job(model, tuple(pairs), request, layers, contrasts, source_model)
+    return replace(job, chunk=_chunks(job))
+
+
+def _check_words(request: Request, source_model: Model | None) -> None:
+    if request.contrast not in CONTRASTS:
+        raise unknown("contrast", request.contrast, CONTRASTS)
+    if request.direction not in DIRECTIONS:
+        raise unknown("direction", request.direction, DIRECTIONS)
+    if (request.contrast == "model") != (source_model is not None):
+        raise UserError('The contrast "model" compares two models on the same tokens: give it a source model, and no other contrast one.')
+
+
+def _check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    found = tuple(range(config.layers)) if layers is None else tuple(sorted(set(layers)))
+    if not found or not 0 <= found[0] <= found[-1] < config.layers:
+        raise UserError(f"--layers names layer {found[-1] if found else 'none'}; this model has layers 0 to {config.layers - 1}.")
+    return found
 
 
 def _check_window(config: ModelConfig, window: int) -> None:
@@ -111,100 +165,34 @@ def _check_window(config: ModelConfig, window: int) -> None:
         raise UserError(f"--window {window} would straddle experts, which have {inside} neurons each. Legal: {legal}.")
 
 
+MODULES_AT_ONCE = 128
+"""Most rows per device of chunks that layers share: larger ones would restart earlier for all their rows."""
+BLOCK = "layers"
+"""Entry of `Job.chunk`: how many layers an item has."""
+
+
 def _chunks(job: Job) -> dict[str, int]:
-    """Units per device of each kind, for the widest window and longest prompt of the sweep."""
-    config, request = job.model.config, job.request
-    seen, window = max(s[0] for s in job.shapes), max(s[1] for s in job.shapes)
-    whole_rows = any(callable(outcome) for outcome in request.outcomes)
+    """Rows per device of every program, and layers per item.
+
+    Each window has a size of its own, for a program is compiled per window anyway. An item is one layer where a kind of unit fills chunks
+    of one layer; else as many layers as fill a chunk of the widest window.
+    """
+    config, mesh = job.model.config, job.model.mesh
+    whole_rows = any(callable(outcome) for outcome in job.request.outcomes)
+    sized = partial(units_per_device, config, mesh)
+    turned = [contrast.turned() for contrast in job.contrasts] if "into-source" in job.passes else []
+    shapes = {shape for contrast in (*job.contrasts, *turned) for shape in shapes_of(contrast)}
+    block, together = 1, job.groups.get("modules", ())
+    if together and len(job.groups) == 1:
+        most = min(len(job.layers) * job.count(together), MODULES_AT_ONCE * mesh.shape["data"])
+        rows = min(sized(most, shape.window, shape.seen, whole_rows) for shape in shapes) * mesh.shape["data"]
+        block = max(1, min(rows // job.count(together), len(job.layers)))
     sizes = {
-        unit: units_per_device(config, job.model.mesh, units_per_layer(config, unit, request.window), window, seen, whole_rows)
-        for unit in job.many
+        shape.chunk_key(group): sized(job.count(units) * (block if group == "modules" else 1), shape.window, shape.seen, whole_rows)
+        for shape in shapes
+        for group, units in job.groups.items()
     }
-    if job.modules:
-        count = len(module_units(config, job.modules))
-        sizes["module"] = units_per_device(config, job.model.mesh, min(count, 128 * job.model.mesh.shape["data"]), window, seen, whole_rows)
-    return sizes
-
-
-def plan(job: Job, rate: float | None = None) -> Plan:
-    """The cost of a job; `rate` (FLOP/s) turns FLOPs into seconds."""
-    config, devices = job.model.config, job.model.mesh.shape["data"]
-    passes, flops, effects = 0, 0.0, 0
-    for patches, (seen, _, used) in zip(job.patches, job.shapes, strict=True):
-        flops += 2 * propagate_flops(config, 1, seen, 0, config.layers)
-        for patch in patches:
-            window = bucket(used - patch.base[0], WINDOW_BUCKETS)
-            for unit in job.many:
-                units = units_per_layer(config, unit, job.request.window)
-                rows = -(-units // (job.chunk[unit] * devices)) * (job.chunk[unit] + 1) * devices
-                passes += rows * len(job.layers)
-                effects += units * len(job.layers)
-                flops += sum(propagate_flops(config, rows, window, seen, config.layers - 1 - layer) for layer in job.layers)
-            if job.modules:
-                named = module_units(config, job.modules)
-                per_chunk = job.chunk["module"] * devices
-                for begin in range(0, len(named), per_chunk):
-                    rows = per_chunk + devices
-                    passes += rows
-                    flops += propagate_flops(config, rows, window, seen, config.layers - named[begin][1])
-                effects += sum(layer in job.layers for _, layer, _ in named)
-    disk = 4 * sum(int(np.prod(v)) for v in variable_shapes(job).values())
-    return Plan(
-        pairs=len(job.pairs),
-        patches=sum(len(p) for p in job.patches),
-        effects=effects * len(job.request.outcomes),
-        chunk=job.chunk,
-        passes=passes,
-        flops=flops,
-        disk=disk,
-        seconds=flops / rate if rate else None,
-    )
-
-
-def _dims(job: Job, unit: str) -> tuple[str, ...]:
-    outcome = ("outcome",) if len(job.request.outcomes) > 1 else ()
-    index = (UNITS[unit].coordinate,) if UNITS[unit].coordinate else ()
-    return (*outcome, "pair", "layer", *index, *(("position",) if job.request.position == "each" else ()))
-
-
-def coordinates(job: Job) -> dict[str, Any]:
-    """Coordinates of the result table."""
-    config, request = job.model.config, job.request
-    found: dict[str, Any] = {
-        "pair": [pair.id for pair in job.pairs],
-        "category": ("pair", [pair.category for pair in job.pairs]),
-        "group": ("pair", [pair.group for pair in job.pairs]),
-        "split": ("pair", [pair.split for pair in job.pairs]),
-        "control": ("pair", [pair.control for pair in job.pairs]),
-        "layer": np.arange(config.layers),
-    }
-    if len(request.outcomes) > 1:
-        found["outcome"] = [outcome_name(outcome) for outcome in request.outcomes]
-    for unit in request.units:
-        if UNITS[unit].coordinate:
-            found[UNITS[unit].coordinate] = np.arange(units_per_layer(config, unit, request.window))
-    if config.experts and "neuron" in request.units:
-        for name, values in zip(EXPERT, np.divmod(np.arange(config.neurons), config.sizes["M"]), strict=True):
-            found[name] = (UNITS["neuron"].coordinate, values)
-    if request.position == "each":
-        found["position"] = np.arange(-max(len(patches) for patches in job.patches), 0)
-    return found
-
-
-def variables(job: Job) -> list[results.Variable]:
-    """Variables of the result table."""
-    outcome = ("outcome",) if len(job.request.outcomes) > 1 else ()
-    table = [results.Variable(unit, _dims(job, unit)) for unit in job.request.units]
-    table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
-    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest")]
-    table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
-    return [*table, results.Variable("done", ("pair", "layer"), "uint8")]
-
-
-def variable_shapes(job: Job) -> dict[str, list[int]]:
-    """Shape of every variable of the result table."""
-    sizes = {name: len(values[1]) if isinstance(values, tuple) else len(values) for name, values in coordinates(job).items()}
-    return {variable.name: [sizes[dim] for dim in variable.dims] for variable in variables(job)}
+    return {BLOCK: block, **dict(sorted(sizes.items()))}
 
 
 def manifest(job: Job) -> dict[str, Any]:
@@ -215,40 +203,26 @@ def manifest(job: Job) -> dict[str, Any]:
     return {
         "request": settings,
         **({"history": list(model.history)} if model.history else {}),
+        **({"source_model": _of_model(job.source_model)} if job.source_model is not None else {}),
         "layers": list(job.layers),
-        "model": {"name": model.name, "revision": model.revision, "weights": model.identity, "dtype": model.config.dtype},
+        "model": _of_model(model),
         "chunk": dict(job.chunk),
         "mesh": dict(model.mesh.shape),
         "device": model.mesh.devices.flat[0].device_kind,
         "pairs": [pair.id for pair in job.pairs],
         "labels": [[pair.category, pair.group, pair.split, pair.control] for pair in job.pairs],
         "answers": [{"target": list(pair.target), "foil": list(pair.foil), "response": pair.response} for pair in job.pairs],
-        "tokens": list(job.tokens),
+        "tokens": [{"base": contrast.base.ids.tolist(), "source": contrast.source.ids.tolist()} for contrast in job.contrasts],
         "template_date": DATE.date().isoformat(),
     }
 
 
-def layer_flops(job: Job, number: int, layer: int) -> float:
-    """FLOPs that progress counts for a layer: its neuron rows, or its share of the modules."""
-    config, (seen, _, used) = job.model.config, job.shapes[number]
-    rows = sum(units_per_layer(config, unit, job.request.window) for unit in job.many) or 1
-    return sum(
-        propagate_flops(config, rows, bucket(used - patch.base[0], WINDOW_BUCKETS), seen, config.layers - layer)
-        for patch in job.patches[number]
-    )
-
-
-def layer_effects(job: Job, number: int) -> int:
-    """Effects of one layer of one pair."""
-    count = sum(units_per_layer(job.model.config, unit, job.request.window) for unit in job.request.units)
-    return count * len(job.patches[number]) * len(job.request.outcomes)
-
-
-def progress_total(job: Job) -> float:
-    """What `report`'s FLOPs add up to."""
-    return sum(layer_flops(job, number, layer) for number in range(len(job.pairs)) for layer in job.layers)
+def _of_model(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "revision": model.revision, "weights": model.identity, "dtype": model.config.dtype}
 
 
 def estimate_rate(job: Job) -> float:
     """Matmul FLOP/s of this machine at the job's chunk."""
-    return matmul_rate(job.model.config, job.model.mesh, max(job.chunk.values()) * job.shapes[0][1])
+    key = max((name for name in job.chunk if name != BLOCK), key=job.chunk.__getitem__)
+    window = int(key.rpartition("@")[2].partition("x")[0])
+    return matmul_rate(job.model.config, job.model.mesh, int(np.maximum(job.chunk[key], 1)) * window)

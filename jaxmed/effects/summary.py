@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import results, statistics
-from jaxmed.effects.units import EXPERT, UNITS
+from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.errors import notice
 from jaxmed.files import write_csv
 from jaxmed.models.model import Model
@@ -39,7 +39,7 @@ COLUMNS = [
 ]
 
 
-def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int = 0, window: int = 1) -> xr.Dataset:
+def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int = 0) -> xr.Dataset:
     """Adds statistics and the noise floor to the table in `folder`, writes top.csv, and returns the table.
 
     Args:
@@ -51,7 +51,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
     noise = highest - np.minimum(table.base_lowest.min("layer"), table.base_outcome)
     added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})}
     rows: list[dict[str, Any]] = []
-    for unit in (name for name in UNITS if name in table):
+    for unit in swept_variables(table):
         stacked = table[unit] if "outcome" in table[unit].dims else table[unit].expand_dims(outcome=[table.attrs["outcome"]])
         parts = []
         for name in stacked.outcome.values:
@@ -61,7 +61,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         joined = xr.concat(parts, "outcome") if "outcome" in table[unit].dims else parts[0]
         for name in ("mean", "ci_low", "ci_high", "p", "q"):
             added[f"{unit}_{name}"] = (joined[name].dims, joined[name].values, parts[0].attrs if name == "mean" else {})
-    _name_tokens(rows, model, window)
+    _name_tokens(rows, model)
     if wrong := results.not_finite(table):
         notice(f"{folder}: not finite in {', '.join(f'{count} (pair, layer) of {name}' for name, count in wrong.items())}. {NOT_FINITE}")
     with hold(folder):
@@ -69,6 +69,12 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         _write_top(folder, rows)
         RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
     return results.open_results(folder, check=False).load()
+
+
+def swept_variables(table: xr.Dataset) -> list[str]:
+    """The variables that hold effects: those that say which mediator they are of."""
+    found = [str(name) for name in table.data_vars if "unit" in table[name].attrs]
+    return sorted(found, key=lambda name: (list(MEDIATORS).index(table[name].attrs["unit"]), len(name)))
 
 
 def _statistics(table: xr.Dataset, effects: xr.DataArray, seed: int) -> xr.Dataset:
@@ -107,7 +113,7 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
                 "rank": rank,
                 "unit": unit,
                 "layer": where["layer"],
-                "index": where.get(UNITS[unit].coordinate, ""),
+                "index": where.get(table[unit].attrs["coordinate"], ""),
                 **{name: int(found[name].values[where["neuron_index"]]) for name in EXPERT if name in found.coords},
                 "position": where.get("position", table.attrs["position"]),
                 "outcome": outcome,
@@ -129,7 +135,7 @@ def promoted(model: Model, layers: np.ndarray, neurons: np.ndarray, count: int =
     return tuple([[decode([int(i)]) for i in row] for row in np.asarray(ids)] for ids in most)  # type: ignore[return-value]
 
 
-def _name_tokens(rows: list[dict[str, Any]], model: Model | None, window: int) -> None:
+def _name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
     if model is None or model.tokenizer is None:
         return
     named = [row for row in rows if row["unit"] == "neuron"]

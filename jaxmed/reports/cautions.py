@@ -36,7 +36,7 @@ def cautions(record: Record) -> list[Caution]:
     """Everything that applies to a run, serious ones first."""
     found = [*_progress(record), *_finite(record), *_statistics(record), *_routing(record)]
     for outcome in record.outcomes:
-        found += [*_signs(record, outcome), *_noise(record, outcome), *_residual(record, outcome)]
+        found += [*_signs(record, outcome), *_noise(record, outcome), *_carrying(record, outcome)]
     return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
 
 
@@ -119,6 +119,8 @@ def _signs(record: Record, outcome: str) -> Iterator[Caution]:
 
 def noise_floor(record: Record, outcome: str) -> float:
     """Largest spread over a pair's base outcomes, max over pairs; NaN where nothing is done."""
+    if "noise_floor" in record.table and not is_partial(record):
+        return float(np.nanmax(select(record.table["noise_floor"], outcome).values))
     low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
     spread = (high.max("layer") - low.min("layer")).values
     return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")
@@ -146,20 +148,13 @@ def _noise(record: Record, outcome: str) -> Iterator[Caution]:
     yield Caution(text, serious=bool(weak))
 
 
-def _residual(record: Record, outcome: str) -> Iterator[Caution]:
-    if "residual_out" not in record.units:
-        return
+def _carrying(record: Record, outcome: str) -> Iterator[Caution]:
     last, total = int(record.table["layer"].values[-1]), mean_total(record, outcome)
-    mean = mean_effect(record, "residual_out", outcome).sel(layer=last)
-    mean = mean.sel(position=-1) if "position" in mean.dims else mean
-    share = float(mean) / total if total else float("nan")
-    identity = (
-        f"its share at the last layer is {number(share)} by identity"
-        if abs(share - 1) < 0.01
-        else "its share grows with depth by construction"
-    )
-    yield Caution(
-        f"residual_out{_about(record, outcome)} replaces everything computed up to its layer; {identity}. "
-        "No claim about depth rests on it.",
-        serious=False,
-    )
+    for unit in record.shown("carry"):
+        mean = mean_effect(record, unit, outcome).sel(layer=last)
+        mean = mean.sel(position=-1) if "position" in mean.dims else mean
+        share = float(mean) / total if total else float("nan")
+        at_last = f"its share at the last layer is {number(share)} by identity"
+        identity = at_last if abs(share - 1) < 0.01 else "its share grows with depth by construction"
+        replaced = f"{unit}{_about(record, outcome)} replaces everything computed up to its layer; {identity}"
+        yield Caution(f"{replaced}. No claim about depth rests on it.", serious=False)

@@ -7,22 +7,19 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from jaxmed.reports.record import MODULES, Record, labels, mean_effect, mean_total, select, statistic, swept, totals, used_pairs
+from jaxmed.reports.record import Record, labels, mean_effect, mean_total, select, statistic, swept, totals, used_pairs
 from jaxmed.reports.style import CATEGORICAL, MISSING, Figure, canvas, label, number, percent
 
 MOST_PAIRS = 40
 MOST_DUMBBELLS = 60
-_LOOKS = {
-    "attention_out": ("#0072B2", "solid", "circle"),
-    "mlp_out": ("#D55E00", "dash", "square"),
-    "residual_out": ("#4D4D4D", "dot", "diamond"),
-}
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "cross")
 
 
 def profile(record: Record, outcome: str) -> Figure:
     """Mean effect of attention, MLP and whole layers by layer, with intervals and pairs; residual_out starts hidden."""
     plot = canvas(430, "layer", f"effect on {label(outcome)}")
-    modules = [unit for unit in MODULES if unit in record.units]
+    modules, carrying = record.shown("line", "carry"), record.shown("carry")
     pairs = len(used_pairs(record))
     bands = False
     for unit in modules:
@@ -37,14 +34,20 @@ def profile(record: Record, outcome: str) -> Figure:
     parts = ["Mean effect over pairs of swapping a layer's whole attention output or MLP output."]
     parts += ["Bands are 95 % intervals of the mean."] if bands else []
     parts += [f"Thin lines are the {pairs} pairs."] if 1 < pairs <= MOST_PAIRS else []
-    hidden = "residual_out is hidden at first, because it carries all that came before it (see the notes); click its name to show it."
-    parts += [hidden] if "residual_out" in modules else []
+    hidden = "is hidden at first, because it carries all that came before it (see the notes); click its name to show it."
+    parts += [f"{unit} {hidden}" for unit in carrying]
     return Figure("Module effects by layer", " ".join(parts), plot)
 
 
-def _look(unit: str) -> dict[str, Any]:
+def _look(record: Record, unit: str) -> dict[str, Any]:
     """What every trace of a module shares."""
-    return {"legendgroup": unit, "visible": "legendonly" if unit == "residual_out" else True}
+    return {"legendgroup": unit, "visible": "legendonly" if unit in record.shown("carry") else True}
+
+
+def _style(record: Record, unit: str) -> tuple[str, str, str]:
+    """Colour, dash and symbol of a module, by its place among those of the page."""
+    at = record.shown("line", "carry").index(unit)
+    return CATEGORICAL[at % len(CATEGORICAL)], _DASHES[at % len(_DASHES)], _SYMBOLS[at % len(_SYMBOLS)]
 
 
 def _band(plot: go.Figure, record: Record, unit: str, outcome: str) -> bool:
@@ -60,11 +63,11 @@ def _band(plot: go.Figure, record: Record, unit: str, outcome: str) -> bool:
         fill="toself",
         mode="lines",
         line={"width": 0},
-        fillcolor=_LOOKS[unit][0],
+        fillcolor=_style(record, unit)[0],
         opacity=0.15,
         hoverinfo="skip",
         showlegend=False,
-        **_look(unit),
+        **_look(record, unit),
     )
     return True
 
@@ -77,11 +80,11 @@ def _pairs(plot: go.Figure, record: Record, unit: str, outcome: str) -> None:
             x=values["layer"].values,
             y=values.values,
             mode="lines",
-            line={"color": _LOOKS[unit][0], "width": 0.8},
+            line={"color": _style(record, unit)[0], "width": 0.8},
             opacity=0.25,
             showlegend=False,
             hovertemplate=f"{label(values['pair'].item())}<br>layer %{{x}}<br>{unit} %{{y:.3g}}<extra></extra>",
-            **_look(unit),
+            **_look(record, unit),
         )
 
 
@@ -91,7 +94,7 @@ def _line(plot: go.Figure, record: Record, unit: str, outcome: str) -> None:
     low, high, p = (np.full(mean.shape, np.nan) if field is None else field.values for field in fields)
     shares = [percent(v / total) if total else MISSING for v in mean.values]
     ranges = [f"[{number(a)}, {number(b)}]" if np.isfinite(a) else MISSING for a, b in zip(low, high, strict=True)]
-    colour, dash, symbol = _LOOKS[unit]
+    colour, dash, symbol = _style(record, unit)
     plot.add_scatter(
         x=mean["layer"].values,
         y=mean.values,
@@ -102,7 +105,7 @@ def _line(plot: go.Figure, record: Record, unit: str, outcome: str) -> None:
         customdata=np.asarray([shares, ranges, [number(v) for v in p]]).T,
         hovertemplate=f"{unit}, layer %{{x}}<br>mean effect %{{y:.3g}}<br>share %{{customdata[0]}}<br>"
         "95 % interval %{customdata[1]}<br>p %{customdata[2]}<extra></extra>",
-        **_look(unit),
+        **_look(record, unit),
     )
 
 

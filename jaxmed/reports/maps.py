@@ -95,7 +95,8 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
         hovertext=notes,
         hoverinfo="text",
     )
-    what = f"Windows of {record.request.get('window')} adjacent neurons. " if unit == "window" else ""
+    window = record.table[unit].attrs.get("window")
+    what = f"Windows of {window} adjacent neurons. " if window else ""
     if width > 1:
         what += f"Each column holds {width} adjacent {unit}s and shows the one with the largest |mean effect| (hover names it). "
     caption = (
@@ -106,10 +107,10 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
     return Figure(f"Effect of every {unit}", caption, plot)
 
 
-def head_map(record: Record, outcome: str) -> Figure:
+def head_map(record: Record, unit: str, outcome: str) -> Figure:
     """Layer by head: the mean effect, with share and p on hover."""
-    mean = swept(mean_effect(record, "head_out", outcome)).transpose("layer", "head_index")
-    p = statistic(record, "head_out", outcome, "p")
+    mean = swept(mean_effect(record, unit, outcome)).transpose("layer", "head_index")
+    p = statistic(record, unit, outcome, "p")
     total = mean_total(record, outcome)
     ps = np.full(mean.shape, np.nan) if p is None else p.sel(layer=mean["layer"]).transpose("layer", "head_index").values
     notes = [

@@ -13,10 +13,11 @@ from jaxmed import results
 from jaxmed.files import read_csv
 from jaxmed.runs.folder import read_run
 
-UNITS = ("neuron", "window", "head_out", "attention_out", "mlp_out", "residual_out")
-MODULES = ("attention_out", "mlp_out", "residual_out")
 HELD = 2**29  # bytes of a table that is read whole; a larger one is read piece by piece
+_DRAWN = ("map", "heads", "line", "carry")
 _SHARED = {"outcome", "pair", "layer", "position"}
+_NO_EFFECTS = ("done", "base_lowest", "base_highest", "routing_margin")
+"""Variables by pair and layer that are about a run, not effects."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class Record:
 
     @property
     def units(self) -> list[str]:
-        return [unit for unit in UNITS if unit in self.table]
+        """The variables that hold effects, in the order in which they are drawn."""
+        swept = [str(name) for name, array in self.table.data_vars.items() if {"pair", "layer"} <= set(array.dims)]
+        return sorted((name for name in swept if name not in _NO_EFFECTS), key=lambda name: (_DRAWN.index(shows(self.table[name])), name))
+
+    def shown(self, *how: str) -> list[str]:
+        """The variables that are drawn in these ways: "map", "heads", "line", "carry"."""
+        return [unit for unit in self.units if shows(self.table[unit]) in how]
 
     @property
     def outcomes(self) -> list[str]:
@@ -50,6 +57,15 @@ class Record:
     def layers(self) -> list[int]:
         """Layers that the run asked for."""
         return list(self.manifest.get("layers", self.table["layer"].values.tolist()))
+
+
+def shows(effects: xr.DataArray) -> str:
+    """How a variable is drawn: as it says itself, or, in tables of earlier versions, as its axes suggest."""
+    if "show" in effects.attrs:
+        return effects.attrs["show"]
+    index = {str(dim) for dim in effects.dims} - _SHARED
+    whole = "carry" if effects.name == "residual_out" else "line"
+    return "heads" if index == {"head_index"} else "map" if index else whole
 
 
 def read(folder: Path) -> Record:

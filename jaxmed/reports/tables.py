@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.reports.cautions import noise_floor
-from jaxmed.reports.record import UNITS, Record, is_partial, labels, mean_total, used_pairs
+from jaxmed.reports.record import Record, is_partial, labels, mean_total, used_pairs
 from jaxmed.reports.style import MISSING, count, number, percent, spans
 
 MOST_ROWS = 200
@@ -37,7 +37,7 @@ _TEXTS = ("promotes", "suppresses")
 def top_tables(record: Record) -> list[Table]:
     """One table per kind of unit, from top.csv; columns that hold nothing for a kind are left out."""
     found = []
-    kinds = dict.fromkeys([*UNITS, *(row.get("unit", "") for row in record.top or [])])
+    kinds = dict.fromkeys([*record.units, *(row.get("unit", "") for row in record.top or [])])
     for unit in kinds:
         rows = [row for row in record.top or [] if row.get("unit") == unit]
         if not rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Variable:
     name: str
     dims: tuple[str, ...]
     dtype: str = "float32"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
@@ -60,7 +61,7 @@ def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str
             shape = tuple(dataset.sizes[dim] for dim in variable.dims)
             chunks = tuple(1 if dim in _chunk_dims(variable.name) else size for dim, size in zip(variable.dims, shape, strict=True))
             fill = np.nan if variable.dtype == "float32" else 0
-            group.create_array(
+            array = group.create_array(
                 variable.name,
                 shape=shape,
                 chunks=chunks,
@@ -69,6 +70,7 @@ def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str
                 dimension_names=variable.dims,
                 compressors=CODECS,
             )
+            array.attrs.update(dict(variable.attributes))
     partial.rename(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,41 +119,6 @@ def cost_lines(costs: Sequence[Cost], rate: float | None = None) -> list[str]:
 def show_bytes(size: float) -> str:
     """Bytes as "12.3 MB" or "4.5 GB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cost of a sweep.
-
-    Attributes:
-        pairs, patches, effects: how many pairs, patched positions in all, and effects to compute.
-        chunk: units per device, by kind of unit.
-        passes: restarted passes in all (one per effect and base row).
-        flops: matmul FLOPs in all, the full forwards included.
-        disk: bytes of the result table.
-        seconds: estimate from `matmul_rate`, or None.
-    """
-
-    pairs: int
-    patches: int
-    effects: int
-    chunk: Mapping[str, int]
-    passes: int
-    flops: float
-    disk: int
-    seconds: float | None
-
-    def lines(self) -> list[str]:
-        """The plan in words."""
-        chunk = ", ".join(f"{size} {unit}s" for unit, size in self.chunk.items())
-        lines = [
-            f"pairs {self.pairs}, patched positions {self.patches}, exact effects {self.effects:,}",
-            f"restarted passes {self.passes:,} ({self.flops / 1e12:.2f} TFLOP of matmuls); chunk per device: {chunk}",
-            f"result table at most {self.disk / 1e6:.1f} MB",
-        ]
-        if self.seconds is not None:
-            lines.append(f"about {show_time(self.seconds)} at this machine's matmul rate ({self.flops / self.seconds / 1e9:,.0f} GFLOP/s)")
-        return lines
 
 
 def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> float:

@@ -1,0 +1,98 @@
+"""What a sweep will take, from its items: rows, FLOPs, bytes, time; what an earlier run has finished is not counted again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxmed import results
+from jaxmed.effects.estimators import Item, find_estimator
+from jaxmed.effects.job import BLOCK, Job, shapes_of
+from jaxmed.effects.table import table_bytes
+from jaxmed.runs.cost import Cost, propagate_flops
+from jaxmed.runs.watch import show_time
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The cost of a sweep.
+
+    Attributes:
+        cost: rows and matmul FLOPs, the full forwards included; bytes of the result table.
+        pairs, patches, effects: pairs and patched positions in all, and effects to compute.
+        chunk: rows per device of every program.
+        rate: FLOP/s of this machine, or None.
+    """
+
+    cost: Cost
+    pairs: int
+    patches: int
+    effects: int
+    chunk: dict[str, int]
+    rate: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimate from the rate."""
+        return self.cost.flops / self.rate if self.rate else None
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        sizes = sorted({size for key, size in self.chunk.items() if key != BLOCK})
+        shown = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        lines = [
+            f"pairs {self.pairs}, patched positions {self.patches}, exact effects {self.effects:,}",
+            f"restarted passes {self.cost.passes:,.0f} ({self.cost.flops / 1e12:.2f} TFLOP of matmuls); {shown} rows per device and chunk",
+            f"result table at most {self.cost.written / 1e6:.1f} MB",
+        ]
+        if self.seconds is not None and self.rate is not None:
+            lines.append(f"about {show_time(self.seconds)} at this machine's matmul rate ({self.rate / 1e9:,.0f} GFLOP/s)")
+        return lines
+
+
+def finished(job: Job, out: Path | None) -> np.ndarray:
+    """bool [pair, layer]: what a run in `out` has done already; all False without one."""
+    done = np.zeros((len(job.pairs), job.model.config.layers), bool)
+    if out is not None and (out / results.TABLE).is_dir():
+        stored = results.Table(out).done().astype(bool)
+        return stored if stored.shape == done.shape else done
+    return done
+
+
+def open_items(job: Job, done: np.ndarray) -> Sequence[Item]:
+    """The items that hold a layer to do, and of them those layers."""
+    every = find_estimator(job.request.method).items(job)
+    left = [Item(item.pair, tuple(layer for layer in item.layers if not done[item.pair, layer])) for item in every]
+    return [item for item in left if item.layers]
+
+
+def full_forwards(job: Job, pair: int) -> float:
+    """FLOPs of the full forwards of a pair."""
+    config, seen = job.model.config, shapes_of(job.contrasts[pair])[0].seen
+    return 2 * len(job.passes) * propagate_flops(config, 1, seen, 0, config.layers)
+
+
+def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepPlan:
+    """The cost of a job.
+
+    Args:
+        rate: FLOP/s, for a time.
+        out: a folder whose finished part is not counted.
+    """
+    estimator, items = find_estimator(job.request.method), open_items(job, finished(job, out))
+    works = [estimator.work(job, item) for item in items]
+    pairs = sorted({item.pair for item in items})
+    flops = sum(work.flops for work in works) + sum(full_forwards(job, pair) for pair in pairs)
+    programs = len({shape for contrast in job.contrasts for shape in shapes_of(contrast)}) * len(job.groups)
+    cost = Cost("sweep", flops, sum(work.passes for work in works), written=table_bytes(job), programs=programs)
+    patches = sum(len(job.contrasts[pair].patches) for pair in pairs)
+    return SweepPlan(cost, len(pairs), patches, sum(work.effects for work in works), dict(job.chunk), rate)
+
+
+def progress_total(job: Job) -> float:
+    """What a watch's work adds up to: FLOPs of all items."""
+    estimator = find_estimator(job.request.method)
+    return sum(estimator.work(job, item).flops for item in estimator.items(job))

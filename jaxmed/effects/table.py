@@ -1,0 +1,88 @@
+"""The shape of a sweep's result table: variables, coordinates, and what a report needs to draw them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxmed import results
+from jaxmed.effects.estimands import ESTIMANDS, variable
+from jaxmed.effects.job import Job
+from jaxmed.effects.mediators import EXPERT, MEDIATORS
+from jaxmed.effects.outcomes import outcome_name
+
+
+def _several(job: Job) -> tuple[str, ...]:
+    """The outcome axis, where there are several outcomes."""
+    return ("outcome",) if len(job.request.outcomes) > 1 else ()
+
+
+def _dims(job: Job, unit: str) -> tuple[str, ...]:
+    index = (MEDIATORS[unit].coordinate,) if MEDIATORS[unit].coordinate else ()
+    return (*_several(job), "pair", "layer", *index, *(("position",) if job.request.position == "each" else ()))
+
+
+def coordinates(job: Job) -> dict[str, Any]:
+    """Coordinates of the result table; a pair's extra columns are among them."""
+    config, request = job.model.config, job.request
+    found: dict[str, Any] = {"pair": [pair.id for pair in job.pairs]}
+    for label in ("category", "group", "split", "control"):
+        found[label] = ("pair", [getattr(pair, label) for pair in job.pairs])
+    for column in dict.fromkeys(name for pair in job.pairs for name in pair.extra):
+        if column not in found:
+            found[column] = ("pair", [str(pair.extra.get(column, "")) for pair in job.pairs])
+    found["layer"] = np.arange(config.layers)
+    if _several(job):
+        found["outcome"] = [outcome_name(outcome) for outcome in request.outcomes]
+    for unit in request.units:
+        if MEDIATORS[unit].coordinate:
+            found[MEDIATORS[unit].coordinate] = np.arange(MEDIATORS[unit].count(config, request.window))
+    if config.experts and "neuron" in request.units:
+        for name, values in zip(EXPERT, np.divmod(np.arange(config.neurons), config.sizes["M"]), strict=True):
+            found[name] = (MEDIATORS["neuron"].coordinate, values)
+    if request.position == "each":
+        found["position"] = np.arange(-max(len(contrast.patches) for contrast in job.contrasts), 0)
+    return found
+
+
+def variables(job: Job) -> list[results.Variable]:
+    """Variables of the result table."""
+    table = [
+        results.Variable(variable(unit, estimand), _dims(job, unit), attributes=_told(job, unit, estimand))
+        for unit in job.request.units
+        for estimand in job.request.estimands
+    ]
+    outcome = _several(job)
+    table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
+    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest")]
+    table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
+    return [*table, results.Variable("done", ("pair", "layer"), "uint8")]
+
+
+def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
+    """A variable's attributes: what it is, and how a report draws it."""
+    mediator = MEDIATORS[unit]
+    told = {"unit": unit, "told": mediator.told, "coordinate": mediator.coordinate, "show": mediator.show}
+    told |= {"window": job.request.window} if mediator.windowed else {}
+    return {**told, "estimand": estimand, "formula": ESTIMANDS[estimand].formula}
+
+
+def variable_shapes(job: Job) -> dict[str, list[int]]:
+    """Shape of every variable of the result table."""
+    sizes = {name: len(values[1]) if isinstance(values, tuple) else len(values) for name, values in coordinates(job).items()}
+    return {one.name: [sizes[dim] for dim in one.dims] for one in variables(job)}
+
+
+def table_bytes(job: Job) -> int:
+    """Bytes of the table at most."""
+    return 4 * sum(int(np.prod(shape)) for shape in variable_shapes(job).values())
+
+
+def attributes(job: Job) -> dict[str, Any]:
+    """Attributes of the whole table."""
+    request = job.request
+    found = {"position": str(request.position), "window": request.window, "model": job.model.name, "method": request.method}
+    found |= {"contrast": request.contrast, "direction": request.direction}
+    found |= {"source_model": job.source_model.name} if job.source_model is not None else {}
+    return {**found, "outcome": ", ".join(outcome_name(outcome) for outcome in request.outcomes)}
