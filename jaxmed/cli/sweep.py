@@ -21,7 +21,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     position: str = "last"
     """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ("neuron",)
-    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (attention and MLP of a layer together), residual_out."""
+    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out."""
     window: int = 32
     """Adjacent neurons per window, for the unit 'window'."""
     layers: tuple[int, ...] = ()
