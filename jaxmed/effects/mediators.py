@@ -216,13 +216,12 @@ def patched_rows(
     config: ModelConfig, params: Params, view: View, picks: Picks, kinds: tuple[str, ...], width: int
 ) -> tuple[jax.Array, jax.Array]:
     """Patched residual streams float32 [U,T,D] of units of any layers, and whether each enters mid-layer, bool [U]."""
-    rows, mid = None, jnp.zeros(picks.kind.shape, bool)
+    mid = jnp.zeros(picks.kind.shape, bool)
+    if len(kinds) == 1 and MEDIATORS[kinds[0]].by_layer:  # these leave a row without a unit at base themselves
+        return MEDIATORS[kinds[0]].rows(config, params, view, picks, width), mid
+    rows = view.at(view.base, "residual_out", picks.layer)
     for number, kind in enumerate(kinds):
-        mediator, here = MEDIATORS[kind], picks.kind == number
-        found = mediator.rows(config, params, view, picks, width)
-        rows = found if rows is None else jnp.where(here[:, None, None], found, rows)
-        mid = jnp.where(here, mediator.mid, mid)
-    assert rows is not None
-    if len(kinds) > 1 or not MEDIATORS[kinds[0]].by_layer:  # rows that stay at base hold no swapped unit
-        rows = jnp.where((picks.kind >= 0)[:, None, None], rows, view.at(view.base, "residual_out", picks.layer))
+        here = picks.kind == number
+        rows = jnp.where(here[:, None, None], MEDIATORS[kind].rows(config, params, view, picks, width), rows)
+        mid = jnp.where(here, MEDIATORS[kind].mid, mid)
     return rows, mid

@@ -74,7 +74,8 @@ class TokenIndex:
 def where(layer: Any = ANY, position: Any = ANY, unit: Any = ANY, row: Any = ANY) -> Where:
     """A `Where` from scalars and lists, broadcast against each other to one axis `E`."""
     fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(given, np.int32)) for given in (layer, position, unit, row)))
-    return _with_names(Where(*(np.ascontiguousarray(given) for given in fields)))
+    layer, position, unit, row = (np.ascontiguousarray(given) for given in fields)
+    return _with_names(Where(layer, position, unit, row))
 
 
 def _with_names(entries: Where) -> Where:
