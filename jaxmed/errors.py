@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 LONGEST = 300
 """Characters of a value that a message shows; of one problem, four times as many."""
+LONGEST_MESSAGE = 60_000
+MOST_NAMES = 100
+"""Legal values that a message lists."""
+MOST_ALIKE, MOST_PROBLEMS = 10, 40
+"""Problems of one kind, and of all kinds, that a message lists; the others are counted."""
 
 
 class UserError(Exception):
-    """Wrong usage or bad input. The command line prints the message, without a traceback, and exits with 2."""
+    """Wrong usage or bad input. The command line prints the message, without a traceback, and exits with 2.
+
+    Whatever stands in the message, names and texts of files included, it is inert in a terminal and of a bounded length.
+    """
+
+    def __init__(self, message: object = ""):
+        text = visible(str(message)[: 2 * LONGEST_MESSAGE])
+        super().__init__(text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ... (the message is longer)")
 
 
 class Notice(UserWarning):
@@ -20,7 +34,7 @@ class Notice(UserWarning):
 
 def notice(message: str) -> None:
     """Tells the user something, once per message, and goes on."""
-    warnings.warn(message, Notice, stacklevel=3)
+    warnings.warn(visible(message), Notice, stacklevel=3)
 
 
 def unknown(what: str, got: object, legal: Iterable[object], fix: str = "") -> UserError:
@@ -33,20 +47,41 @@ def unknown(what: str, got: object, legal: Iterable[object], fix: str = "") -> U
         fix: one sentence on what to do.
     """
     names = [str(value) for value in legal]
-    return UserError(f"Unknown {what} {quoted(got)}.{hint(got, names)} Legal: {', '.join(names) or '(none)'}.{' ' + fix if fix else ''}")
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    listed = ", ".join(names[:MOST_NAMES]) or "(none)"
+    return UserError(f"Unknown {what} {quoted(got)}.{hint(got, names)} Legal: {listed}{more}.{' ' + fix if fix else ''}")
 
 
 def hint(got: object, legal: Iterable[str]) -> str:
     """A question that names the legal values nearest to a wrong one, with a space before it; "" where none is near."""
-    near = difflib.get_close_matches(quoted(got).strip("'"), list(legal), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(quoted(got).strip("'"), list(legal)[: 10 * MOST_NAMES], n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
 
-def all_problems(subject: str, problems: list[str], fix: str = "") -> UserError:
-    """One error that lists every problem found in `subject`, so that a file is mended in one round."""
-    shown = "\n".join(f"  - {problem[: 4 * LONGEST]}" for problem in problems[:40])
-    more = f"\n  (+{len(problems) - 40} more)" if len(problems) > 40 else ""
-    return UserError(f"{subject}: {len(problems)} problem{'s' if len(problems) > 1 else ''}:\n{shown}{more}{chr(10) + fix if fix else ''}")
+def all_problems(subject: str, problems: Sequence[str], fix: str = "") -> UserError:
+    """One error that lists the problems found in `subject`, so that a file is mended in one round: at most ten of a kind, then a count.
+
+    Problems that differ in numbers and quoted values alone are of a kind.
+    """
+    kinds: Counter[str] = Counter()
+    shown: list[str] = []
+    for problem in problems:
+        kind = _VALUES.sub("", problem[:LONGEST])
+        kinds[kind] += 1
+        if kinds[kind] <= MOST_ALIKE and len(shown) < MOST_PROBLEMS:
+            shown.append(f"  - {problem[: 4 * LONGEST]}")
+    if left := len(problems) - len(shown):
+        shown.append(f"  (+{left:,} more, of {len(kinds):,} kind{'s' if len(kinds) > 1 else ''} in all)")
+    count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    return UserError("\n".join([f"{subject}: {count}:", *shown, *([fix] if fix else [])]))
+
+
+_VALUES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
+
+
+def visible(text: str) -> str:
+    """The text with every character that prints nothing (control, bidirectional, surrogate) written out, line ends kept."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def quoted(value: object) -> str:

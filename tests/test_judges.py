@@ -373,6 +373,7 @@ def test_a_reply_without_end_is_given_up(head: bytes) -> None:
         ({"max_tokens", "temperature"}, (), set()),
     ],
 )
+@pytest.mark.filterwarnings("ignore::jaxmed.errors.Notice")
 def test_parameters_that_are_refused_are_left_out(server: Server, refused: set[str], parameters: Any, sent: set[str]) -> None:
     def script(at: int, body: dict[str, Any]) -> Any:
         wrong = sorted(refused & set(body))

@@ -16,12 +16,12 @@ import xarray as xr
 from plotly.offline import get_plotlyjs
 
 from jaxmed import results
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, visible
 from jaxmed.files import write_json
 from jaxmed.reports.maps import binned
 from jaxmed.reports.page import write_report
 from jaxmed.reports.record import mean_effect, read
-from jaxmed.reports.style import number, spans, visible
+from jaxmed.reports.style import number, spans
 from jaxmed.runs.folder import RUN
 
 COLUMNS = ("rank", "unit", "layer", "index", "position", "outcome", "mean", "share", "ci_low", "ci_high", "p", "q")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.cells import cell_len
-from rich.markup import escape
 
+from jaxmed.errors import visible
 from jaxmed.files import read_csv
 from jaxmed.runs.watch import err, lines, out, progress, speed
 
@@ -26,7 +26,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     What is piped has the width that it needs. On a terminal that is too narrow for that, headers are broken into lines; where that does
     not help, each row becomes a paragraph of its own.
     """
-    out.print(f"[bold]{escape(title)}[/bold]")
+    out.print(visible(title), style="bold", markup=False)
+    rows = [[visible(cell) for cell in row] for row in rows]  # names come from files
     cells = [max((cell_len(row[number]) for row in rows), default=0) for number in range(len(columns))]
     for shortest in (max(map(len, columns)), HEADER, 0):
         heads = [_broken(column, max(cell, shortest)) for column, cell in zip(columns, cells, strict=True)]

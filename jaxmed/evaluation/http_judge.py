@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any
 import httpx
 import tenacity
 
-from jaxmed.errors import UserError, quoted
+from jaxmed.errors import UserError, notice, quoted
 from jaxmed.evaluation.endpoint import PARAMETERS, Endpoint
 from jaxmed.evaluation.grades import parse_grade, read_content
 from jaxmed.evaluation.judges import Judge
@@ -168,7 +167,7 @@ class _Line:
             await self.wait_turn()
             if self.parameters is sent:
                 self.parameters = sent[1:]
-                logging.getLogger(__name__).warning("The judge's endpoint refuses %s; asked without.", " or ".join(sent[0]))
+                notice(f"The judge's endpoint refuses {' or '.join(sent[0])}; it is asked without.")
 
     async def exchange(self, body: Any) -> tuple[int, httpx.Headers, str]:
         """(HTTP state, headers, body). The time limit holds for the whole exchange; nothing is sent on to another address."""

@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, visible
 from jaxmed.files import write_text
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
 from jaxmed.reports.record import Record, read
-from jaxmed.reports.style import Figure, visible
+from jaxmed.reports.style import Figure
 from jaxmed.reports.tables import facts, provenance, top_tables
 
 

@@ -14,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, visible
 from jaxmed.files import NAME_COLUMNS, read_csv, write_text
 from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer
 from jaxmed.reports.page import embedded
-from jaxmed.reports.style import Figure, number, visible
+from jaxmed.reports.style import Figure, number
 from jaxmed.runs.folder import last_versions, read_run, seconds_spent
 
 LEAD = (

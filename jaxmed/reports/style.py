@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from jaxmed.errors import visible
+
 MISSING = "\u2013"
 INK, GRID, EMPTY = "#1f2933", "#e4e7eb", "#f1f3f5"
 CATEGORICAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#4D4D4D", "#999933", "#882255")
@@ -58,11 +60,6 @@ def percent(value: float | str | None) -> str:
 def count(amount: int, noun: str) -> str:
     """`3 pairs`, `1 pair`."""
     return f"{amount:,} {noun if amount == 1 else noun.removesuffix('y') + 'ies' if noun.endswith('y') else noun + 's'}"
-
-
-def visible(text: str) -> str:
-    """The text with every character that prints nothing (control, bidirectional, surrogate) written out, line ends kept."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def label(text: object) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxmed.errors import visible
 from jaxmed.runs import signals
 
 out = Console(highlight=False, soft_wrap=True)
@@ -48,9 +49,9 @@ def no_display(title: str, total: float, unit: str) -> AbstractContextManager[Wa
 
 def lines(title: str, content: Sequence[str]) -> None:
     """A title and indented lines."""
-    out.print(f"[bold]{title}[/bold]")
+    out.print(visible(title), style="bold", markup=False)
     for line in content:
-        out.print(f"  {line}", markup=False)
+        out.print(f"  {visible(line)}", markup=False)
 
 
 @contextmanager
