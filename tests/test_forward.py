@@ -11,7 +11,9 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.interventions.sites import SITES
+from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
+from jaxmed.models.rope import rope_angles
 from jaxmed.prompts import read_pairs
 from jaxmed.tokens import render
 from tests import tiny, tolerances
@@ -218,3 +220,14 @@ def test_no_edits_and_no_taps_leave_no_trace(plain_model: Model) -> None:
     trace = lambda *rest: str(jax.make_jaxpr(lambda t: forward(config, params, t, layout, *rest))(jnp.ones((1, 8), int)))  # noqa: E731
     assert trace() == trace({}, ())
     assert len(trace(jm.kinds.zero("neuron"))) > len(trace())
+
+
+@pytest.mark.parametrize("lengths", [(20, 90), (90, 20), (64, 65), (20, 30)])
+def test_longrope_takes_its_factors_row_by_row(lengths: tuple[int, int]) -> None:
+    rope = Rope(1e4, "factors", original_length=64, factors=(2.0, 3.0, 5.0, 8.0), short_factors=(1.0, 1.1, 1.2, 1.3))
+    longest = max(lengths)
+    together = np.stack([np.minimum(np.arange(longest), length - 1) for length in lengths])
+    both = rope_angles(rope, 8, jnp.asarray(together))
+    for row, length in enumerate(lengths):
+        alone = rope_angles(rope, 8, jnp.arange(length)[None])
+        assert all(np.array_equal(np.asarray(a)[row, :length], np.asarray(b)[0]) for a, b in zip(both, alone, strict=True))

@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("gpt2", {"r": 3, "lora_alpha": 9, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "fused": ("phi3", {"r": 3, "lora_alpha": 9, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "names of other models": ("phi3", {"r": 2, "lora_alpha": 9, "target_modules": LLAMA}),
+    "all but one kind": ("llama2", {"r": 2, "lora_alpha": 9, "target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
     "head": ("llama2", {"r": 2, "lora_alpha": 5, "target_modules": ["lm_head", "o_proj"]}),
     "some-layers": ("gemma2", {"r": 2, "lora_alpha": 5, "target_modules": ["o_proj"], "layers_to_transform": [1, 3]}),
 }
@@ -143,6 +145,31 @@ def broken(cases: Callable, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "fewer targets": {"target_modules": ["q_proj", "down_proj"]},
+    "a pattern": {"target_modules": r".*\.(q|k)_proj"},
+    "one layer": {"layers_to_transform": 1},
+    "layers of a pattern": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "excluded names": {"exclude_modules": ["mlp.down_proj", "model.layers.0.self_attn.q_proj"]},
+    "an excluded pattern": {"exclude_modules": r".*layers\.1\..*"},
+    "a target that is not there": {"target_modules": ["q_proj", "x_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_tensors_of_modules_that_are_not_meant_are_passed_over(cases: Callable, broken: Callable, name: str) -> None:
+    folder, adapter = cases("plain")[0], broken(SELECTIONS[name])
+    ids = reference.tokens(12)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        plain = reference.transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = peft.PeftModel.from_pretrained(plain, adapter)(torch.as_tensor(ids)).logits.numpy()
+    found = np.asarray(jm.forward(jm.load(str(folder), adapter=adapter), ids)[0])
+    assert np.abs(found - expected).max() < 2e-4
+    whole = np.asarray(jm.forward(jm.load(str(folder), adapter=cases("plain")[1]), ids)[0])
+    assert np.abs(found - whole).max() > 1e-3
+
+
 def _refused(folder: Path, adapter: Path) -> str:
     with pytest.raises(jm.UserError) as caught:
         jm.load(str(folder), adapter=adapter)
@@ -165,7 +192,16 @@ ONE = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"r": 8}, "has rank 3; adapter_config.json says 8"),
         ({"r": None}, "gives no rank and alpha"),
         ({"rank_pattern": {"(": 3}}, "gives no rank and alpha"),
-        ({"target_modules": ["q_proj", "x_proj"]}, "names x_proj"),
+        ({"rank_pattern": {"q_proj": "3"}}, "'3' is no number"),
+        ({"r": "3"}, "'3' is no number"),
+        ({"lora_alpha": True}, "no number"),
+        ({"target_modules": ["x_proj"]}, "none of its 28 modules"),
+        ({"target_modules": [3]}, "no list of str"),
+        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"layers_to_transform": ["0"]}, "no list of int"),
+        ({"layers_to_transform": [7]}, "none of its 28 modules"),
+        ({"exclude_modules": ".*"}, "none of its 28 modules"),
+        ({"rank_pattern": {"([a-z_.0-9]|[a-z_.0-9])*[!?]": 3}}, "takes more than"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(cases: Callable, broken: Callable, settings: dict, said: str) -> None:
@@ -176,6 +212,9 @@ def test_settings_that_are_not_supported_are_named(cases: Callable, broken: Call
     ("tensors", "said"),
     [
         ({ONE + ".lora_A.weight": None}, "self_attn.q_proj has no lora_A"),
+        ({ONE + ".lora_A.weight": np.ones((3, 32), np.int8)}, "is stored as I8"),
+        ({ONE + ".lora_B.weight": np.ones((32, 3), np.int64)}, "is stored as I64"),
+        ({ONE + ".lora_B.weight": np.ones((32, 3), np.bool_)}, "is stored as BOOL"),
         ({ONE + ".lora_A.weight": np.ones((3, 5), np.float32)}, "the model's matrix has 32 outputs and 32 inputs"),
         ({ONE + ".lora_A.weight": np.ones(3, np.float32)}, "has A [3]"),
         ({ONE + ".lora_A.weight": np.full((3, 32), np.nan, np.float32)}, "not finite"),

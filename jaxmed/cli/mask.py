@@ -75,6 +75,8 @@ class Combine(ConfigFlags):
     """Mask files, of one model."""
     how: Literal["intersect", "union", "subtract", "invert"] = "intersect"
     """Weights that are kept. intersect: in all masks; union: in any; subtract: in the first and no other; invert: not in the one given."""
+    any_model: bool = False
+    """Combine masks that were made of different weights; the result is of none of them, so applying it takes --any-model too."""
     out: Path = Path("combined.safetensors")
     """The mask file; must not exist yet."""
 
@@ -88,7 +90,7 @@ class Combine(ConfigFlags):
             raise UserError("Give the masks to combine: `jaxmed prune combine A.safetensors B.safetensors`.")
         if self.how == "invert" and len(masks) != 1:
             raise UserError(f"To invert, give one mask, not {len(masks)}.")
-        mask = masks[0].inverted() if self.how == "invert" else combine(masks, self.how)
+        mask = masks[0].inverted() if self.how == "invert" else combine(masks, self.how, self.any_model)
         write_mask(mask, self.out)
         show.lines(f"mask: {self.out}", describe_mask(mask))
 

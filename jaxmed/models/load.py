@@ -15,7 +15,7 @@ from jaxmed.distributed import keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint, decoded
-from jaxmed.models.checkpoints.assemble import read_params
+from jaxmed.models.checkpoints.assemble import read_params, stored_head
 from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json
@@ -24,6 +24,7 @@ from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family
+from jaxmed.models.families.wrappers import unwrapped
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 
@@ -106,6 +107,7 @@ def _open(
     family, config = read_config(checkpoint.config)
     config = replace(config, dtype=dtype or _named_dtype(checkpoint.config), int8=int8)
     edits = read_edits(path)
+    config = stored_head(checkpoint, family, config)
     if adapter is not None:
         checkpoint, edit = with_adapter(checkpoint, Path(adapter), family, config)
         edits = (*edits, edit)
@@ -127,7 +129,9 @@ def _named_dtype(raw: Mapping[str, Any]) -> str:
 def _open_path(path: Path) -> Checkpoint:
     if path.is_file():
         return open_gguf(path)
-    return open_store(path) if is_store(path) else open_folder(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a model folder nor a file (a pipe or device?).")
+    return open_store(path) if is_store(path) else unwrapped(open_folder(path))
 
 
 def _with_template(tokenizer: Any, template_from: str, name: str) -> Any:

@@ -63,15 +63,16 @@ def frequencies(rope: Rope, head_width: int) -> np.ndarray:
 def rope_angles(rope: Rope, head_width: int, position: jax.Array) -> Angles:
     """Cosines and sines for integer positions [..., T].
 
-    LongRoPE takes its short factors where the whole text is no longer than the original length, and else the long ones for every
-    position of it.
+    LongRoPE takes its short factors where a row's text is no longer than the original length, and else the long ones for every
+    position of it; rows beside it do not count.
     """
     spread = jnp.asarray(frequencies(rope, head_width))
     if rope.short_factors:
         rotated = 2 * len(rope.short_factors)
         plain = 1.0 / rope.base ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
         short = (plain / np.asarray(rope.short_factors)).astype(np.float32)
-        spread = jnp.where(position.max() + 1 > rope.original_length, spread, short)
+        length = position.max(axis=-1, keepdims=True) + 1
+        spread = jnp.where(length[..., None, None] > rope.original_length, spread, short)
     angles = position[..., None, None].astype(jnp.float32) * spread
     return jnp.cos(angles) * rope.amplitude, jnp.sin(angles) * rope.amplitude
 

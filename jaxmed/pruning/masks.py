@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -18,10 +19,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmed.errors import UserError, all_problems, unknown
+from jaxmed.errors import UserError, all_problems, quoted, unknown
 from jaxmed.files import atomic, check_file
 from jaxmed.models.checkpoints.edit_record import join_tags, read_tag
 
+FORMAT = "jaxmed-mask-1"
 HOW = ("intersect", "union", "subtract")
 
 
@@ -75,8 +77,14 @@ class Mask:
 
     def inverted(self) -> Mask:
         """All other weights of the same matrices."""
-        rest = {name: np.setdiff1d(np.arange(np.prod(self.shapes[name])), found) for name, found in self.indices.items()}
+        rest = {name: _others(found, int(np.prod(self.shapes[name]))) for name, found in self.indices.items()}
         return Mask(rest, self.shapes, self.model, self.weights, {"inverted": dict(self.rule)}, self.tag)
+
+
+def _others(found: np.ndarray, size: int) -> np.ndarray:
+    rest = np.ones(size, bool)
+    rest[found] = False
+    return np.flatnonzero(rest)
 
 
 def write_mask(mask: Mask, file: str | Path) -> Path:
@@ -90,7 +98,7 @@ def write_mask(mask: Mask, file: str | Path) -> Path:
     if file.exists():
         raise UserError(f"{file} exists already. Give another name; nothing was written.")
     rule, shapes = json.dumps(dict(mask.rule), default=str), json.dumps({name: list(shape) for name, shape in mask.shapes.items()})
-    metadata = {"format": "jaxmed-mask-1", "model": mask.model, "weights": mask.weights, "shapes": shapes, "rule": rule, "tag": mask.tag}
+    metadata = {"format": FORMAT, "model": mask.model, "weights": mask.weights, "shapes": shapes, "rule": rule, "tag": mask.tag}
     metadata["sha256"] = mask.digest
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,26 +113,29 @@ def read_mask(file: str | Path) -> Mask:
     """Reads a mask file.
 
     Raises:
-        UserError: no such file, or one that is no mask: wrong metadata, indices that repeat or lie outside their matrix.
+        UserError: no such file, or one that is no mask: wrong metadata, other numbers than int64, indices that repeat or lie outside
+            their matrix.
     """
     if not Path(file).is_file():
         raise UserError(f"There is no mask file {file}. Make one with `jaxmed prune select`.")
     try:
         with safe_open(file, "np") as held:
             metadata = held.metadata() or {}
+            if metadata.get("format", FORMAT) != FORMAT:
+                raise UserError(f"{file} is a mask of format {quoted(metadata['format'])}; this version reads {FORMAT!r}.")
+            missing = [key for key in ("format", "shapes", "rule") if key not in metadata]
+            if missing:
+                raise UserError(f"{file} is no mask file: its metadata have no {', '.join(map(repr, missing))}.")
+            shapes, rule = _metadata(file, metadata)
             indices = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-        shapes = {name: tuple(int(size) for size in shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        rule = json.loads(metadata["rule"])
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is no readable mask file: {error}.") from None
-    except KeyError as error:
-        raise UserError(f"{file} is no mask file: its metadata have no {error}.") from None
     problems = [f"{name} has no shape in the metadata" for name in indices.keys() - shapes.keys()]
     problems += [f"{name} is missing" for name in shapes.keys() - indices.keys()]
     for name in indices.keys() & shapes.keys():
-        found, size = indices[name], int(np.prod(shapes[name]))
-        if found.ndim != 1 or found.dtype.kind != "i":
-            problems.append(f"{name} is {found.dtype} {list(found.shape)}, not a vector of integers")
+        found, size = indices[name], math.prod(shapes[name])
+        if found.ndim != 1 or found.dtype != np.int64:  # narrower integers overflow beyond the first rows of a matrix
+            problems.append(f"{name} is {found.dtype} {list(found.shape)}, not a vector of int64")
         elif len(found) and (found.min() < 0 or found.max() >= size or (np.diff(found) <= 0).any()):
             problems.append(f"{name} holds indices that are not ascending from 0 to {size - 1}")
     if problems:
@@ -136,11 +147,26 @@ def read_mask(file: str | Path) -> Mask:
     return mask
 
 
-def combine(masks: Sequence[Mask], how: str) -> Mask:
+def _metadata(file: str | Path, metadata: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes and rule of a mask file."""
+    shapes, rule = json.loads(metadata["shapes"]), json.loads(metadata["rule"])
+    if not isinstance(rule, dict):
+        raise UserError(f"{file} is no mask file: its rule is {quoted(rule)}; a JSON object is expected.")
+    sizes = isinstance(shapes, dict) and all(isinstance(shape, list) for shape in shapes.values())
+    if not sizes or not all(type(size) is int and size > 0 for shape in shapes.values() for size in shape):
+        raise UserError(f"{file} is no mask file: its shapes are {quoted(shapes)}; lists of sizes by name are expected.")
+    return {name: tuple(shape) for name, shape in shapes.items()}, rule
+
+
+def combine(masks: Sequence[Mask], how: str, any_model: bool = False) -> Mask:
     """The weights that are in all masks ("intersect"), in any ("union"), or in the first and in no other ("subtract").
 
+    Args:
+        any_model: take masks that were made of different weights; the result belongs to none of them, so that applying it takes
+            `any_model` too.
+
     Raises:
-        UserError: another word; fewer than two masks; masks of matrices that differ.
+        UserError: another word; fewer than two masks; masks of matrices that differ, or of different weights.
     """
     if how not in HOW:
         raise unknown("way to combine masks", how, HOW)
@@ -148,11 +174,18 @@ def combine(masks: Sequence[Mask], how: str) -> Mask:
         raise UserError(f"To {how}, give at least two masks.")
     for other in masks[1:]:
         check_same_matrices(masks[0], other)
+    made_of = {mask.weights: mask.model for mask in masks}
+    if len(made_of) > 1 and not any_model:
+        named = ", ".join(f"{model!r} ({weights[:12]})" for weights, model in made_of.items())
+        raise UserError(
+            f"The masks were made of different weights: {named}. Say that this is meant (--any-model), or combine masks of one."
+        )
+    weights = masks[0].weights if len(made_of) == 1 else "several: " + ", ".join(sorted(made_of))
     join = {"intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
     found = {name: reduce(join, (mask.indices[name] for mask in masks)) for name in masks[0].indices}
     rule = {how: [dict(mask.rule) for mask in masks]}
     tag = join_tags(mask.tag for mask in masks)  # an attack stays one
-    return Mask(found, masks[0].shapes, masks[0].model, masks[0].weights, rule, tag)
+    return Mask(found, masks[0].shapes, masks[0].model, weights, rule, tag)
 
 
 def check_same_matrices(one: Mask, other: Mask) -> None:

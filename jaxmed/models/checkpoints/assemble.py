@@ -20,7 +20,7 @@ from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
-from jaxmed.models.transformer import MATRICES, Params, param_dtype, param_letters
+from jaxmed.models.transformer import MATRICES, Params, param_dtype, param_letters, param_shapes
 
 SHARDED = frozenset(letter for letter, axis in MESH_AXES.items() if axis == "model")
 Part = tuple[int, int, int]
@@ -37,6 +37,7 @@ def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mes
     rules = needed_rules(family, config)
     checkpoint = under_full_names(checkpoint, family)
     check_tensors(checkpoint, family, rules, config)
+    _check_memory(config, mesh)
     params: Params = {"blocks": {}}
     problems: list[str] = []
     for rule in rules:
@@ -50,6 +51,23 @@ def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mes
     if problems:
         raise all_problems("Checkpoint", problems, "The weights are damaged.")
     return params
+
+
+def _check_memory(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError where the weights that this host's CPU devices share exceed its memory."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    size = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in jax.tree.leaves(param_shapes(config)))
+    if size > host_memory():
+        raise UserError(
+            f"The weights take {size / 1e9:,.1f} GB in {config.dtype}; this machine has {host_memory() / 1e9:,.1f} GB of memory. "
+            "Load them as bfloat16 or int8, or on a larger machine."
+        )
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
 
 
 def letters_of(rule: Rule, config: ModelConfig) -> str | None:
@@ -127,6 +145,27 @@ def under_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     unreadable = {new: checkpoint.unreadable[old] for new, old in full.items() if old in checkpoint.unreadable}
     read = lambda name, cut=None: checkpoint.read(full[name], cut)  # noqa: E731
     return replace(checkpoint, shapes=shapes, read=read, unreadable=unreadable)
+
+
+HEAD = "lm_head.weight"
+
+
+def stored_head(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> ModelConfig:
+    """The config, untied where a head is stored that is not the embedding it is said to be: it is used, as `transformers` uses it."""
+    checkpoint = under_full_names(checkpoint, family)
+    embedding = next(rule.sources[0].name for rule in family.rules if rule.path == ("embedding",))
+    shapes = checkpoint.shapes
+    if not config.tied or HEAD not in shapes or embedding not in shapes:
+        return config
+    if shapes[HEAD] == shapes[embedding] and HEAD not in checkpoint.unreadable and embedding not in checkpoint.unreadable:
+        rows = range(0, shapes[HEAD][0], ROWS_COMPARED)
+        cuts = ((slice(at, min(at + ROWS_COMPARED, shapes[HEAD][0])), *(slice(None),) * (len(shapes[HEAD]) - 1)) for at in rows)
+        if all(np.array_equal(checkpoint.read(HEAD, cut), checkpoint.read(embedding, cut)) for cut in cuts):
+            return config
+    return replace(config, tied=False)
+
+
+ROWS_COMPARED = 2**12
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family, rules: list[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -94,6 +94,9 @@ def write_side_files(model: Model, folder: Path, edits: Any) -> None:
 def huggingface_config(model: Model) -> dict[str, Any]:
     """The config.json of `model`: that of its source with the model's dtype; completed where the source was no Hugging Face folder."""
     raw = dict(model.source_config or {})
+    raw |= (
+        {"tie_word_embeddings": model.config.tied} if bool(raw.get("tie_word_embeddings", model.config.tied)) != model.config.tied else {}
+    )
     raw |= dict.fromkeys({"dtype", "torch_dtype"} & raw.keys() or {"dtype"}, model.config.dtype)
     return raw if "architectures" in raw else _completed(raw, model)
 

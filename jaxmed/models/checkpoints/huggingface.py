@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 READ = ("F64", "F32", "F16", "BF16")
 """Types of the tensors that are read, as safetensors files spell them."""
+STRAY = ("adapter_model", "consolidated", "optimizer", "scheduler", "training_args", "rng_state", "random_states")
+"""Beginnings of names of safetensors files that hold something else: adapters, the original release's layout, a trainer's state."""
 MOST_JSON = 2**26
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -37,7 +40,7 @@ def open_folder(folder: Path) -> Checkpoint:
     problems = []
     for file in files:
         try:
-            held = _read_header(file)
+            held = read_tensor_header(file)
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: {error} (truncated or damaged? {file.stat().st_size if file.exists() else 0:,} bytes)")
             continue
@@ -60,7 +63,7 @@ def open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(config, shapes, read, tuple(files), lambda: read_tokenizer(folder), unreadable=unreadable)
 
 
-def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_tensor_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor; `safe_open` holds the header against the file."""
     with safe_open(file, framework="numpy") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is no mapping
@@ -83,7 +86,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and the tensor -> file name map that an index promises (empty without an index)."""
+    """The weight files, and the tensor -> file name map that an index promises (empty without an index).
+
+    As `transformers` chooses: model.safetensors alone where there is one, whatever lies beside it, else what the index names. Files of
+    other names are taken where neither is there, but for those that are known to be no model.
+    """
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [_regular(whole)], {}
     if (folder / INDEX).is_file():
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict) or not all(_is_file_name(name) for name in promised.values()):
@@ -93,7 +103,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if missing:
             raise all_problems(f"Checkpoint {folder}", missing, "Copy or download the files again.")
         return files, promised
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(_regular(file) for file in folder.glob("*.safetensors") if not file.name.startswith(STRAY))
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise UserError(
@@ -102,8 +112,22 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, {}
 
 
+def _regular(file: Path) -> Path:
+    """The path of a file; a pipe or a device, from which reading may never end, is a UserError."""
+    if not file.is_file():
+        raise UserError(f"{file} is no regular file (a folder, pipe, device, or a link to nothing). Copy or download it again.")
+    return file
+
+
 def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -112,6 +136,13 @@ def read_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    alone = (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    missing = [name for name in ("sentencepiece", "google.protobuf") if alone and not _is_installed(name)]
+    if missing:
+        raise UserError(
+            f"{folder} has its tokenizer as tokenizer.model alone, which {' and '.join(missing)} read and which are not installed here. "
+            "Install them with `pip install 'jaxmed[sentencepiece]'`."
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types on damaged files

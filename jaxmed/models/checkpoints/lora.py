@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxmed.errors import UserError, all_problems
+from jaxmed.errors import UserError, all_problems, quoted
 from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import expected_tensors, is_stacked, needed_rules, under_full_names
-from jaxmed.models.checkpoints.huggingface import read_json
+from jaxmed.models.checkpoints.huggingface import READ, read_json, read_tensor_header
+from jaxmed.models.checkpoints.lora_targets import is_wrapped, matches
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import known_digest
 from jaxmed.models.families.table import Family
@@ -127,9 +128,11 @@ def _deltas(file: Path, settings: Mapping[str, Any], matrices: Matrices, family:
     """The delta of every tensor that the adapter changes, and what is wrong with the adapter's tensors."""
     problems: list[str] = []
     modules: dict[str, dict[str, tuple[str, Shape]]] = {}
-    for key, shape in _headers(file).items():
+    for key, (shape, kind) in _headers(file).items():
         match = TENSOR.fullmatch(key)
-        if match is None:
+        if kind not in READ:
+            problems.append(f"tensor {key} is stored as {kind}; {', '.join(READ)} are read")
+        elif match is None:
             problems.append(f"tensor {key} is no part of a LoRA matrix (embeddings, biases, magnitudes and saved modules are not merged)")
         else:
             modules.setdefault(match["module"], {})[match["part"]] = key, shape
@@ -138,6 +141,8 @@ def _deltas(file: Path, settings: Mapping[str, Any], matrices: Matrices, family:
         name = next((name for name in (module, family.begins + module) if name + ".weight" in matrices), module) + ".weight"
         if name not in matrices:
             problems.append(f"{module} is no matrix of this model")
+        elif not _is_wrapped(module, settings, problems):
+            continue  # PEFT makes no such module, and passes over its tensors
         elif missing := {"lora_A", "lora_B"} - parts.keys():
             problems.append(f"{module} has no {' and no '.join(sorted(missing))}")
         else:
@@ -146,17 +151,22 @@ def _deltas(file: Path, settings: Mapping[str, Any], matrices: Matrices, family:
             problems += wrong
             base = parts.get("base_layer", (None,))[0]
             deltas[name] = Delta(file, parts["lora_A"][0], parts["lora_B"][0], scale, matrices[name][1], base)
-    asked = settings.get("target_modules")
-    for target in asked if isinstance(asked, list) else ():
-        if not any(module == target or module.endswith("." + target) for module in modules):
-            problems.append(f"target_modules names {target}, and the file holds no tensor of it")
+    if not deltas and not problems:
+        problems.append(f"none of its {len(modules)} modules is one that {SETTINGS} names (target_modules, layers_to_transform, ...)")
     return deltas, problems
 
 
-def _headers(file: Path) -> dict[str, Shape]:
+def _is_wrapped(module: str, settings: Mapping[str, Any], problems: list[str]) -> bool:
     try:
-        with safe_open(file, framework="numpy") as handle:
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 - no mapping
+        return is_wrapped(module, settings)
+    except ValueError as error:
+        problems.append(f"{SETTINGS} does not say which modules are meant: {error}")
+        return False
+
+
+def _headers(file: Path) -> dict[str, tuple[Shape, str]]:
+    try:
+        return read_tensor_header(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: {error} (truncated or damaged? {file.stat().st_size:,} bytes)") from None
 
@@ -172,9 +182,9 @@ def _misshapen(module: str, parts: Mapping[str, Shape], shape: Shape, inputs_fir
 
 def _scale(settings: Mapping[str, Any], module: str, held: int, problems: list[str]) -> float:
     try:
-        rank = int(_by_pattern(settings.get("rank_pattern"), module, settings["r"]))
-        alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        rank = _number(_by_pattern(settings.get("rank_pattern"), module, settings["r"]), int)
+        alpha = _number(_by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]), int, float)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(f"{SETTINGS} gives no rank and alpha for {module}: {error}")
         return 0.0
     if rank != held:
@@ -182,6 +192,12 @@ def _scale(settings: Mapping[str, Any], module: str, held: int, problems: list[s
     return alpha / (math.sqrt(held) if settings.get("use_rslora") else held)
 
 
+def _number(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds or not math.isfinite(value):
+        raise ValueError(f"{quoted(value)} is no number of that kind")
+    return value
+
+
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that the end of the module's name matches, as PEFT finds it."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in (patterns or {}).items() if matches(rf"(.*\.)?({key})$", module)), default)

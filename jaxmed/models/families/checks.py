@@ -42,6 +42,8 @@ def _wrong_sizes(config: ModelConfig) -> Iterator[str]:
         size, most = getattr(config, name), MOST.get(name, 2**31)
         if not 0 < size < most:
             yield f"{name} is {quoted(size)}; sizes are positive and below {most:,}"
+    if config.max_length == 1:
+        yield "max_length is 1; a model that predicts sees two tokens at least"
     if config.kv_heads > 0 and config.heads % config.kv_heads:
         yield f"{config.heads} query heads do not divide over {config.kv_heads} key/value heads"
     if not 0 <= config.experts < MOST["experts"] or (config.experts and not 0 < config.experts_used <= config.experts):
@@ -70,6 +72,9 @@ def _wrong_numbers(record: ModelConfig | Rope) -> Iterator[str]:
 
 
 def _wrong_rope(rope: Rope, head_width: int) -> Iterator[str]:
+    if not rope.base > 0:
+        yield f"the base is {rope.base}; it is positive"
+        return
     rotated: Any = int(head_width * rope.share)
     if rotated % 2 or not 0 < rotated <= head_width:
         yield f"{rotated} dimensions of heads of {head_width} are rotated; they are rotated in pairs"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.families.reading import COMMON, WINDOWED, activation, decoder, read_rope, windows
+from jaxmed.models.families.reading import COMMON, WINDOWED, activation, decoder, first_given, read_rope, windows
 from jaxmed.models.families.table import ATTENTION, FREQUENCIES, HEAD_NORMS, MLP, PRE_NORMS, TOP, Family, norm
 
 
@@ -44,8 +44,8 @@ def read_gemma3(raw: Mapping[str, Any]) -> ModelConfig:
     if "full_attention" in given:
         local, everywhere = given["sliding_attention"], given["full_attention"]
     else:
-        local = {"rope_theta": raw.get("rope_local_base_freq") or 10_000.0}
-        everywhere = {"rope_theta": raw.get("rope_theta") or 1e6, **(raw.get("rope_scaling") or {})}
+        local = {"rope_theta": first_given(raw.get("rope_local_base_freq"), 10_000.0)}
+        everywhere = {"rope_theta": first_given(raw.get("rope_theta"), 1e6), **(raw.get("rope_scaling") or {})}
     plain = {**raw, "rope_parameters": None, "rope_scaling": None}
     fields = _capped(plain, every=int(raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6))
     return ModelConfig(**{**fields, "rope": read_rope(plain, everywhere), "local_rope": read_rope(plain, local), "query_key_norm": "head"})

@@ -24,7 +24,7 @@ def read_olmo3(raw: Mapping[str, Any]) -> ModelConfig:
     if "full_attention" in given:
         local, everywhere = given["sliding_attention"], given["full_attention"]
     else:  # the scaling holds for the layers that see all tokens
-        theta = {"rope_theta": given.get("rope_theta") or raw["rope_theta"]}
+        theta = {"rope_theta": given.get("rope_theta", raw["rope_theta"])}
         local, everywhere = theta, {**theta, **given, **(raw.get("rope_scaling") or {})}
     plain = {**raw, "rope_parameters": None, "rope_scaling": None}
     slides = windows(raw, lambda number: (number + 1) % 4 != 0)

@@ -17,6 +17,9 @@ def read_phi3(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**decoder(raw), windows=windows(raw, lambda number: True))
 
 
+PHI4_MINI = {"full_attn_mod": (1,), "lm_head_bias": (False,), "mlp_bias": (False,)}
+"""Keys of Phi-4-mini-instruct that say what all models of the family do."""
+
 PHIS: dict[str, Family] = {
     "phi3": Family(
         read_phi3,
@@ -30,6 +33,6 @@ PHIS: dict[str, Family] = {
         ),
         COMMON | {"sliding_window", "original_max_position_embeddings"},
         {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        {"attention_bias": (False,)},
+        {"attention_bias": (False,), **PHI4_MINI},
     ),
 }

@@ -103,8 +103,8 @@ def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -
         UserError: a RoPE type or key that is not implemented.
     """
     given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})} if fields is None else dict(fields)
-    base = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    share = float(given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0)
+    base = float(first_given(given.pop("rope_theta", None), raw.get("rope_theta"), 10000.0))
+    share = float(first_given(given.pop("partial_rotary_factor", None), raw.get("partial_rotary_factor"), 1.0))
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     kind = {"su": "longrope"}.get(kind, kind)
@@ -126,6 +126,11 @@ def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -
         if name in values and len(values[name]) != rotated // 2:
             raise UserError(f"The config's RoPE has {len(values[name])} {name}; {rotated // 2} are needed, one per rotated pair.")
     return Rope(base, scaling, share, **values)
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is given at all: zero is one."""
+    return next(value for value in values if value is not None)
 
 
 def _fill(raw: Mapping[str, Any], kind: str, values: dict[str, Any]) -> None:
