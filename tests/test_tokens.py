@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import jaxmed as jm
 from jaxmed.batching.texts import encode
+from jaxmed.cli.main import COMMANDS, main
+from jaxmed.cli.parser import parse
 from jaxmed.effects.outcomes import encode_answers
 from jaxmed.errors import Notice
-from jaxmed.tokens import BUCKETS, align, bucket, encode_example, locate, pack, render
+from jaxmed.tokens import BUCKETS, align, bucket, encode_example, has_text, locate, pack, render
 from tests import tiny
 from tests.tokenizers_of_families import tokenizer
 
@@ -197,3 +200,24 @@ def test_texts_that_an_outcome_cannot_use(smol, pair: jm.PromptPair, outcome: st
 def test_an_unknown_outcome_names_the_nearest() -> None:
     with pytest.raises(jm.UserError, match="Did you mean 'log-odds'"):
         jm.sweep(tiny.model("llama"), tiny.PAIRS, "logodds")
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "SentencePiece BPE"])
+def test_stop_texts_are_seen_with_their_spaces_and_in_many_tokens(kind: str) -> None:
+    fast = tokenizer(kind, "ChatML")
+    last, *written = fast("Sure hi there, how", add_special_tokens=False)["input_ids"]
+    for text, seen in ((" hi", True), (" there", True), ("hi there, how", True), ("Sure hi", False), ("hi  there", False)):
+        assert has_text(fast, last, written, [text, "never"]) == seen
+    emoji = tokenizer("byte-level BPE", "ChatML")("a\U0001f642", add_special_tokens=False)["input_ids"]
+    assert len(emoji) > 3
+    assert has_text(tokenizer("byte-level BPE", "ChatML"), emoji[0], emoji[1:], ["\U0001f642"])
+
+
+@pytest.mark.parametrize(("position", "code"), [("=-5", None), ("=--5", 2)])
+def test_positions_of_the_command_line(position: str, code: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sweep", "--pairs", "harm", "--limit", "1", "--unit", "mlp_out", "--position" + position, "--out", str(tmp_path / "o")]
+    if code is None:
+        assert parse(arguments, COMMANDS, {}).position == "-5"
+    else:
+        assert main(arguments) == code
+        assert "Unknown position '--5'" in capsys.readouterr().err
