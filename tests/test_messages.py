@@ -1,87 +1,226 @@
-"""Messages are bounded, and inert in a terminal, whatever stands in the files that they are about."""
+"""What the command line says when something is wrong, and how its tables look: one message, exit code 2, no weights loaded."""
 
 from __future__ import annotations
 
-import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import jaxmed as jm
+import jaxmed
 from jaxmed.cli import show
+from jaxmed.cli.flags import SourceFlags
 from jaxmed.cli.main import main
-from jaxmed.errors import LONGEST_MESSAGE, UserError, all_problems, unknown, visible
-from jaxmed.prompts.examples import read_examples
+from tests import tiny
 
-UGLY = ["\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202egnp.exe", "nul\x00", "\u2028next", "\x08\x08\x7f"]
-
-
-def inert(text: str) -> bool:
-    return all(c.isprintable() or c == "\n" for c in text)
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", UGLY)
-def test_control_characters_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert inert(visible(name))
-    assert visible(visible(name)) == visible(name)
-    assert inert(str(UserError(f"About {name}")))
-    assert inert(str(unknown("thing", name, [name, "b"])))
-    assert inert(str(all_problems(name, [name], name)))
-    rows = [{"id": name, "base": "x", "source": "y", "target": ["S"], "foil": [], name: 1, "split": name}] * 2
-    for read in (
-        lambda: jm.read_pairs(rows),
-        lambda: read_examples([{"prompt": "x", "split": name}]),
-        lambda: read_examples([{name: "x"}]),
-    ):
-        with pytest.raises(UserError) as caught:
-            read()
-        assert inert(str(caught.value))
-    show.table(name, ["a", "b"], [[name, name]])
-    show.lines(name, [name])
-    assert main(["report", str(tmp_path / name.replace("\x00", ""))]) == 2
-    said = capsys.readouterr()
-    assert inert(said.out + said.err)
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused here is refused before weights are loaded."""
+    monkeypatch.setattr(SourceFlags, "load", lambda self: pytest.fail("weights were loaded"))
 
 
-def test_a_name_with_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    show.lines("[bold]x[/bold] [/nothing]", ["[red]y[/red]"])
-    assert capsys.readouterr().out.splitlines() == ["[bold]x[/bold] [/nothing]", "  [red]y[/red]"]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("messages") / "model")
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
-def test_ten_problems_of_a_kind_are_shown_and_the_others_counted() -> None:
-    same = [f"line {at}: the column 'c{at}' holds 'x\\'{at}'." for at in range(200_000)]
-    said = str(all_problems("file", [*same, "line 7: another thing."], "Mend it.")).splitlines()
-    assert said[0] == "file: 200,001 problems:"
-    assert said[1:11] == [f"  - {problem}" for problem in same[:10]]
-    assert said[11:] == ["  - line 7: another thing.", "  (+199,990 more, of 2 kinds in all)", "Mend it."]
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.startswith("jaxmed: ")
+    return said
 
 
-def test_few_problems_are_shown_whole() -> None:
-    assert str(all_problems("file", ["a", "b"])) == "file: 2 problems:\n  - a\n  - b"
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("swep", "`jaxmed sweep`"),
+        ("sweeep --limit 1", "`jaxmed sweep`"),
+        ("score", "`jaxmed prune score`"),
+        ("scor", "`jaxmed prune score`"),
+        ("pruning", "`jaxmed study pruning`"),
+        ("prune scroe", "`jaxmed prune score`"),
+        ("prune sweep", "`jaxmed sweep`"),
+        ("study prunning", "`jaxmed study pruning`"),
+        ("finetunee", "`jaxmed finetune`"),
+    ],
+)
+def test_wrong_commands_are_answered_with_commands_that_exist(arguments: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"Did you mean {meant}" in _refused(capsys, *arguments.split())
 
 
-@pytest.mark.parametrize("count", [50_000, 200_000])
-def test_messages_about_very_large_files_are_short(tmp_path: Path, count: int) -> None:
-    (tmp_path / "a.jsonl").write_text("{}\n" * count)
-    (tmp_path / "b.jsonl").write_text("".join(f'{{"id": "{at}", "base": "x"}}\n' for at in range(count)))
-    with (tmp_path / "c.csv").open("w", newline="") as handle:
-        csv.writer(handle).writerows([["prompt", "split"], *([f"p{at}", f"s{at}"] for at in range(count))])
-    for read, name in (
-        (jm.read_pairs, "a.jsonl"),
-        (jm.read_pairs, "b.jsonl"),
-        (lambda file: read_examples(file, responses=False), "c.csv"),
-    ):
-        with pytest.raises(UserError) as caught:
-            read(tmp_path / name)
-        assert len(str(caught.value).splitlines()) < 20
-        assert f"{count:,} problems" in str(caught.value)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("sweep --modle x", "`jaxmed sweep` has no flag --modle. Did you mean --model"),
+        ("sweep --raw", "Did you mean --form text"),
+        ("generate --qs 3", "--qs is a flag of `jaxmed prune curve`, `jaxmed study pruning`"),
+        ("sweep --limit many", "--limit: 'many' is not a whole number"),
+        ("sweep --limit 2.5", "--limit: '2.5' is not a whole number"),
+        ("finetune --learning-rate fast", "--learning-rate: 'fast' is not a number, such as 0.001"),
+        ("sweep --dtype float16", "--dtype: 'float16' is not one of 'float32', 'bfloat16'"),
+        ("sweep --top", "--top needs a value"),
+        ("sweep harm", "there is no place for harm"),
+        ("sweep --layers a-b", "--layers: 'a-b': 'a-b' is no layer"),
+        ("convert --to orbax", "`jaxmed convert` needs --out"),
+        ("convert", "needs --out and --to"),
+        ("prune select --q lots", "--q: 'lots' is not a number"),
+    ],
+)
+def test_flags_are_refused_in_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *arguments.split())
+    assert said in message
+    assert "--help`" in message
+    assert len(message.strip().splitlines()) == 1
 
 
-def test_long_values_and_lists_are_cut() -> None:
-    assert len(str(UserError("x" * 10**7))) < LONGEST_MESSAGE + 100
-    assert len(str(unknown("name", "y" * 10**6, [f"name{at}" for at in range(10**5)]))) < 3000
-    deep = json.loads("[" * 500 + "]" * 500)
-    with pytest.raises(UserError) as caught:
-        jm.read_pairs([{"id": "a", "base": deep, "source": 10**5000, "target": ["S"], "foil": ["N"]}])
-    assert len(str(caught.value)) < 2000
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("sweep --limit 0", "--limit 0 leaves no rows"),
+        ("sweep --limit -1", "--limit -1 leaves no rows"),
+        ("check --limit 0", "--limit 0 leaves no rows"),
+        ("demo --profile-pairs 0", "--profile-pairs 0 leaves no pairs"),
+        ("demo --pairs -2", "--pairs -2 leaves no pairs"),
+        ("generate hi --tokens 0", "--tokens 0 leaves nothing"),
+        ("generate hi --top-p 2", "--top-p (2)"),
+        ("evaluate --limit 0", "A limit of 0 examples"),
+        ("sweep --model M --position --5", "Unknown position '--5'"),
+        ("sweep --model M --layers 1,7", "layer 7; this model has layers 0 to 2"),
+        ("sweep --model M --mesh data=64", "needs 64 devices"),
+        ("sweep --model M --outcome logodds", "Did you mean 'log-odds'"),
+        ("sweep --model nothing", "Unknown model 'nothing'"),
+        ("prune score --model M --behaviour nothing.csv", "nothing.csv"),
+        ("prune score --model M --int8", "int8"),
+        ("prune apply --model M --mask nothing --out OUT2", "nothing"),
+        ("finetune --model M --rank 3 --first-layer 9", "first_layer"),
+        ("models --build aligned", "Did you mean 'smollm2-135m-aligned'"),
+        ("parity --model M --tokens -1", "--tokens -1 is negative"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
+    arguments: str, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"M": str(folder), "OUT2": str(tmp_path / "out2")}
+    given = [names.get(word, word) for word in arguments.split()]
+    out = ["--out", str(tmp_path / "out")] if given[0] in ("sweep", "demo", "finetune") or "score" in given else []
+    assert said in _refused(capsys, *given, *out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_problems_of_a_pairs_file_are_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"base": "do a", "source": "do b", "target": ["S"], "foil": ["N"]}
+    rows = [{"id": "a", **row}, {"id": "b", **row, "target": ["two"]}, {"id": "c", **row, "foil": ["S"]}, {"id": "d", **row}]
+    file = tmp_path / "pairs.jsonl"
+    for command in (["check", str(file)], ["sweep", "--pairs", str(file), "--out", str(tmp_path / "out")]):
+        file.write_text("\n".join(json.dumps(one) for one in (*rows, {"id": "e"}, {"id": "f", "bse": "x"})))
+        said = _refused(capsys, *command, "--model", folder, "--outcome", "logit-diff")
+        assert "2 problems" in said
+        assert "line 5" in said
+        assert "line 6" in said
+        file.write_text("\n".join(json.dumps(one) for one in rows))
+        said = _refused(capsys, *command, "--model", folder, "--outcome", "logit-diff")
+        assert "2 problems" in said
+        assert "pair 'b'" in said
+        assert "pair 'c'" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_says_what_it_has_checked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"id": "a", "category": "x", "base": "do a", "source": "do bcd", "target": ["S"], "foil": ["N"]}))
+    assert main(["check", str(file), "--model", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "1 pairs are in order" in said
+    assert "1 x" in said
+    assert "differ in length in 1 pairs" in said
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"jaxmed {jaxmed.__version__}\n"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["prune"], 2), (["prune", "--help"], 0), (["study", "-h"], 0)])
+def test_an_overview_names_the_commands(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().out
+    assert stop.value.code == code
+    assert ("sweep" if arguments[:1] in ([], ["--help"]) else "score" if arguments[0] == "prune" else "pruning") in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+# Tables
+
+
+ROWS = [("HuggingFaceTB/SmolLM2-1.7B-Instruct", "1.7B", "Apache-2.0", "on the hub", "a note of several words that goes on and on")] * 3
+COLUMNS = ("name", "parameters", "licence", "here", "note")
+
+
+def _shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, terminal: bool) -> str:
+    from rich.console import Console
+
+    monkeypatch.setattr(show, "out", Console(width=width, force_terminal=terminal, highlight=False, soft_wrap=True, no_color=True))
+    show.table("Models by name", COLUMNS, ROWS, 5)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(80, True), (80, False), (40, True), (200, True), (20, False)])
+def test_no_cell_of_a_table_is_lost_or_torn(
+    width: int, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _shown(monkeypatch, capsys, width, terminal)
+    for cell in ROWS[0][:4]:
+        assert said.count(cell) >= 3, cell
+    if terminal:
+        assert all(len(line.replace("\x1b[1m", "").replace("\x1b[0m", "").rstrip()) <= width for line in said.splitlines())
+    else:
+        assert ROWS[0][4] in said
+
+
+def test_a_table_of_sites_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    sites = ("residual_in", "query", "key", "value", "attention_pattern", "head_out", "attention_out", "residual_mid", "neuron", "mlp_out")
+    monkeypatch.setattr(show, "out", Console(width=80, force_terminal=True, highlight=False, soft_wrap=True, no_color=True))
+    show.table("largest absolute difference", ("layer", *sites), [["29", *["3e-05"] * len(sites)]])
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if "3e-05" in line]
+    assert row.count("3e-05") == len(sites)
+    assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
+
+
+def _piped(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, **environment},
+    )
+
+
+@pytest.mark.parametrize("command", ["models", "--help", "check harm"])
+def test_a_reader_that_goes_ends_without_a_traceback(command: str) -> None:
+    done = _piped(f'"$PYTHON" -m jaxmed.cli.main {command} | head -c 1 > /dev/null')
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_what_is_piped_has_no_escape_sequences(environment: dict[str, str]) -> None:
+    done = _piped('"$PYTHON" -m jaxmed.cli.main models; "$PYTHON" -m jaxmed.cli.main sweep --help; true', **environment)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
