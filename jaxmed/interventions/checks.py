@@ -48,6 +48,7 @@ def check_edits(edits: Edits | None, extent: Extent) -> dict[str, Edit]:
             array = getattr(edit, which)
             if array is not None and not isinstance(array, Tracer) and not np.all(np.isfinite(np.asarray(array, np.float32))):
                 raise UserError(f"The {which} of the edit at {name!r} holds a value that is not finite.")
+        _check_basis(name, edit, extent)
         checked[name] = _check_dense(name, edit, extent) if edit.where is None else _check_indexed(name, edit, edit.where, extent)
     return checked
 
@@ -79,14 +80,28 @@ def _check_indexed(name: str, edit: Edit, entries: Where, extent: Extent) -> Edi
     count = len(entries.layer)
     for which in ("gate", "value", "add"):
         shape, most = np.shape(getattr(edit, which)), len(site.axes) - 1
-        if len(shape) > most or (shape and shape[0] not in (1, count)):
+        unit = [extent.sizes.get(letter, 0) for letter in site.axes.replace("B", "").replace("T", "")]
+        inner = shape[1:]
+        fits = all(n == 1 or not size or n == size for n, size in zip(reversed(inner), reversed(unit), strict=False))
+        if len(shape) > most or (shape and shape[0] not in (1, count)) or not fits:
             raise UserError(
                 f"The {which} of the edit at {name!r} has shape {list(shape)}; legal: a scalar, [E] with E = {count} entries, "
-                f"or [E, {', '.join(site.axes.replace('B', '').replace('T', ''))}]."
+                f"or [E, {', '.join(f'{letter} = {extent.sizes.get(letter)}' for letter in site.axes.replace('B', '').replace('T', ''))}]."
             )
     _refuse_repeats(name, entries, extent.rows)
     fields = (jnp.asarray(x, jnp.float32).reshape(-1) if jnp.ndim(x) == 0 else x for x in (edit.gate, edit.value, edit.add))
     return replace(edit, **dict(zip(("gate", "value", "add"), fields, strict=True)))
+
+
+def _check_basis(name: str, edit: Edit, extent: Extent) -> None:
+    """Directions have as many numbers as the site's last axis."""
+    if edit.basis is None:
+        return
+    letter, shape = SITES[name].axes[-1], np.shape(edit.basis)
+    if len(shape) != 2 or shape[0] != extent.sizes.get(letter, shape[0]):
+        raise UserError(
+            f"The basis of the edit at {name!r} has shape {list(shape)}; legal: [{letter} = {extent.sizes.get(letter)}, directions]."
+        )
 
 
 def _refuse_repeats(name: str, entries: Where, rows: tuple[int, ...] | None) -> None:
