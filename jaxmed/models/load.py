@@ -18,13 +18,14 @@ from jaxmed.models.checkpoints import Checkpoint, decoded
 from jaxmed.models.checkpoints.assemble import read_params, stored_head
 from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
-from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json
+from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json, read_tokenizer
 from jaxmed.models.checkpoints.lora import with_adapter
 from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family
 from jaxmed.models.families.wrappers import unwrapped
+from jaxmed.models.fetch import hub_shapes, is_hub_name
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 
@@ -83,7 +84,7 @@ def describe(
     adapter: str | Path | None = None,
 ) -> Model:
     """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Takes and raises what `load` does."""
-    model, checkpoint, _ = _open(name_or_path, dtype, revision, mesh, int8, adapter)
+    model, checkpoint, _ = _open(name_or_path, dtype, revision, mesh, int8, adapter, weights=False)
     model.tokenizer = checkpoint.tokenizer()
     if template_from is not None:
         model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)
@@ -97,13 +98,15 @@ def _open(
     mesh: jax.sharding.Mesh | None,
     int8: bool = False,
     adapter: str | Path | None = None,
+    weights: bool = True,
 ) -> tuple[Model, Checkpoint, Family]:
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh()
-    path = locate(name, revision)
+    path = locate(name, revision, weights)
     held = decoded.find(path, dtype or "float32") if _is_decoded(path, int8, adapter) else None  # GGUF files name no dtype
-    checkpoint = held or _open_path(path)
+    light = not weights and is_hub_name(name) and not any(path.glob("*.safetensors"))
+    checkpoint = held or (_without_weights(path, name, revision) if light else _open_path(path))
     family, config = read_config(checkpoint.config)
     config = replace(config, dtype=dtype or _named_dtype(checkpoint.config), int8=int8)
     edits = read_edits(path)
@@ -114,6 +117,17 @@ def _open(
     generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else None
     model = Model(config, {}, None, mesh, name, revision, checkpoint.files, path, checkpoint.config, edits, generation)
     return model, checkpoint, family
+
+
+def _without_weights(folder: Path, name: str, revision: str | None) -> Checkpoint:
+    """A repository of the hub whose weights are not here: what they are called comes from their headers."""
+
+    def read(tensor: str, cut: Any = None) -> Any:
+        raise UserError(f"The weights of {name!r} are not fetched yet, {tensor} among them.")
+
+    shapes = hub_shapes(name, revision)
+    unread = dict.fromkeys(shapes, "is not fetched")
+    return unwrapped(Checkpoint(read_json(folder / "config.json"), shapes, read, (), lambda: read_tokenizer(folder), unreadable=unread))
 
 
 def _is_decoded(path: Path | None, int8: bool, adapter: str | Path | None) -> bool:

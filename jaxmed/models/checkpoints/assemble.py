@@ -155,7 +155,7 @@ def stored_head(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> 
     checkpoint = under_full_names(checkpoint, family)
     embedding = next(rule.sources[0].name for rule in family.rules if rule.path == ("embedding",))
     shapes = checkpoint.shapes
-    if not config.tied or HEAD not in shapes or embedding not in shapes:
+    if not (config.tied and checkpoint.files) or HEAD not in shapes or embedding not in shapes:
         return config
     if shapes[HEAD] == shapes[embedding] and HEAD not in checkpoint.unreadable and embedding not in checkpoint.unreadable:
         rows = range(0, shapes[HEAD][0], ROWS_COMPARED)
