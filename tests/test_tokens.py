@@ -129,7 +129,7 @@ def test_every_command_feeds_a_form_alike(form: str) -> None:
     ("pair", "form", "said"),
     [
         (jm.PromptPair("p", "hi ", "hi", ("Sure",), ("No",)), "text", r"alone it ends in ' ' \(ids \d+\), and with the text in ' Sure'"),
-        (jm.PromptPair("p", "hi", "hi ", ("Sure",), ("No",)), "text", r"let the prompt end where a token ends"),
+        (jm.PromptPair("p", "hi", "hi ", ("Sure",), ("No",)), "text", r"spaces and newlines at the seam are joined"),
         (jm.PromptPair("p", "hi", "hi", ("Sure",), ("No",), base_prefill="I "), "chat", r"'Sure' cannot follow this prompt"),
     ],
 )

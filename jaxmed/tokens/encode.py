@@ -81,7 +81,8 @@ def seam(tokenizer: Any, alone: Sequence[int], whole: Sequence[int]) -> str:
     same = next((at for at, pair in enumerate(zip(alone, whole, strict=False)) if pair[0] != pair[1]), min(len(alone), len(whole)))
     after = list(whole[same : same + 3])
     shown = [f"{show_tokens(tokenizer, part)} (ids {', '.join(map(str, part))})" for part in (list(alone[same:]), after)]
-    return f"alone it ends in {shown[0]}, and with the text in {shown[1]}; let the prompt end where a token ends (no space at its end)"
+    advice = "spaces and newlines at the seam are joined: leave them out at the prompt's end, or at the text's beginning"
+    return f"alone it ends in {shown[0]}, and with the text in {shown[1]}; {advice}"
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], special: bool = False) -> str:
