@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from jaxmed.cli import show
 from jaxmed.cli.main import COMMANDS, main
 from jaxmed.errors import UserError
+from jaxmed.models.catalog import CATALOG, HUB_EXAMPLES, VARIANTS
 from jaxmed.models.config import parse_layers
 from tests import tiny
 
@@ -55,11 +57,14 @@ def _refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_every_command_names_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
-    assert "--config" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    positional = {"prompts", "folders", "pairs", "masks"}  # of some commands: they have no name in the help
+    for one in fields(COMMANDS[command]):
+        assert f"--{one.name.replace('_', '-')}" in said or one.name in positional
 
 
 def test_a_sweep_from_the_command_line(folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,9 +177,14 @@ def test_bench_refuses_layers_that_the_model_does_not_have(folder: Path, capsys:
     assert "--repeats 0" in _refused(capsys, ["bench", "--model", str(folder), "--repeats", "0"])
 
 
-def test_models_lists_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_says_size_and_licence_of_every_known_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    assert "smollm2-135m-instruct" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    for name, known in CATALOG.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert f"{known.parameters / 1e6:.0f}M" in line
+        assert known.licence in line
+    assert {line.split()[0] for line in lines if line[:1].isalpha()} >= {*CATALOG, *VARIANTS, *HUB_EXAMPLES}
 
 
 def test_layers_as_numbers_and_ranges() -> None:

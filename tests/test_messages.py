@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,3 +227,23 @@ def test_what_is_piped_has_no_escape_sequences(environment: dict[str, str]) -> N
     done = _piped('"$PYTHON" -m jaxmed.cli.main models; "$PYTHON" -m jaxmed.cli.main sweep --help; true', **environment)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+@pytest.mark.parametrize("arguments", [["sweep", "--help"], ["models"]])
+def test_a_terminal_without_colours_gets_none(environment: dict[str, str], coloured: bool, arguments: list[str]) -> None:
+    own, its = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM", "FORCE_COLOR")}
+    env |= {"PYTHONPATH": str(ROOT), "COLUMNS": "80", **environment}
+    child = subprocess.Popen([sys.executable, "-m", "jaxmed.cli.main", *arguments], stdout=its, stderr=its, env=env)
+    os.close(its)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal is an error on Linux
+        while part := os.read(own, 65536):
+            said += part
+    os.close(own)
+    assert child.wait() == 0, said
+    colours = [code for code in re.findall(rb"\x1b\[([0-9;]*)m", said) if set(code.split(b";")) - {b"", b"0", b"1", b"2", b"3"}]
+    assert bool(colours) == (coloured and arguments[0] == "sweep")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 import textwrap
@@ -48,9 +49,13 @@ def parse(arguments: Sequence[str], commands: Mapping[str, type], groups: Mappin
         _explain(given, name, commands, groups)
     rest = expand(given[len(name.split()) :], name, commands[name])
     _check_flags(name, rest, commands)
-    if {"-h", "--help"} & set(rest):
-        return _tyro(name, rest, commands)
     said = io.StringIO()
+    if {"-h", "--help"} & set(rest):
+        try:
+            with contextlib.redirect_stdout(said) if os.environ.get("NO_COLOR") else contextlib.nullcontext():
+                return _tyro(name, rest, commands)
+        finally:
+            print(said.getvalue(), end="")
     try:
         with contextlib.redirect_stderr(said):
             return _tyro(name, rest, commands)
