@@ -1,4 +1,4 @@
-"""The command `bench`."""
+"""The commands `bench` and `bench load`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxmed.cli.flags import ConfigFlags, ModelFlags, check_layers
 from jaxmed.errors import UserError
+from jaxmed.models.catalog import DEFAULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +41,19 @@ class Bench(ModelFlags, ConfigFlags):
         if not self.shape:
             check_layers(self.layers, self.describe().config)
         bench(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoad(ConfigFlags):
+    """Loads a GGUF model twice into a cache of its own, against reading and decoding its file once and reading the decoded bytes."""
+
+    model: str = DEFAULT
+    """Known name (see `jaxmed models`), or a .gguf file."""
+    append: Path | None = None
+    """Markdown file that rows are added to (command, date, commit, device), such as BENCHMARKS.md."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        from jaxmed.bench.load import measure_load
+
+        measure_load(self.model, self.append)

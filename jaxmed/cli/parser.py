@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str], commands: Mapping[str, type], groups: Mappin
     if given[:1] == ["--version"]:
         print(f"jaxmed {jaxmed.__version__}")
         sys.exit(0)
-    name = " ".join(given[: 2 if given[:1] and given[0] in groups else 1])
+    name = " ".join(given[: 2 if " ".join(given[:2]) in commands or (given[:1] and given[0] in groups) else 1])
     if name not in commands:
         given = _named_by_file(given, commands, groups)
         name = next((one for one in commands if " ".join(given[: len(one.split())]) == one), name)
