@@ -57,7 +57,7 @@ def student(x: np.ndarray, weights: np.ndarray) -> Ends:
 
 
 def hall(x: np.ndarray, weights: np.ndarray) -> Ends:
-    deviation, mean, quantile = x.std(axis=0, ddof=1), x.mean(axis=0), stats.t.ppf(0.975, len(x) - 1)
+    deviation, mean, quantile = x.std(axis=0, ddof=1), x.mean(axis=0), float(stats.t.ppf(0.975, len(x) - 1))
     skewness = ((x - mean) ** 3).mean(axis=0) / deviation**3
     low, high = (mean - _untransform(t, skewness, len(x)) * deviation / math.sqrt(len(x)) for t in (quantile, -quantile))
     return low, high

@@ -9,6 +9,8 @@ test miss the mean too often; `scripts/simulate_intervals.py` prints the table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -102,8 +104,9 @@ def auc_interval(positive: np.ndarray, negative: np.ndarray, level: float = 0.95
         return (area - theta) ** 2 - z**2 * theta * (1 - theta) * spread / (m * n)
 
     inside = min(max(area, 1e-12), 1 - 1e-12)  # at 0 and 1 themselves the equation holds, and says nothing
-    low = 0.0 if area == 0 else float(optimize.brentq(excess, 0.0, inside))
-    high = 1.0 if area == 1 else float(optimize.brentq(excess, inside, 1.0))
+    root: Callable[..., Any] = optimize.brentq
+    low = 0.0 if area == 0 else float(root(excess, 0.0, inside))
+    high = 1.0 if area == 1 else float(root(excess, inside, 1.0))
     return low, high
 
 
