@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmed.cli.flags import check_absent
 from jaxmed.errors import UserError
 from jaxmed.files import (
     ArrayLayout,
@@ -29,6 +31,9 @@ from jaxmed.files import (
     write_text,
 )
 from jaxmed.files.arrays import kvstore
+from jaxmed.models.checkpoints.new_folder import check_vacant
+from jaxmed.pruning.masks import Mask, write_mask
+from jaxmed.reports.page import write_report
 from jaxmed.runs.folder import Legal, check_folder
 
 TEXTS = (
@@ -147,7 +152,10 @@ def test_a_path_that_nothing_can_be_written_to_is_one_message(tmp_path: Path, ki
     for name, target in (("loop", "loop"), ("one", "other"), ("other", "one"), ("dangling", "nowhere")):
         (tmp_path / name).symlink_to(target)
     held = sorted(path.name for path in tmp_path.iterdir())
-    for check in (check_path, check_file, lambda path: check_folder(path, False, Legal(()))):
+    checks: list[Callable[[Path], Any]] = [check_path, check_file, lambda path: check_folder(path, False, Legal(()))]
+    checks += [check_absent, lambda path: check_vacant(path, 1), lambda path: write_report([tmp_path], path)]
+    checks += [lambda path: write_mask(Mask({}, {}), path)]
+    for check in checks:
         with pytest.raises(UserError, match="nothing was written"):
             check(tmp_path / PATHS[kind])
     assert held == sorted(path.name for path in tmp_path.iterdir())

@@ -45,11 +45,11 @@ class Finetune(ModelFlags, Recipe, RunFlags):
 
 def plan(job: Any) -> list[str]:
     """The plan of a run with the time it will take at this machine's matmul rate."""
-    from jaxmed.finetuning.job import plan_lines, total_flops
+    from jaxmed.finetuning.job import plan_lines
     from jaxmed.runs.cost import matmul_rate
 
     rows = job.shape.rows * job.shape.length // job.model.mesh.shape["data"]
-    return plan_lines(job, total_flops(job) / matmul_rate(job.model.config, job.model.mesh, rows))
+    return plan_lines(job, matmul_rate(job.model.config, job.model.mesh, rows))
 
 
 def watch(job: Any) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from jaxmed.cli import show
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import FormSpec
+from jaxmed.files import check_file
 from jaxmed.models.catalog import DEFAULT, VARIANTS, needs_building
 from jaxmed.prompts.forms import FormName
 
@@ -207,7 +208,9 @@ def build(name: str) -> None:
 
 
 def check_absent(file: Path | None, flag: str = "--out") -> None:
-    """Raises a UserError where a file that is to be written exists already."""
+    """Raises a UserError where a file that is to be written exists already, or its path cannot be used."""
+    if file is not None:
+        check_file(file, flag)
     if file is not None and file.exists():
         raise UserError(f"{flag} {file} exists already. Give another name; nothing was written.")
 

@@ -71,10 +71,10 @@ class Score(ModelFlags, SetFlags, RunFlags):
 
 def plan_lines(job: Any) -> list[str]:
     """The cost of a scoring run, in words."""
-    from jaxmed.pruning.scores import estimate_flops
-    from jaxmed.runs.cost import matmul_rate, show_time
+    from jaxmed.runs.cost import Cost, cost_lines, matmul_rate
 
-    lines = []
+    lines: list[str] = []
+    costs: list[Cost] = []
     for which, plan in job.plans.items():
         found = job.sets[which]
         tokens, scored = sum(len(one.ids) for one in found), sum(len(one.ids) - one.prompt for one in found)
@@ -82,10 +82,11 @@ def plan_lines(job: Any) -> list[str]:
         again = ", blocks run again" if plan.remat else ""
         lines.append(
             f"{which}: {len(found)} examples, {tokens:,} tokens, {scored:,} of them responses; {len(plan.spans)} x {plan.batches} batches "
-            f"of {shapes} tokens{again}; at most {plan.bytes / 1e9:.1f} GB on a device"
+            f"of {shapes} tokens{again}"
         )
+        costs.append(Cost(f"scores of {which}", plan.flops, len(found) * len(plan.spans), peak=plan.bytes, written=job.bytes_of(which)))
         cut = sum(one.cut > 0 for one in found)
         lines += [f"{which}: {cut} responses are longer than the limit of tokens and lose their end"] if cut else []
-    flops, first = estimate_flops(job), next(iter(job.plans.values())).groups[-1].shape
+    first = next(iter(job.plans.values())).groups[-1].shape
     rate = matmul_rate(job.model.config, job.model.mesh, first.rows * first.length // job.model.mesh.shape["data"])
-    return [*lines, f"{flops / 1e12:.2f} TFLOP of matmuls, about {show_time(flops / rate)}"]
+    return [*lines, *cost_lines(costs, rate)]

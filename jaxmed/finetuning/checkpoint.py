@@ -1,6 +1,10 @@
 """Where a fine-tuning run stands, on disk: what is trained, the optimiser's state, the best so far, and every loss.
 
-OUT/checkpoint-STEP appears whole or not at all; the one before it is removed afterwards, so a killed run always has one to go on with.
+OUT/checkpoint-STEP appears whole or not at all; the one before it is removed afterwards, so a killed run always has one to continue from.
+
+Orbax's CheckpointManager is not used: it would take the place of `found`, `clean` and the removal in `save`, a dozen lines. The rest stays
+whatever writes the step: arrays are held against what is expected (Orbax casts, pads and cuts in silence), a full disk becomes one message,
+digests are written before the folder gets its name, and old folders are continued; its threads would save a step that is being donated.
 """
 
 from __future__ import annotations

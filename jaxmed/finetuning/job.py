@@ -33,7 +33,7 @@ from jaxmed.finetuning.settings import Settings
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.prompts.examples import Example
-from jaxmed.runs.cost import show_time
+from jaxmed.runs.cost import Cost
 from jaxmed.tokens import DATE, Answered, check_tokens, encode_example, tell_seams
 
 
@@ -200,8 +200,8 @@ def total_flops(job: Job) -> float:
     return job.steps * step_flops(job) + below * (job.steps_per_epoch if job.keeps else job.steps)
 
 
-def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
-    """The cost of a run, in words."""
+def plan_lines(job: Job, rate: float | None = None) -> list[str]:
+    """The cost of a run, in words; with `rate` in FLOP/s, the time too."""
     settings, shape = job.settings, job.shape
     tokens = sum(len(example.ids) for example in job.examples)
     scored = scored_tokens(job.examples, range(len(job.examples)))
@@ -213,7 +213,7 @@ def plan_lines(job: Job, seconds: float | None = None) -> list[str]:
         f"{job.steps} steps of {settings.batch} examples: {settings.accumulate} x {shape.rows} rows of {shape.branches} x {shape.branch} "
         f"tokens, {filled:.0%} filled, behind {shape.trunk} that all examples begin with",
         f"{trained:,} numbers trained ({settings.method}); optimiser state {8 * trained / 1e6:,.1f} MB in all",
-        f"{total_flops(job) / 1e12:.1f} TFLOP of matmuls" + (f", about {show_time(seconds)}" if seconds else ""),
+        Cost("training", flops=total_flops(job)).line(rate),
     ]
     if settings.first_layer:
         kept = f"run once per example; {kept_bytes(job) / 1e6:,.0f} MB are kept" if job.keeps else "run in every step, forward alone"

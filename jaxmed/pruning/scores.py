@@ -17,25 +17,19 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.batching.one_per_row import batches
-from jaxmed.batching.texts import encode, response_tokens
+from jaxmed.batching.texts import encode
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
-from jaxmed.models.named_weights import inputs_axis, matrix_shapes, named_layers
-from jaxmed.models.transformer import Params
+from jaxmed.models.named_weights import inputs_axis, matrix_shapes
 from jaxmed.prompts.examples import Example
+from jaxmed.pruning.passes import run_pass, scores_of
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
-from jaxmed.pruning.totals import add_batch, fresh_totals
-from jaxmed.runs import signals
 from jaxmed.runs.watch import RESUMED, Watch, silent
 from jaxmed.tokens import Answered, check_tokens
 
@@ -139,6 +133,11 @@ class Job:
     def batches(self) -> int:
         return sum(plan.batches * len(plan.spans) for plan in self.plans.values())
 
+    def bytes_of(self, which: str) -> int:
+        """Bytes that the scores of a set take on the disk; those of inputs, a vector per matrix, are not counted."""
+        numbers = sum(math.prod(shape) for shape in matrix_shapes(self.model.config).values())
+        return 4 * numbers * sum(kind != "inputs" for kind in self.kinds_of(which))
+
     def kinds_of(self, which: str) -> tuple[str, ...]:
         """The sums of a set: "signed", ..."""
         return tuple(kind.split("_")[1] for kind in self.kinds if kind.startswith(which))
@@ -198,8 +197,8 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch =
                 if folder is not None and folder.has(which, span):
                     report(plan.batches, 0, RESUMED)
                     continue
-                totals, loss = _one_pass(job, which, span, report)
-                found = _scores_of(model, totals, span[0], _response_count(job.sets[which]))
+                totals, loss = run_pass(job, which, span, report)
+                found = scores_of(model, totals, span[0], sum(len(one.ids) - one.prompt for one in job.sets[which]))
                 scores.losses[which] = loss
                 if folder is None:
                     for kind, matrices in found.items():
@@ -245,53 +244,3 @@ def read_scores(folder: str | Path) -> Scores:
     tokens = {which: one["tokens_sha256"] for which, one in found["sets"].items()}
     of = found["model"]
     return Scores(of["name"], of["weights"], shapes, found["inputs_axis"], examples, held.losses(), tokens, folder=held)
-
-
-def _response_count(examples: Sequence[Answered]) -> int:
-    return sum(len(one.ids) - one.prompt for one in examples)
-
-
-def _one_pass(job: Job, which: str, span: tuple[int, int], report: Watch) -> tuple[Params, float]:
-    """The totals [layers, ...] of one span over one set, and the mean loss."""
-    model, plan, examples = job.model, job.plans[which], job.sets[which]
-    devices = model.mesh.shape["data"]
-    placed = jax.NamedSharding(model.mesh, jax.P("data"))
-    make = partial(fresh_totals, model.config, job.kinds_of(which), span[1] - span[0], devices)
-    totals, losses = jax.jit(make, out_shardings=placed)(), 0.0
-    for members, batch in batches(examples, plan.groups):
-        on_devices = jax.device_put((batch, response_tokens(batch)), placed)
-        totals, loss = add_batch(model.config, model.params, totals, *on_devices, span, plan.remat, model.mesh)
-        losses += float(np.asarray(loss).sum())
-        report(1, len(members), which)
-        signals.check()
-    return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.sum(0), tree))(totals), losses / len(examples)
-
-
-def _scores_of(model: Model, totals: Params, first: int, responses: int) -> dict[str, Any]:
-    """kind -> (matrix, scores) of every matrix, one layer on the host at a time."""
-    config = model.config
-    layers = slice(first, first + next(iter(jax.tree.leaves(totals))).shape[0])
-
-    def weighted(kind: str) -> Any:
-        weights = named_layers(config, {name: model.params["blocks"][name][layers] for name in totals}, first)
-        for (name, weight), (_, total) in zip(weights, named_layers(config, {n: t[kind] for n, t in totals.items()}, first), strict=True):
-            weight = weight.astype(np.float32)
-            yield name, (np.abs(weight) if kind == "absolute" else weight) * total
-
-    def inputs() -> Any:
-        wide = {}
-        for name, of_kind in totals.items():
-            mean = jnp.sqrt(of_kind["inputs"] / responses)
-            shape = (mean.shape[0], *model.params["blocks"][name].shape[1:])
-            wide[name] = jnp.broadcast_to(mean.reshape(*mean.shape, *[1] * (len(shape) - mean.ndim)), shape)
-        axis = inputs_axis(config)
-        for name, array in named_layers(config, wide, first):
-            yield name, np.ascontiguousarray(array.take(0, 1 - axis))
-
-    kinds = next(iter(totals.values()))
-    return {kind: inputs() if kind == "inputs" else weighted(kind) for kind in kinds}
-
-
-def estimate_flops(job: Job) -> float:
-    """Matmul FLOPs of a run: a forward, the gradient of activations, and one of the weights of each span."""
-    return math.fsum(plan.flops for plan in job.plans.values())

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxmed.errors import UserError, visible
-from jaxmed.files import write_text
+from jaxmed.files import check_file, write_text
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
 from jaxmed.reports.record import Record, read
@@ -30,6 +30,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """
     if not folders:
         raise UserError("There is nothing to report. Give at least one --out folder of a sweep.")
+    check_file(Path(out))
     records = [read(Path(folder)) for folder in folders]
     page, out = render(records), Path(out)
     try:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxmed.errors import UserError, visible
-from jaxmed.files import NAME_COLUMNS, read_csv, write_text
+from jaxmed.files import NAME_COLUMNS, check_file, read_csv, write_text
 from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer
 from jaxmed.reports.page import embedded
 from jaxmed.reports.style import Figure, number
@@ -54,6 +54,7 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: a folder without a study.
     """
+    check_file(out or folder / "report.html")
     run = read_run(folder)
     manifest = run.get("manifest", {})
     if "study" not in manifest:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxmed.errors import UserError
+from jaxmed.files import check_path
 
 
 def check_vacant(folder: Path, size: int) -> None:
@@ -17,6 +18,7 @@ def check_vacant(folder: Path, size: int) -> None:
     Raises:
         UserError: it is a file, it holds something, or its disk has too little room.
     """
+    check_path(folder, "The folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Give a folder that does not exist yet, or an empty one.")
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -41,8 +43,8 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
     Raises:
         UserError: `folder` cannot be made or filled, or the disk refuses a write.
     """
-    folder = folder.resolve()
     check_vacant(folder, size)
+    folder = folder.resolve()
     scratch = folder.with_name(f"{folder.name}.partial-{secrets.token_hex(4)}")
     try:
         scratch.mkdir(parents=True)
