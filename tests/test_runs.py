@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from jaxmed.cli.evaluate import Evaluate
+from jaxmed.cli.main import main
 from jaxmed.errors import UserError
+from jaxmed.files import read_json
 from jaxmed.runs import signals
-from jaxmed.runs.folder import Legal, RunFolder, check_folder, hold, last_versions, read_run, seconds_spent
+from jaxmed.runs.folder import Legal, RunFolder, check_folder, hold, last_versions, open_file, read_run, seconds_spent
+from tests import tiny
 
 LEGAL = Legal(("table.csv", "parts"), begins=("copy-",), needed=("parts",), measured=("table.csv",))
 
@@ -216,3 +220,54 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
             signals.check()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_file_is_a_run_too(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "out.json"
+
+    def cut() -> None:
+        with open_file(out, {"a": 1}, False) as file, file.session():
+            file.note(first=0.5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut()
+    for resume, manifest, said in ((False, {"a": 1}, "Add --resume"), (True, {"a": 2}, "another request")):
+        with pytest.raises(UserError, match=said), open_file(out, manifest, resume):
+            pass
+    with open_file(out, {"a": 1}, True) as file, file.session():
+        assert file.record["first"] == 0.5
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), open_file(out, {"a": 1}, True):
+            pass
+    record = read_json(out)
+    assert [session["status"] for session in record["sessions"]] == ["interrupted", "finished"]
+    assert [path.name for path in out.parent.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"sessions": 3}', '{"manifest": 1}'])
+def test_a_file_that_is_no_run_is_not_written_over(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.json").write_text(content)
+    with pytest.raises(UserError, match=r"out\.json"), open_file(tmp_path / "out.json", {}, True):
+        pass
+    assert (tmp_path / "out.json").read_text() == content
+
+
+def test_an_evaluation_resumes_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.write_checkpoint(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(model)
+    (tmp_path / "text.txt").write_text("how to help and how to harm " * 30)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say x", "response": "I cannot help with that."}\n')
+    words = f"evaluate --model {model} --examples {tmp_path}/rows.jsonl --given --text {tmp_path}/text.txt --judge rules --out".split()
+    assert main([*words, str(tmp_path / "whole.json")]) == 0
+    measure = Evaluate._perplexity
+    monkeypatch.setattr(Evaluate, "_perplexity", lambda *_: (_ for _ in ()).throw(signals.Interrupted(signal.SIGTERM)))
+    assert main([*words, str(tmp_path / "cut.json")]) == 143
+    assert read_json(tmp_path / "cut.json")["parts"] == ["judged"]
+    monkeypatch.setattr(Evaluate, "_perplexity", measure)
+    monkeypatch.setattr(Evaluate, "_judged", lambda *_: pytest.fail("judged again"))
+    assert main([*words, str(tmp_path / "cut.json"), "--resume"]) == 0
+    whole, cut = (read_json(tmp_path / f"{name}.json") for name in ("whole", "cut"))
+    assert [session["status"] for session in cut["sessions"]] == ["interrupted", "finished"]
+    for record in (whole, cut):
+        del record["sessions"]
+    assert whole == cut

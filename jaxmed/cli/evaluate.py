@@ -83,7 +83,10 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
         if self.out is None:
             self._show(found | {key: value for part in parts.values() for key, value in part().items()})
             return
-        with open_file(self.out, self._manifest(rows) | {"model": found}, self.resume) as file, file.session() as session:
+        with (
+            open_file(self.out, self._manifest(rows) | {"model": found, "loaded": self.asked()}, self.resume) as file,
+            file.session() as session,
+        ):
             file.record |= found
             for name, part in parts.items():
                 if name not in file.record.get("parts", []):
