@@ -122,7 +122,7 @@ def test_a_signal_ends_a_command_in_order(
     child = _start(command, 0.2)
     _after_items(child, 4)
     child.send_signal(number)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=300)
     assert child.returncode == code, said[-2000:]
     assert "Traceback" not in said
     assert said.splitlines()[-1].endswith("--resume")
@@ -172,10 +172,12 @@ def test_two_commands_in_one_folder_do_not_disturb_each_other(
     command = _command("sweep", inputs, tmp_path / "out")
     first = _start(command, 0.5)
     _after_items(first, 1)
+    first.send_signal(signal.SIGSTOP)
     second = _start([*command, "--resume"], 0)
-    _, said = second.communicate(timeout=120)
+    _, said = second.communicate(timeout=300)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert f"in use by process {first.pid}" in said
-    first.communicate(timeout=120)
+    first.communicate(timeout=300)
     assert first.returncode == 0
     assert _contents("sweep", tmp_path / "out") == whole["sweep"]
