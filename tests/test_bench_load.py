@@ -20,13 +20,13 @@ def test_bench_load_writes_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path / "m", hidden_size=64, intermediate_size=64, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}
     )
     file = gguf_export.export(folder, tmp_path / "tiny.gguf", "llama", "Q8_0")
-    assert main(["bench", "load", "--model", str(file), "--append", str(tmp_path / "B.md")]) == 0
+    assert main(["bench", "load", "--name", str(file), "--append", str(tmp_path / "B.md")]) == 0
     said = capsys.readouterr().out
     for what in ("read and decode", "first load", "second load", "weights alone"):
         assert what in said
         assert what in (tmp_path / "B.md").read_text()
     assert os.environ["JAXMED_CACHE"] == str(tmp_path / "cache")
-    assert main(["bench", "load", "--model", str(folder)]) == 2
+    assert main(["bench", "load", "--name", str(folder)]) == 2
 
 
 def test_what_is_not_decoded_is_not_measured(tmp_path: Path) -> None:

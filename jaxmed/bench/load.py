@@ -103,4 +103,4 @@ def _cache_in(folder: Path) -> Iterator[None]:
 def _append(file: Path, name: str, lines: list[str]) -> None:
     title = f"\n## {datetime.date.today()}, commit {short_commit()}, loading of {name}, {device_name(make_mesh())}\n\n"
     text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    write_text(file, text + title + f"`jaxmed bench load --model {name}`\n\n" + "".join(f"- {line}\n" for line in lines))
+    write_text(file, text + title + f"`jaxmed bench load --name {name}`\n\n" + "".join(f"- {line}\n" for line in lines))

@@ -12,7 +12,15 @@ from jaxmed.models.catalog import DEFAULT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(ModelFlags, ConfigFlags):
+class RowFlags:
+    """Where measured rows go."""
+
+    append: Path | None = None
+    """Markdown file that rows are added to (command, date, commit, device), such as BENCHMARKS.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(RowFlags, ModelFlags, ConfigFlags):
     """Measures the exact engine against the bare matmuls of the same shapes and against other ways to do a neuron sweep, in one run."""
 
     shape: Literal["", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"] = ""
@@ -29,8 +37,6 @@ class Bench(ModelFlags, ConfigFlags):
     """Measure naive full-forward patching in JAX too, and PyTorch where it is installed."""
     json: Path | None = None
     """JSON file that every number is written to."""
-    append: Path | None = None
-    """Markdown file that rows are added to (command, date, commit, device), such as BENCHMARKS.md."""
 
     def run(self) -> None:
         """Measures and prints."""
@@ -44,16 +50,14 @@ class Bench(ModelFlags, ConfigFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchLoad(ConfigFlags):
+class BenchLoad(RowFlags, ConfigFlags):
     """Loads a GGUF model twice into a cache of its own, against reading and decoding its file once and reading the decoded bytes."""
 
-    model: str = DEFAULT
+    name: str = DEFAULT
     """Known name (see `jaxmed models`), or a .gguf file."""
-    append: Path | None = None
-    """Markdown file that rows are added to (command, date, commit, device), such as BENCHMARKS.md."""
 
     def run(self) -> None:
         """Measures and prints."""
         from jaxmed.bench.load import measure_load
 
-        measure_load(self.model, self.append)
+        measure_load(self.name, self.append)
