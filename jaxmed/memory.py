@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
 
     XLA on the CPU allocates a program's temporary arrays anew at every call. By default glibc asks the kernel for large blocks, gives
     them back at once, and the kernel clears every page again: two of five seconds of an optimiser step of fine-tuning. This has its whole
-    effect only before other libraries start threads, so `import jaxmed` calls it. Nothing happens where the user has settings of their own
-    (MALLOC_..., GLIBC_TUNABLES), and without glibc.
+    effect only before other libraries start threads, so the command line calls it first of all; in Python it is the user's choice, since it
+    changes the whole process. Nothing happens where the user has settings of their own (MALLOC_..., GLIBC_TUNABLES), and without glibc.
     """
     if os.name != "posix" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

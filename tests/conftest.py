@@ -12,6 +12,10 @@ QUICK_COMPILES = " --xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_
 """Compiling takes most of the suite's time. XLA ends the process at a flag it does not know, hence the version."""
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_COMPILES
 
+from jaxmed.memory import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

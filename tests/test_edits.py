@@ -11,8 +11,8 @@ from jaxmed.models.model import Model
 
 
 def test_merged_edits_equal_one_after_the_other(plain_model: Model) -> None:
-    a = jm.kinds.resample("neuron", [1.0, 2.0], layer=0, position=-1, unit=[3, 4])
-    b = jm.kinds.scale("neuron", 0.5, layer=2, position=-1, unit=3)
+    a = jm.edits.resample("neuron", [1.0, 2.0], layer=0, position=-1, unit=[3, 4])
+    b = jm.edits.scale("neuron", 0.5, layer=2, position=-1, unit=3)
     taps = jm.forward(plain_model, np.arange(6), jm.edits.merge(a, b), taps=("neuron",))[1]["neuron"]
     alone = jm.forward(plain_model, np.arange(6), a, taps=("neuron",))[1]["neuron"]
     assert taps[0, 0, -1, 3:5].tolist() == [1.0, 2.0]
@@ -21,15 +21,15 @@ def test_merged_edits_equal_one_after_the_other(plain_model: Model) -> None:
 
 @pytest.mark.parametrize("position", [-1, 5])
 def test_merging_two_edits_of_one_entry_is_an_error(position: int) -> None:
-    a = jm.kinds.zero("neuron", layer=1, position=-1, unit=3)
-    b = jm.kinds.scale("hook_post", 2.0, layer=1, position=position)
+    a = jm.edits.zero("neuron", layer=1, position=-1, unit=3)
+    b = jm.edits.scale("hook_post", 2.0, layer=1, position=position)
     with pytest.raises(jm.UserError, match="same entry of site 'neuron'"):
         jm.edits.merge(a, b)
 
 
 def test_merging_with_a_dense_edit_is_an_error() -> None:
     with pytest.raises(jm.UserError, match="all of it"):
-        jm.edits.merge({"mlp_out": jm.Edit(1.0, 0.0)}, jm.kinds.zero("mlp_out", layer=1))
+        jm.edits.merge({"mlp_out": jm.Edit(1.0, 0.0)}, jm.edits.zero("mlp_out", layer=1))
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_merging_with_a_dense_edit_is_an_error() -> None:
         ({"nuron": jm.Edit(1.0, 0.0)}, "Did you mean 'neuron'"),
         ({"mlp_raw": jm.Edit(1.0, 0.0)}, "can be read, not edited"),
         ({"neuron": jm.Edit(1.0, 0.0), "hook_post": jm.Edit(1.0, 0.0)}, "given twice"),
-        (jm.kinds.zero("neuron", layer=3), "layer 3; legal: 0 to 2"),
-        (jm.kinds.zero("head_out", unit=4), "unit 4; legal: 0 to 3"),
-        (jm.kinds.zero("key", unit=2), "unit 2; legal: 0 to 1"),
+        (jm.edits.zero("neuron", layer=3), "layer 3; legal: 0 to 2"),
+        (jm.edits.zero("head_out", unit=4), "unit 4; legal: 0 to 3"),
+        (jm.edits.zero("key", unit=2), "unit 2; legal: 0 to 1"),
     ],
 )
 def test_edits_that_cannot_be_meant(plain_model: Model, edits: dict, said: str) -> None:
@@ -61,10 +61,10 @@ def test_aliases_name_sites() -> None:
 
 def test_noise_is_seeded_and_steering_adds(plain_model: Model) -> None:
     run = lambda edits: np.asarray(jm.forward(plain_model, np.arange(6), edits, taps=("residual_out",))[1]["residual_out"])  # noqa: E731
-    noisy = [run(jm.kinds.noise("residual_out", 0.1, (1, 16), seed, layer=1, position=2)) for seed in (0, 0, 1)]
+    noisy = [run(jm.edits.noise("residual_out", 0.1, (1, 16), seed, layer=1, position=2)) for seed in (0, 0, 1)]
     assert np.array_equal(noisy[0], noisy[1])
     assert not np.array_equal(noisy[0], noisy[2])
-    steered = run(jm.kinds.steer("residual_out", np.ones(16), 2.0, layer=1, position=2)) - run(None)
+    steered = run(jm.edits.steer("residual_out", np.ones(16), 2.0, layer=1, position=2)) - run(None)
     assert np.allclose(steered[1, 0, 2], 2.0, atol=1e-5)
     assert np.abs(steered[1, 0, :2]).max() == 0
 

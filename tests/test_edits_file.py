@@ -13,7 +13,7 @@ import pytest
 import jaxmed as jm
 from jaxmed.cli.edits import read_edits
 from jaxmed.cli.main import main
-from jaxmed.interventions import edits, kinds
+from jaxmed.interventions import edits
 from tests import tiny
 
 
@@ -39,10 +39,10 @@ def test_a_file_says_what_the_functions_of_kinds_do(tmp_path: Path) -> None:
         {"kind": "ablate-direction", "site": "attention_out", "direction": direction.tolist()},
     ]
     wanted = edits.merge(
-        kinds.zero("neuron", 1, unit=[3, 17]),
-        kinds.scale("head_out", 0.5, 0, unit=2),
-        kinds.steer("residual_out", direction, 2.0, 2),
-        kinds.ablate_direction("attention_out", direction),
+        edits.zero("neuron", 1, unit=[3, 17]),
+        edits.scale("head_out", 0.5, 0, unit=2),
+        edits.steer("residual_out", direction, 2.0, 2),
+        edits.ablate_direction("attention_out", direction),
     )
     found = read_edits(_write(tmp_path / "e.json", entries))
     assert found.keys() == wanted.keys()

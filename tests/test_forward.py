@@ -127,7 +127,7 @@ def test_edits_count_real_tokens_from_either_end(plain_model: Model) -> None:
     ids = np.random.default_rng(3).integers(1, 264, 12)
     row = np.concatenate([np.zeros(3, int), ids])[None]
     for position in (4, -2):
-        edit = jm.kinds.zero("mlp_out", layer=1, position=position)
+        edit = jm.edits.zero("mlp_out", layer=1, position=position)
         alone = np.asarray(jm.forward(plain_model, ids, edit)[0][0])
         padded = np.asarray(jm.forward(plain_model, row, edit, padding=[3])[0][0, 3:])
         assert np.abs(alone - padded).max() <= tolerances.TINY_LOGITS
@@ -159,7 +159,7 @@ def test_patching_a_site_with_its_own_value_changes_nothing(tiny_model: Model, s
 @pytest.mark.parametrize("site", SITES)
 def test_zeroing_a_site_changes_something(tiny_model: Model, site: str) -> None:
     ids = np.arange(10)
-    zeroed, taps = jm.forward(tiny_model, ids, jm.kinds.zero(site, layer=1), taps=(site,))
+    zeroed, taps = jm.forward(tiny_model, ids, jm.edits.zero(site, layer=1), taps=(site,))
     assert np.abs(np.asarray(zeroed) - np.asarray(jm.forward(tiny_model, ids)[0])).max() > 1e-3
     assert (np.asarray(taps[site][1]) == 0).all()
     assert (np.asarray(taps[site][0]) != 0).any()
@@ -168,12 +168,12 @@ def test_zeroing_a_site_changes_something(tiny_model: Model, site: str) -> None:
 def test_key_and_value_edits_reach_the_whole_group(plain_model: Model) -> None:
     ids = np.arange(10)
     pattern = lambda edits: np.asarray(jm.forward(plain_model, ids, edits, taps=("attention_pattern",))[1]["attention_pattern"][1, 0])  # noqa: E731
-    changed = np.abs(pattern(jm.kinds.zero("key", layer=1, unit=1)) - pattern(None)).max(axis=(1, 2)) > 0
+    changed = np.abs(pattern(jm.edits.zero("key", layer=1, unit=1)) - pattern(None)).max(axis=(1, 2)) > 0
     assert changed.tolist() == [False, False, True, True]
 
 
 def test_an_edit_touches_only_its_entry(plain_model: Model) -> None:
-    edit = jm.kinds.resample("neuron", [7.5], layer=1, position=-3, unit=5)
+    edit = jm.edits.resample("neuron", [7.5], layer=1, position=-3, unit=5)
     ids = np.arange(10)
     before, after = (np.array(jm.forward(plain_model, ids, e, taps=("neuron",))[1]["neuron"]) for e in (None, edit))
     assert after[1, 0, 7, 5] == 7.5
@@ -209,7 +209,7 @@ def test_edits_are_data_for_vmap_and_grad(plain_model: Model) -> None:
 
 def test_direction_ablation_leaves_no_component(plain_model: Model) -> None:
     direction = np.random.default_rng(0).normal(size=16)
-    taps = jm.forward(plain_model, np.arange(9), jm.kinds.ablate_direction("residual_out", direction), taps=("residual_out",))[1]
+    taps = jm.forward(plain_model, np.arange(9), jm.edits.ablate_direction("residual_out", direction), taps=("residual_out",))[1]
     assert np.abs(np.asarray(taps["residual_out"]) @ (direction / np.linalg.norm(direction))).max() <= 1e-4
 
 
@@ -219,7 +219,7 @@ def test_no_edits_and_no_taps_leave_no_trace(plain_model: Model) -> None:
     config, params, layout = plain_model.config, plain_model.params, causal_layout(1, 8)
     trace = lambda *rest: str(jax.make_jaxpr(lambda t: forward(config, params, t, layout, *rest))(jnp.ones((1, 8), int)))  # noqa: E731
     assert trace() == trace({}, ())
-    assert len(trace(jm.kinds.zero("neuron"))) > len(trace())
+    assert len(trace(jm.edits.zero("neuron"))) > len(trace())
 
 
 @pytest.mark.parametrize("lengths", [(20, 90), (90, 20), (64, 65), (20, 30)])
@@ -231,3 +231,35 @@ def test_longrope_takes_its_factors_row_by_row(lengths: tuple[int, int]) -> None
     for row, length in enumerate(lengths):
         alone = rope_angles(rope, 8, jnp.arange(length)[None])
         assert all(np.array_equal(np.asarray(a)[row, :length], np.asarray(b)[0]) for a, b in zip(both, alone, strict=True))
+
+
+def test_a_jitted_function_of_a_model_holds_no_weights_as_constants(plain_model: Model) -> None:
+    import jax
+
+    def last(model: Model, ids: jax.Array) -> jax.Array:
+        return jm.forward(model, ids, logits="last")[0]
+
+    ids = np.arange(6)[None]
+    program = jax.make_jaxpr(last)(plain_model, ids)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(plain_model.params))
+    assert sum(np.size(constant) for constant in program.consts) < weights / 10
+    jitted = jax.jit(last)
+    assert np.allclose(jitted(plain_model, ids), jm.forward(plain_model, ids)[0][:, -1:], atol=1e-5)
+    halved = jax.tree.map(lambda leaf: leaf * 0.5, plain_model)
+    assert not np.allclose(jitted(halved, ids), jitted(plain_model, ids), atol=1e-3)
+    assert jitted._cache_size() == 1
+    assert halved.identity != plain_model.identity
+
+
+@pytest.mark.parametrize(("logits", "count"), [("all", 6), ("last", 1), ("none", 0)])
+def test_logits_of_as_many_tokens_as_asked_for(plain_model: Model, logits: str, count: int) -> None:
+    found, taps = jm.forward(plain_model, np.arange(6), taps=("mlp_out",), logits=logits)
+    whole = jm.forward(plain_model, np.arange(6))[0]
+    assert found.shape == (1, count, plain_model.config.vocabulary)
+    assert np.allclose(found, whole[:, 6 - count :], atol=1e-5)
+    assert taps["mlp_out"].shape[2] == 6
+
+
+def test_other_amounts_of_logits_are_refused(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="Did you mean 'last'"):
+        jm.forward(plain_model, np.arange(6), logits="lasst")

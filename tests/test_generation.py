@@ -63,11 +63,11 @@ def test_a_text_ends_before_its_stop_token(plain_model: Model) -> None:
 
 @pytest.mark.slow
 def test_edits_act_where_they_are_meant_to(plain_model: Model) -> None:
-    edit = jm.kinds.zero("mlp_out", layer=1)
+    edit = jm.edits.zero("mlp_out", layer=1)
     found = {half: generate_ids(plain_model, PROMPTS[:1], 6, stops=[], edits=edit, where=half)[0].tolist() for half in ("both", "prompt")}
     assert found["both"] == _continued(plain_model, PROMPTS[0], 6, edits=edit)
     count = len(PROMPTS[0])
-    alone = jm.kinds.zero("mlp_out", layer=1, position=list(range(count)))
+    alone = jm.edits.zero("mlp_out", layer=1, position=list(range(count)))
     assert found["prompt"] == _continued(plain_model, PROMPTS[0], 6, edits=alone)
     only = generate_ids(plain_model, PROMPTS[:1], 6, stops=[], edits=edit, where="generated")[0].tolist()
     assert only[0] == _continued(plain_model, PROMPTS[0], 1)[0]

@@ -11,6 +11,7 @@ import pytest
 PROGRAM = """
 import resource
 import jaxmed as jm
+jm.keep_freed_memory()
 import jax.numpy as jnp
 import jax
 

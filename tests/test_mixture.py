@@ -112,7 +112,7 @@ def test_an_interrupted_run_resumes_to_the_same_table(mixture: Model, table: xr.
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jm.sweep(mixture, PAIRS, **SETTINGS, out=tmp_path, report=interrupt)
+        jm.sweep(mixture, PAIRS, **SETTINGS, out=tmp_path, watch=interrupt)
     cut = results.open_results(tmp_path).load()
     assert np.array_equal(cut.routing_margin[0], table.routing_margin[0])
     assert np.isnan(cut.routing_margin[1]).all()

@@ -98,7 +98,7 @@ def test_the_reference_has_the_sites_of_the_model(stored: Path) -> None:
 
 def test_loading_checks_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    monkeypatch.setattr("jaxmed.api.check_once", checked.append)
+    monkeypatch.setattr("jaxmed.loading.check_once", checked.append)
     jm.load(str(folder), check=False)
     assert not checked
     assert checked == [jm.load(str(folder))]

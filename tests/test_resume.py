@@ -40,7 +40,7 @@ def test_an_interrupted_run_resumes_to_the_same_table(plain_model: Model, tmp_pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jm.sweep(plain_model, tiny.LONG[:2], **SETTINGS, out=tmp_path / "cut", report=interrupt)
+        jm.sweep(plain_model, tiny.LONG[:2], **SETTINGS, out=tmp_path / "cut", watch=interrupt)
     assert int(results.open_results(tmp_path / "cut").done.sum()) == after
     resumed = jm.sweep(plain_model, tiny.LONG[:2], **SETTINGS, out=tmp_path / "cut", resume=True)
     assert _same(whole, resumed)

@@ -1,4 +1,4 @@
-"""`--edits FILE`: a JSON list of interventions, one object each, in the words of `interventions.kinds`.
+"""`--edits FILE`: a JSON list of interventions, one object each, in the words of `interventions.edits`.
 
 [{"kind": "zero", "site": "neuron", "layer": 3, "unit": 17},
  {"kind": "steer", "site": "residual_out", "layer": 12, "direction": "refusal.npy", "coefficient": 4.0}]
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jaxmed.errors import UserError, all_problems, quoted, unknown
 
 KINDS = ("zero", "resample", "mean", "scale", "steer", "ablate-direction", "noise")
-"""Functions of `interventions.kinds` that a file may name."""
+"""Functions of `interventions.edits` that a file may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def _read(file: Path) -> list[Any]:
 
 def _edit(entry: Any, folder: Path) -> Mapping[str, Any]:
     """The edits of one entry."""
-    from jaxmed.interventions import kinds
+    from jaxmed.interventions import edits as kinds
 
     if not isinstance(entry, dict):
         raise UserError(f"an intervention is an object, not {quoted(entry)}.")

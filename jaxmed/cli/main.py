@@ -32,6 +32,7 @@ from jaxmed.cli.score import Score
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.errors import Notice, UserError
+from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RUN
 
@@ -77,6 +78,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning

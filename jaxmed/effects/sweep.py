@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimators import Chunk, Estimator, Item, find_estimator, one_outcome
-from jaxmed.effects.job import Job, manifest
+from jaxmed.effects.job import Job, Request, make_job, manifest
+from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
+from jaxmed.models.model import Model
+from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder
 from jaxmed.runs.watch import RESUMED, Watch, silent
 
@@ -109,3 +115,62 @@ def _near_ties(job: Job, out: Path) -> dict[str, Any]:
         return {}
     count, known = results.near_ties(results.open_results(out, check=False))
     return {"near_tied_routing": {"chunks": count, "of": known, "margin_below": results.NEAR_TIE}}
+
+
+def sweep(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    outcome: OutcomeName | Sequence[OutcomeName] = "log-odds",
+    unit: str | Sequence[str] = "neuron",
+    position: str | int = "last",
+    window: int = 32,
+    layers: Sequence[int] | None = None,
+    form: str = "chat",
+    out: str | Path | None = None,
+    resume: bool = False,
+    top: int = 50,
+    seed: int = 0,
+    estimand: str | Sequence[str] = "indirect",
+    contrast: str = "pair",
+    direction: str = "forward",
+    source_model: Model | None = None,
+    method: str = "exact",
+    watch: Watch = silent,
+) -> xr.Dataset:
+    """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
+
+    effect = y(base; unit := its value in source) - y(base), with y the outcome (target against foil).
+
+    Args:
+        outcome: one or several of `jaxmed.effects.outcomes.OUTCOMES`, or functions of the logits [V] after the prompt.
+        unit: one or several of neuron, window, head_out, attention_out, mlp_out, both_out, residual_out.
+        position: last, user_last, header, user, each, all, an index, or a substring.
+        window: neurons per window, for the unit "window".
+        layers: layers to sweep; all by default.
+        form: how prompts are written: chat, text, plain, space or qa; see `prompts.forms`.
+        out: folder for the table, run.json and top.csv; a temporary one by default.
+        resume: go on with what `out` holds.
+        estimand: one or several of indirect, direct, total, interaction.
+        contrast: how a pair becomes two runs: "pair", as it stands; "prefill", base's request with the two openings; "model", base's
+            prompt in two models.
+        direction: "reverse": base and source change places.
+        source_model: where source values come from, for the contrast "model".
+        method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
+        watch: called with (FLOPs done, effects done, pair id) after every item.
+
+    Returns:
+        The result table, as an xarray dataset in memory.
+
+    Raises:
+        UserError: anything in the arguments that cannot be used; nothing has run then.
+    """
+    outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
+    units = (unit,) if isinstance(unit, str) else tuple(unit)
+    estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
+    chosen = None if layers is None else tuple(layers)
+    request = Request(outcomes, units, position, window, chosen, form, seed, top, estimands, contrast, direction, method)
+    job = make_job(model, pairs, request, source_model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run" if out is None else Path(out)
+        run_sweep(job, folder, resume, watch)
+        return summarise(folder, model, top, seed)

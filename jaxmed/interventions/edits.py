@@ -1,149 +1,79 @@
-"""Interventions as arguments: an `Edit` is data, applied by blending inside the layer scan."""
+"""Interventions by name: each function returns a dictionary of edits; `merge` joins several. `jm.edits` in Python."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.interventions.edit import ANY, Edit, Edits, TokenIndex, Where, merge, where
 from jaxmed.interventions.sites import site_name
 
-ANY = np.iinfo(np.int32).max
-"""In a field of `Where`: every layer, position, unit or row."""
+__all__ = [
+    "ANY",
+    "Edit",
+    "Edits",
+    "TokenIndex",
+    "Where",
+    "ablate_direction",
+    "mean",
+    "merge",
+    "noise",
+    "resample",
+    "scale",
+    "steer",
+    "where",
+    "zero",
+]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Where:
-    """Integer data that says which entries of a site an edit touches; one entry per element of axis `E`.
+def _at(site: str, gate: Any, value: Any, add: Any, layer: Any, position: Any, unit: Any) -> dict[str, Edit]:
+    entries = where(layer, position, unit)
+    count = len(entries.layer)
 
-    Attributes:
-        layer: int [E], 0-based, or `ANY`.
-        position: int [E]; counts real tokens (padding does not count), negative from the last real token, or `ANY`.
-        unit: int [E]; index on the site's unit axis (neuron, head, residual dimension), or `ANY`.
-        row: int [E]; row of the batch, or `ANY`.
-        names: which of "row", "position" and "unit" every entry names, where the others are `ANY` in every entry; None where entries differ
-            or nobody looked. It decides how the edit is computed, not what it does. `where` finds out.
-    """
+    def field(x: Any) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        return np.broadcast_to(x, (count, *x.shape[1:])) if x.ndim else np.full(count, x)
 
-    layer: Any
-    position: Any
-    unit: Any
-    row: Any
-    names: tuple[str, ...] | None = field(default=None, metadata={"static": True})
+    return {site_name(site): Edit(field(gate), field(value), field(add), None, entries)}
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Edit:
-    """Turns the activation `a` at its site into `(1 - gate) * a + gate * value + add`.
-
-    At gate 1 this is a bit-exact swap, in bfloat16 too; at gate 0 with add 0 it changes nothing.
-
-    Attributes:
-        gate, value, add: with `where`: [E] or [E, ...] (right-aligned to the site's unit shape); without: a scalar, or
-            an array that broadcasts to the stacked activation [L, B, T, ...].
-        basis: None, or orthonormal columns [D, r]; the blend then acts only inside their span.
-        where: None (dense), or the indexed entries. Sparse edits stay sparse: entries become a mask by index
-            comparison, inside the scan, one layer at a time.
-    """
-
-    gate: Any
-    value: Any
-    add: Any = 0.0
-    basis: Any = None
-    where: Where | None = None
+def resample(site: str, values: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by `values` [E] or [E, ...unit shape], for instance their values in another run."""
+    return _at(site, 1.0, values, 0.0, layer, position, unit)
 
 
-Edits = Mapping[str, Edit]
+def zero(site: str, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by zero."""
+    return _at(site, 1.0, 0.0, 0.0, layer, position, unit)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TokenIndex:
-    """Which token each column of a batch is: `position` int [B, T] counts real tokens, `length` int [B]."""
-
-    position: Any
-    length: Any
+def mean(site: str, means: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Replaces entries by `means` [E] or [E, ...unit shape], averages over a reference set."""
+    return resample(site, means, layer, position, unit)
 
 
-def where(layer: Any = ANY, position: Any = ANY, unit: Any = ANY, row: Any = ANY) -> Where:
-    """A `Where` from scalars and lists, broadcast against each other to one axis `E`."""
-    fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(given, np.int32)) for given in (layer, position, unit, row)))
-    layer, position, unit, row = (np.ascontiguousarray(given) for given in fields)
-    return _with_names(Where(layer, position, unit, row))
+def noise(
+    site: str, deviation: Any, shape: tuple[int, ...], seed: int, layer: Any = ANY, position: Any = ANY, unit: Any = ANY
+) -> dict[str, Edit]:
+    """Adds Gaussian noise of standard deviation `deviation` and shape `shape` ([E] or [E, ...unit shape])."""
+    draw = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return _at(site, 0.0, 0.0, np.asarray(deviation, np.float32) * draw, layer, position, unit)
 
 
-def _with_names(entries: Where) -> Where:
-    """The entries, with what all of them name."""
-    named = {name: np.asarray(getattr(entries, name)) != ANY for name in ("row", "position", "unit")}
-    mixed = any(flags.any() and not flags.all() for flags in named.values())
-    return replace(entries, names=None if mixed else tuple(name for name, flags in named.items() if flags.size and flags.all()))
+def scale(site: str, factor: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
+    """Multiplies entries by `factor` (scalar or [E])."""
+    return _at(site, 1.0 - np.asarray(factor, np.float32), 0.0, 0.0, layer, position, unit)
 
 
-def merge(*parts: Edits) -> dict[str, Edit]:
-    """One set of edits from several.
-
-    Raises:
-        UserError: two parts touch the same entry of the same site.
-    """
-    merged: dict[str, Edit] = {}
-    for part in parts:
-        for name, edit in part.items():
-            name = site_name(name)
-            merged[name] = _join(name, merged[name], edit) if name in merged else edit
-    return merged
+def steer(site: str, direction: Any, coefficient: float = 1.0, layer: Any = ANY, position: Any = ANY) -> dict[str, Edit]:
+    """Adds `coefficient * direction` ([D]) at the entries."""
+    vector = coefficient * np.asarray(direction, np.float32)
+    return _at(site, 0.0, 0.0, vector[None], layer, position, ANY)
 
 
-def _join(name: str, first: Edit, second: Edit) -> Edit:
-    if first.where is None or second.where is None or first.basis is not None or second.basis is not None:
-        raise UserError(f"Two edits touch site {name!r}, and at least one of them touches all of it. Apply them in two runs.")
-    _refuse_overlap(name, first.where, second.where)
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), replace(first.where, names=None), replace(second.where, names=None))
-    at = (len(first.where.layer), len(second.where.layer))
-    gate, value, add = (_concatenate((getattr(first, name), getattr(second, name)), at) for name in ("gate", "value", "add"))
-    return Edit(gate, value, add, None, _with_names(joined))
-
-
-def _concatenate(fields: tuple[Any, Any], entries: tuple[int, int]) -> np.ndarray:
-    """Two fields [E] or [E, ...], or scalars, as one with as many entries as both have."""
-    rank = max(np.ndim(fields[0]), np.ndim(fields[1]), 1)
-    shape = np.broadcast_shapes(*(np.shape(given)[1:] for given in fields))
-    parts = []
-    for given, count in zip(fields, entries, strict=True):
-        given = np.asarray(given, np.float32)
-        parts.append(np.broadcast_to(given.reshape(given.shape + (1,) * (rank - given.ndim)), (count, *shape)))
-    return np.concatenate(parts)
-
-
-COMPARED = 1 << 24
-"""Pairs of entries that are compared at once."""
-
-
-def _refuse_overlap(name: str, first: Where, second: Where) -> None:
-    """Raises a UserError where an entry of one may name the same element as an entry of the other.
-
-    Positions counted from different ends count as the same.
-    """
-    size = max(1, COMPARED // max(len(second.layer), 1))
-    for begin in range(0, len(first.layer), size):
-        block = jax.tree.map(lambda x, begin=begin: np.asarray(x)[begin : begin + size, None], replace(first, names=None))
-        meet = np.ones((len(block.layer), len(second.layer)), bool)
-        for one in ("layer", "row", "unit", "position"):
-            ours, theirs = getattr(block, one), np.asarray(getattr(second, one))
-            same = (ours == theirs) | (ours == ANY) | (theirs == ANY)
-            meet &= (same | ((ours < 0) != (theirs < 0))) if one == "position" else same
-        if meet.any():
-            at = begin + int(np.argwhere(meet)[0, 0])
-            raise UserError(
-                f"Two edits touch the same entry of site {name!r} (layer {_shown(first.layer[at])}, position "
-                f"{_shown(first.position[at])}, unit {_shown(first.unit[at])}). Drop one, or use different entries."
-            )
-
-
-def _shown(value: int) -> str:
-    return "any" if value == ANY else str(value)
+def ablate_direction(site: str, direction: Any) -> dict[str, Edit]:
+    """Removes the component along `direction` ([D]) at every layer and position (Arditi et al. 2024, arXiv 2406.11717)."""
+    unit = np.asarray(direction, np.float32)
+    unit = unit / np.linalg.norm(unit)
+    return {site_name(site): Edit(np.float32(1.0), np.float32(0.0), np.float32(0.0), unit[:, None])}

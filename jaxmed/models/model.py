@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import weakref
@@ -137,3 +138,30 @@ def _on_host(array: Any) -> np.ndarray:
 
         return np.asarray(process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a model is beside its weights, as the static part of a pytree: two are equal where the same programs serve both."""
+
+    model: Model
+
+    def _key(self) -> tuple[Any, ...]:
+        model = self.model
+        return model.config, model.mesh, model.name, model.revision, id(model.tokenizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Beside) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def _with_weights(beside: _Beside, children: tuple[Params]) -> Model:
+    """The same model with other weights; `described` does not cover them, so `identity` hashes them."""
+    model = copy.copy(beside.model)
+    (model.params,), model._hashed = children, ((), "")
+    return model
+
+
+jax.tree_util.register_pytree_node(Model, lambda model: ((model.params,), _Beside(model)), _with_weights)

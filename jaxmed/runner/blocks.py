@@ -10,7 +10,7 @@ thousands of units are the batch axis of its matmuls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,76 +19,14 @@ import jax.numpy as jnp
 
 from jaxmed.attention import Segment, attend
 from jaxmed.interventions.acting import apply_edit, at_layer, split_dense
-from jaxmed.interventions.edits import Edit, TokenIndex
+from jaxmed.interventions.edits import Edit
 from jaxmed.interventions.sites import INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract, recomputed, sees
+from jaxmed.models.layers import recomputed, sees
 from jaxmed.models.rope import layer_windows, model_angles
 from jaxmed.models.rules import EXACT, Rules
-from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head, open_block
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Layout:
-    """How the tokens of a batch see each other.
-
-    Attributes:
-        position: int [B, T], RoPE position of every token; [1, T] where all rows have the same.
-        visible: bool [B or 1, T, S], whether query token t may see key token s (causal and padding masks included).
-        index: which real token each column is, for `Where.position`.
-        trunk, branch: where `branch` is not 0, a row is `trunk` tokens of ordinary text, and then branches of `branch` tokens each; a
-            branch sees the trunk and itself alone, and `visible` is of branches: [B, branches, branch, trunk + branch].
-    """
-
-    position: Any
-    visible: Any
-    index: TokenIndex
-    trunk: int = field(default=0, metadata={"static": True})
-    branch: int = field(default=0, metadata={"static": True})
-
-
-def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
-    """The layout of ordinary text. `padding` int [B]: how many tokens at the left of each row are padding."""
-    left = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
-    column = jnp.arange(length)
-    counted = column - left[:, None]
-    causal = column[:, None] >= column
-    visible = causal & (counted >= 0)[:, None, :]
-    return Layout(jnp.maximum(counted, 0), visible, TokenIndex(counted, length - left))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values that earlier tokens have left behind, rotated: of a base run, or of prompts that are continued.
-
-    Attributes:
-        key, value: [L, b, S, K, H]; each of the b rows serves B / b rows of the run that sees it.
-        position: int [b, S], RoPE position of every token.
-        seen: bool [b, S], which of them may be seen (not padding, not beyond the first patched token).
-    """
-
-    key: Any
-    value: Any
-    position: Any
-    seen: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Entry:
-    """Rows that join the stream late, each at its own layer.
-
-    Attributes:
-        stream: float32 [B, T, D], each row's residual stream where it joins.
-        layer: int [B].
-        mid: bool [B], whether the row replaces residual_mid (its layer's MLP still runs) or residual_out.
-    """
-
-    stream: Any
-    layer: Any
-    mid: Any
+from jaxmed.models.transformer import Params, open_block
+from jaxmed.runner.layout import Entry, Layout, Prefix
 
 
 class Ran(NamedTuple):
@@ -122,12 +60,16 @@ class Recording:
     rules: Rules = EXACT
 
 
+PLAIN = Recording()
+"""Nothing is recorded, and derivatives are exact."""
+
+
 def run(
     config: ModelConfig,
     params: Params,
     stream: jax.Array,
     layout: Layout,
-    recording: Recording = Recording(),
+    recording: Recording = PLAIN,
     *,
     first: int | jax.Array = 0,
     prefix: Prefix | None = None,
@@ -263,87 +205,3 @@ def _take_tokens(name: str, a: jax.Array, columns: jax.Array) -> jax.Array:
     shape = [1] * a.ndim
     shape[0], shape[axis] = columns.shape
     return jnp.take_along_axis(a, columns.reshape(shape), axis)
-
-
-def run_tokens(
-    config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout, recording: Recording = Recording(), **how: Any
-) -> Ran:
-    """`run` over tokens int [B,T], from their embedding on; `how` as `run` takes it."""
-    return run(config, params, embed(config, params, tokens, layout.position), layout, recording, **how)
-
-
-def logits_of(config: ModelConfig, params: Params, stream: jax.Array) -> jax.Array:
-    """Logits float32 [...,V] of residual streams [...,D]."""
-    flat = final_norm(config, params, stream.reshape(-1, stream.shape[-1]))
-    return as_logits(config, contract("UD,VD->UV", flat, head(params))).reshape(*stream.shape[:-1], -1)
-
-
-@partial(jax.jit, static_argnames=("config", "taps"))
-def forward(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    layout: Layout,
-    edits: dict[str, Edit] | None = None,
-    taps: tuple[str, ...] = (),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """tokens int [B,T] -> logits float32 [B,T,V] and the tapped activations, each [L,B,T,...]."""
-    ran = run_tokens(config, params, tokens, layout, Recording(taps), edits=edits)
-    return logits_of(config, params, ran.stream), ran.taps
-
-
-Readout = Callable[[ModelConfig, Params, jax.Array, Any], jax.Array]
-"""(config, params, last residual stream [U,T,D], reads) -> outcomes [..., U]. Hashable: it is part of the program."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Restart:
-    """What restarted runs keep of the base run, for one window of tokens: the tokens before it, and how its own see each other."""
-
-    prefix: Prefix
-    layout: Layout
-
-
-@partial(jax.jit, static_argnames=("config", "readout"))
-def propagate(
-    config: ModelConfig,
-    params: Params,
-    restart: Restart,
-    stream: jax.Array,
-    first: jax.Array,
-    reads: Any,
-    readout: Readout,
-    entry: Entry | None = None,
-    edits: dict[str, Edit] | None = None,
-) -> jax.Array:
-    """Outcomes of many counterfactual runs, restarted from the residual stream.
-
-    Args:
-        stream: float32 [U,T,D], the input of layer `first`, the first layer that runs.
-        reads: what `readout` reads.
-        entry: rows that join the stream at layers of their own.
-        edits: further interventions on rows, at any layers from `first` on: joint sets, paths.
-
-    Returns:
-        What `readout` returns, [..., U].
-    """
-    ran = run(config, params, stream, restart.layout, first=first, prefix=restart.prefix, entry=entry, edits=edits)
-    return readout(config, params, ran.stream, reads)
-
-
-def extend(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    layout: Layout,
-    prefix: Prefix,
-    recording: Recording = Recording(),
-    **how: Any,
-) -> Ran:
-    """Continues cached prompts: tokens int [B,T] behind a prefix of b prompts, B / b continuations of each in a row.
-
-    Generation is the case T = 1; scoring and probing teacher-force whole continuations. `layout.position` counts from the prompts'
-    beginning.
-    """
-    return run_tokens(config, params, tokens, layout, recording, prefix=prefix, **how)

@@ -1,0 +1,41 @@
+from . import pruning, statistics, tokens
+from .distributed import make_mesh
+from .effects.sweep import sweep
+from .errors import UserError
+from .finetuning.run import finetune
+from .generation import generate
+from .interventions import edits
+from .interventions.edit import Edit
+from .loading import load
+from .memory import keep_freed_memory
+from .models.checkpoints.export import export_folder
+from .models.model import Model
+from .parity.selfcheck import self_check
+from .prompts import Example, PromptPair, read_examples, read_pairs
+from .results import open_results
+from .runner.public import forward
+
+__all__ = [
+    "Edit",
+    "Example",
+    "Model",
+    "PromptPair",
+    "UserError",
+    "edits",
+    "export_folder",
+    "finetune",
+    "forward",
+    "generate",
+    "keep_freed_memory",
+    "load",
+    "make_mesh",
+    "open_results",
+    "pruning",
+    "read_examples",
+    "read_pairs",
+    "self_check",
+    "statistics",
+    "sweep",
+    "tokens",
+]
+__version__: str

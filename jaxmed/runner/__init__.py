@@ -1,0 +1,22 @@
+"""One run over blocks, and its calls: the full forward, the restarted run, and the continuation of a cached prompt."""
+
+from jaxmed.runner.blocks import Ran, Recording, run
+from jaxmed.runner.calls import Readout, extend, forward, logits_of, propagate, run_tokens
+from jaxmed.runner.layout import Entry, Layout, Prefix, Restart, causal_layout
+
+__all__ = [
+    "Entry",
+    "Layout",
+    "Prefix",
+    "Ran",
+    "Readout",
+    "Recording",
+    "Restart",
+    "causal_layout",
+    "extend",
+    "forward",
+    "logits_of",
+    "propagate",
+    "run",
+    "run_tokens",
+]
