@@ -1,4 +1,4 @@
-"""The README's Python example runs as printed."""
+"""The README's Python example runs as printed, on the default model; the page stays short."""
 
 from __future__ import annotations
 
@@ -23,18 +23,5 @@ def test_the_python_example_prints_the_top_neurons(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 10
 
 
-def test_every_command_that_the_readme_names_exists() -> None:
-    from jaxmed.cli.main import COMMANDS
-
-    named = re.findall(r"^jaxmed (\w+) ([a-z-]+)?", README, re.M)
-    assert len(named) > 10
-    for command, second in named:
-        assert command in COMMANDS or f"{command} {second}" in COMMANDS
-
-
-def test_the_family_that_the_readme_shows_is_the_one_in_the_package() -> None:
-    from jaxmed.models.families import phi
-
-    source = Path(phi.__file__).read_text(encoding="utf-8")
-    assert source in README
-    assert len(source.splitlines()) < 60
+def test_the_readme_is_a_landing_page() -> None:
+    assert len(README.encode()) < 8_000
