@@ -1,7 +1,7 @@
 """Writes the parts of docs/ that are made of the code: the reference of commands and of Python names, the tables of rooms and models.
 
-    python scripts/make_docs.py            # writes them
-    python scripts/make_docs.py --check    # exit code 1 where one of them is not current
+python scripts/make_docs.py            # writes them
+python scripts/make_docs.py --check    # exit code 1 where one of them is not current
 """
 
 from __future__ import annotations
@@ -67,20 +67,31 @@ def cli_page() -> str:
     """Every command with its flags."""
     lines = ["# Commands", "", MADE, ""]
     lines += ["After reading this page you know every flag of every command, its default and its unit.", ""]
-    lines += ["`jaxmed COMMAND --help` prints the same. `--config FILE.yaml` holds any flags as `flag: value`; flags on the command line win.", ""]
+    lines += [
+        "`jaxmed COMMAND --help` prints the same. `--config FILE.yaml` holds any flags as `flag: value`; flags on the command line win.",
+        "",
+    ]
     lines += ["Exit codes: 0 done, 1 `parity` found a difference, 2 wrong usage or bad input, 130 and 143 after SIGINT and SIGTERM.", ""]
     lines += [f"- `jaxmed {group}`: {told}" for group, told in GROUPS.items()]
     for name, command in COMMANDS.items():
-        lines += ["", f"## jaxmed {name}", "", " ".join((command.__doc__ or "").split()), "", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [
+            "",
+            f"## jaxmed {name}",
+            "",
+            " ".join((command.__doc__ or "").split()),
+            "",
+            "| flag | default | meaning |",
+            "|---|---|---|",
+        ]
         lines += [_row(*flag) for flag in flags(command)]
     return "\n".join(lines) + "\n"
 
 
 def flags(command: type) -> list[tuple[str, str, str]]:
-    """(flag with its values, default, meaning) of a command's dataclass, required ones first."""
-    told, types = meanings(command), typing.get_type_hints(command, include_extras=True)
+    """(flag with its values, default, meaning) of a command's dataclass: needed ones first, then its own, then inherited ones."""
+    told, types, own = meanings(command), typing.get_type_hints(command, include_extras=True), inspect.get_annotations(command)
     found = []
-    for one in dataclasses.fields(command):
+    for one in sorted(dataclasses.fields(command), key=lambda one: one.name not in own):
         positional = "Positional" in repr(types[one.name])
         name = one.name.upper() if positional else f"--{one.name.replace('_', '-')}"
         values = "" if positional else values_of(types[one.name])
@@ -151,8 +162,13 @@ def _entry(value: Any) -> list[str]:
     if not isinstance(value, ModuleType):
         return [_directive(f"{value.__module__}.{value.__qualname__}")]
     members = [getattr(value, name) for name in getattr(value, "__all__", _own(value))]
-    kept = {f"{one.__module__}.{one.__qualname__}": None for one in members if inspect.isfunction(one) or inspect.isclass(one)}
-    return [(value.__doc__ or "").strip().replace("\n    ", "\n\n    ", 0), "", *map(_directive, kept)]
+    kept = {f"{one.__module__}.{one.__qualname__}": None for one in members if _is_entry(one)}
+    return [(value.__doc__ or "").strip(), *(f"\n{_directive(path)}" for path in kept)]
+
+
+def _is_entry(one: Any) -> bool:
+    """Whether an object of a module is told there: a function or class that has no heading of its own."""
+    return (inspect.isfunction(one) or inspect.isclass(one)) and not any(getattr(jm, name) is one for name in jm.__all__)
 
 
 def _own(module: ModuleType) -> list[str]:
@@ -185,7 +201,10 @@ def _about(room: str) -> str:
 
 def catalogue_table() -> str:
     """The known models."""
-    rows = [f"| `{name}` | {one.parameters / 1e6:.0f}M | {one.licence} | {one.size / 1e6:.0f} MB | {one.note} |" for name, one in catalog.CATALOG.items()]
+    rows = [
+        f"| `{name}` | {one.parameters / 1e6:.0f}M | {one.licence} | {one.size / 1e6:.0f} MB | {one.note} |"
+        for name, one in catalog.CATALOG.items()
+    ]
     for name, variant in catalog.VARIANTS.items():
         base = catalog.CATALOG[variant.base]
         rows.append(f"| `{name}` | {base.parameters / 1e6:.0f}M | {base.licence} | built on first use | {variant.note} |")
