@@ -93,7 +93,7 @@ def test_snippets_are_short_and_say_why_they_do_not_run() -> None:
     for page in PAGES:
         for language, title, text in _blocks(page):
             if language == "python":
-                assert len([line for line in text.splitlines() if line.strip()]) <= 12, (page, text)
+                assert len([line for line in text.splitlines() if line.strip()]) <= 10, (page, text)
                 assert title in ("", *NOT_RUN), (page, title)
                 compile(text, _name(page), "exec")
             if language == "bash":
