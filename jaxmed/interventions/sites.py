@@ -12,7 +12,7 @@ class Site:
     """One named activation of a block.
 
     Attributes:
-        name: the site's name, as in the legend of the README.
+        name: the site's name, as in docs/concepts.md.
         axes: its letters, for one layer. The letter at `unit` is the unit axis that `Where.unit` indexes.
         unit: the letter of the unit axis.
     """
