@@ -491,7 +491,7 @@ def test_a_full_disk_loses_nothing(plain_model: Model, tmp_path: Path, monkeypat
     job = check(plain_model, EXAMPLES, (), make_settings(**{**QUICK, "save_every": 1}))
     whole, seen = run(job, tmp_path / "whole"), []
 
-    def fill(*_: Any) -> None:
+    def fill(work: float, count: int, what: str) -> None:
         seen.append(1)
         if len(seen) == 2:
             usage = shutil.disk_usage(tmp_path)

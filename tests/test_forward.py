@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -243,7 +244,7 @@ def test_a_jitted_function_of_a_model_holds_no_weights_as_constants(plain_model:
     program = jax.make_jaxpr(last)(plain_model, ids)
     weights = sum(leaf.size for leaf in jax.tree.leaves(plain_model.params))
     assert sum(np.size(constant) for constant in program.consts) < weights / 10
-    jitted = jax.jit(last)
+    jitted: Any = jax.jit(last)
     assert np.allclose(jitted(plain_model, ids), jm.forward(plain_model, ids)[0][:, -1:], atol=1e-5)
     halved = jax.tree.map(lambda leaf: leaf * 0.5, plain_model)
     assert not np.allclose(jitted(halved, ids), jitted(plain_model, ids), atol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,7 +73,9 @@ def test_a_restarted_run_reads_what_a_full_forward_reads(plain_model: Model) -> 
     rows, _ = patched_rows(plain_model.config, plain_model.params, window.view, picks, ("neuron",), 1)
     taps = ("neuron", "residual_in")
     restart, first = window.restart, np.int32(1)
-    ran = run(plain_model.config, plain_model.params, rows, restart.layout, Recording(taps), first=first, prefix=restart.prefix)
+    ran = run(
+        plain_model.config, plain_model.params, rows, restart.layout, Recording(taps), first=jnp.asarray(first), prefix=restart.prefix
+    )
     base = make_contrast(plain_model, tiny.PAIRS[0], Reading("pair", "last", "chat", OUTCOME)).base.ids
     wanted = jm.forward(plain_model, base, _one("neuron", plain_model, values, patch, 0, 3), taps=taps)[1]
     for name in taps:
@@ -86,10 +89,10 @@ def test_continuations_of_cached_prompts_are_those_of_whole_texts(plain_model: M
     config, params, rng = plain_model.config, plain_model.params, np.random.default_rng(0)
     prompts, more = rng.integers(1, 200, (2, 9)), rng.integers(1, 200, (6, 4))
     layout = Layout(np.arange(9)[None], np.tril(np.ones((9, 9), bool))[None], TokenIndex(np.arange(9)[None], np.asarray([9])))
-    kept = run_tokens(config, params, prompts, layout, Recording(keep=True)).kept
+    kept = run_tokens(config, params, jnp.asarray(prompts), layout, Recording(keep=True)).kept
     assert kept is not None
     prefix = Prefix(*kept, np.tile(np.arange(9), (2, 1)), np.ones((2, 9), bool))
     behind = Layout(9 + np.arange(4)[None], np.tril(np.ones((4, 4), bool))[None], TokenIndex(9 + np.arange(4)[None], np.asarray([13])))
-    ran = extend(config, params, more, behind, prefix)
+    ran = extend(config, params, jnp.asarray(more), behind, prefix)
     whole = jm.forward(plain_model, np.concatenate([prompts.repeat(3, 0), more], axis=1))[0]
     assert np.abs(np.asarray(logits_of(config, params, ran.stream)) - np.asarray(whole)[:, 9:]).max() <= tolerances.PADDED

@@ -144,7 +144,7 @@ class _Line:
     async def ask(self, text: str) -> str:
         """The text of the endpoint's reply; a temporary failure is tried again, at its turn."""
         tries = tenacity.AsyncRetrying(
-            stop=tenacity.stop_any(tenacity.stop_after_attempt(self.endpoint.retries + 1), lambda state: self.stopped.is_set()),
+            stop=lambda state: self.stopped.is_set() or state.attempt_number > self.endpoint.retries,
             wait=_wait,
             sleep=self.rest,
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and error.again),

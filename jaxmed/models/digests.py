@@ -40,7 +40,7 @@ def known_digest(file: Path) -> str:
         if held.get("file") == state and BLOB.fullmatch(held.get("sha256", "")):
             return held["sha256"]
     now = digest(file)
-    if time.time() - max(state[3:]) / 1e9 > SETTLED and state == list(file_state(file)):
+    if time.time() - max(int(at) for at in state[3:]) / 1e9 > SETTLED and state == list(file_state(file)):
         _remember(note, {"file": state, "sha256": now})
     return now
 

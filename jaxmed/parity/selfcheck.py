@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import all_problems
-from jaxmed.interventions.edits import ANY, Edit, Where
+from jaxmed.interventions.edits import Edit, where
 from jaxmed.models.digests import code_digest
 from jaxmed.models.folders import cache_folder
 from jaxmed.models.model import Model
@@ -74,8 +74,7 @@ def _run(model: Model) -> list[str]:
     layer, last, layout = config.layers // 2, tokens.shape[1] - 1, causal_layout(1, tokens.shape[1])
 
     def run(gate: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        where = Where(*(jnp.asarray([x]) for x in (layer, last, ANY, ANY)))
-        edits = {"mlp_out": Edit(jnp.asarray([gate]), jnp.zeros(1), jnp.zeros(1), None, where)}
+        edits = {"mlp_out": Edit(jnp.asarray([gate]), jnp.zeros(1), jnp.zeros(1), None, where(layer, last))}
         logits, taps = forward(config, model.params, tokens, layout, edits, (*SUMS, "attention_pattern"))
         return np.asarray(logits), {name: np.asarray(a, np.float32) for name, a in taps.items()}
 

@@ -205,6 +205,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch =
                         scores.held.setdefault(f"{which}_{kind}", {}).update(dict(matrices))
                 else:
                     folder.write(which, span, found, loss)
+                    assert session is not None
                     session.count(passes=1, batches=plan.batches)
     return scores
 

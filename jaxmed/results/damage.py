@@ -62,7 +62,7 @@ def damaged_parts(folder: Path, status: str) -> list[Damage]:
         found += [damage for name, array in arrays.items() if name not in swept for damage in _whole(name, array)]
         if any(damage.variable == "pair" for damage in found) or not {"pair", "done"} <= arrays.keys():
             return found or [Damage("the layout", "damaged")]
-        pairs = [str(name) for name in np.asarray(arrays["pair"][...])]
+        pairs = [str(name) for name in np.asarray(arrays["pair"][...])]  # type: ignore[index]
     return [*found, *_chunks(folder, swept, pairs, status == "finished")]
 
 

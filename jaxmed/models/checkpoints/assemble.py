@@ -195,7 +195,7 @@ def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sh
     one = letters[1:] if stacked else letters
     shape = tuple(config.sizes[letter] for letter in one)
     sharding = partition(one, shape, mesh)
-    cuts = {_part(index, shape): index for index in sharding.addressable_devices_indices_map(shape).values()}
+    cuts = {_part(index, shape): index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None}
     sizes = {part: tuple(len(range(size)[cut]) for cut, size in zip(index, shape, strict=True)) for part, index in cuts.items()}
 
     def build(layer: int, into: Mapping[Part, np.ndarray]) -> Mapping[Part, np.ndarray]:
