@@ -135,7 +135,7 @@ def stop_tokens(model: Model) -> list[int]:
 def generate_ids(
     model: Model,
     prompts: Sequence[Any],
-    most: int = 64,
+    max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -150,7 +150,7 @@ def generate_ids(
 
     Args:
         prompts: token ids int [T] each.
-        most: tokens written at most.
+        max_tokens: tokens written at most.
         temperature: 0 takes the most likely token; above, tokens are sampled.
         top_p: sample among the fewest tokens whose probabilities reach this.
         edits: site -> `Edit`; entries may name a row, which is the number of a prompt. Dense fields have no token axis but one of
@@ -171,13 +171,13 @@ def generate_ids(
     prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("There is no prompt to continue." if not prompts else "A prompt has no tokens.")
-    if most < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"Tokens ({most}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
+    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"Tokens ({max_tokens}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
     if where not in WHERE:
         raise unknown("where", where, WHERE)
     check_tokens(config, prompts, "A prompt", model.tokenizer)
-    if (longest := max(map(len, prompts))) + most > config.max_length:
-        raise UserError(f"A prompt of {longest} tokens and {most} more exceed what this model takes: {config.max_length}.")
+    if (longest := max(map(len, prompts))) + max_tokens > config.max_length:
+        raise UserError(f"A prompt of {longest} tokens and {max_tokens} more exceed what this model takes: {config.max_length}.")
     checked = _check(model, edits)
     halves = [checked if where in ("both", half) else {} for half in ("prompt", "generated")]
     ends = np.asarray(stop_tokens(model) if stops is None else stops, np.int32)
@@ -197,20 +197,20 @@ def generate_ids(
             padding[row] = length - len(prompts[i])
         numbers = np.asarray([*chosen, *[0] * (size - len(chosen))])
         sampling = Sampling(place(keys[numbers]), np.float32(temperature or 1.0), np.float32(top_p))
-        out = _write(model, place(tokens), place(padding), len(chosen), ends, stop_texts, sampling, halves, most, temperature > 0)
+        out = _write(model, place(tokens), place(padding), len(chosen), ends, stop_texts, sampling, halves, max_tokens, temperature > 0)
         for row, i in enumerate(chosen):
             written[i] = out[row]
         report(len(chosen))
     return written
 
 
-def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, form: str = "chat", **how: Any) -> list[str]:
+def generate(model: Model, prompts: Sequence[str | Example], max_tokens: int = 64, form: str = "chat", **how: Any) -> list[str]:
     """Continues prompts as texts: each is a user message, rendered with the chat template or another `form`.
 
     An example's `prefill` opens the answer; what is returned goes on from there.
 
     Args:
-        most: tokens written at most.
+        max_tokens: tokens written at most.
         form: how prompts are written: chat, text (which goes straight on), plain, space or qa; see `prompts.forms`.
         how: temperature, top_p, seed, edits, where, stops, stop_texts (left out of the text), rows, report; see `generate_ids`.
 
@@ -219,7 +219,7 @@ def generate(model: Model, prompts: Sequence[str | Example], most: int = 64, for
     """
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     asked = [render(model.tokenizer, one, form=form) for one in examples]
-    written = generate_ids(model, [one.ids for one in asked], most, **how)
+    written = generate_ids(model, [one.ids for one in asked], max_tokens, **how)
     texts = [written_text(model.tokenizer, one, ids) for one, ids in zip(asked, written, strict=True)]
     return [cut_at(text, how.get("stop_texts", ())) for text in texts]
 
@@ -238,23 +238,23 @@ def _write(
     stop_texts: Sequence[str],
     sampling: Sampling,
     halves: Any,
-    most: int,
+    max_tokens: int,
     sampled: bool,
 ) -> list[np.ndarray]:
     """The texts of the first `count` rows of one batch; it ends when all of them have ended."""
     config, params = model.config, model.params
-    written = read_prompts(config, params, tokens, padding, halves[0], sampling, most, sampled)
-    columns, stopped, last = [np.asarray(written.token)[:count]], np.full(count, most), np.asarray(tokens[:, -1])
+    written = read_prompts(config, params, tokens, padding, halves[0], sampling, max_tokens, sampled)
+    columns, stopped, last = [np.asarray(written.token)[:count]], np.full(count, max_tokens), np.asarray(tokens[:, -1])
 
     def alive() -> bool:
         """Whether a row goes on, after noting the rows that end with the newest token."""
-        stopped[np.isin(columns[-1], ends) & (stopped == most)] = len(columns) - 1
-        for row in np.nonzero(stopped == most)[0] if stop_texts else ():
+        stopped[np.isin(columns[-1], ends) & (stopped == max_tokens)] = len(columns) - 1
+        for row in np.nonzero(stopped == max_tokens)[0] if stop_texts else ():
             if has_text(model.tokenizer, last[row], [column[row] for column in columns], stop_texts):
                 stopped[row] = len(columns)
-        return bool((stopped == most).any())
+        return bool((stopped == max_tokens).any())
 
-    while alive() and len(columns) < most:
+    while alive() and len(columns) < max_tokens:
         written = write_token(config, params, written, halves[1], sampling, sampled)
         columns.append(np.asarray(written.token)[:count])
     return [row[:end] for row, end in zip(np.stack(columns, axis=1), stopped, strict=True)]

@@ -29,7 +29,7 @@ from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.scores import Scores, score
 from jaxmed.reports.curves import draw_pruning_curve
 from jaxmed.statistics import auc
-from jaxmed.tokens import Answered, prompt_ids
+from jaxmed.tokens import TokenizedExample, prompt_ids
 from tests import tiny
 
 BEHAVIOUR = [jm.Example(f"ask {i}" + "x" * (5 * i % 13), f"no {'abc'[i % 3] * (i % 4 + 1)}", kind="harmful") for i in range(12)]
@@ -236,7 +236,7 @@ def test_dissociation(yes_no_model: Model, masks: dict[str, Mask]) -> None:
 
 
 def test_a_pre_filled_opening_is_not_scored(plain_model: Model) -> None:
-    examples = [Answered(np.arange(1, 20, dtype=np.int32), 5), Answered(np.arange(1, 9, dtype=np.int32), 5)]
+    examples = [TokenizedExample(np.arange(1, 20, dtype=np.int32), 5), TokenizedExample(np.arange(1, 9, dtype=np.int32), 5)]
     (left,) = shifted(examples, 3)
     logits = np.asarray(jm.forward(plain_model, left.ids[None])[0][0], np.float64)
     own = logits[np.arange(7, 18), left.ids[8:]] - np.logaddexp.reduce(logits[7:18], axis=1)

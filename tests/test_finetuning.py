@@ -37,7 +37,7 @@ from jaxmed.models.catalog import VARIANTS, Variant
 from jaxmed.models.load import load
 from jaxmed.models.model import Model
 from jaxmed.runs.cost import count_flops
-from jaxmed.tokens import Answered, encode_example
+from jaxmed.tokens import TokenizedExample, encode_example
 from tests import reference, tiny
 
 torch = reference.torch
@@ -294,7 +294,7 @@ def test_rows_hold_every_example_once(plain_model: Model) -> None:
     rows = fill_rows(lengths, 10)
     assert Counter(i for row in rows for i in row) == Counter(range(7))
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
-    examples = [Answered(np.asarray([90, 91, *range(10 * n, 10 * n + length)]), 3) for n, length in enumerate(lengths)]
+    examples = [TokenizedExample(np.asarray([90, 91, *range(10 * n, 10 * n + length)]), 3) for n, length in enumerate(lengths)]
     assert common_beginning(examples) == 2
     shape = choose_shape(examples, [np.arange(7)], True, 2, plain_model.config, 2)
     batch = make_batch(examples, np.arange(7), shape, True)
@@ -334,10 +334,10 @@ def test_a_share_of_the_examples_keeps_its_responses(plain_model: Model) -> None
 
 
 def test_branches_are_as_long_as_fills_them_best() -> None:
-    examples = [Answered(np.arange(36), 30) for _ in range(8)]
+    examples = [TokenizedExample(np.arange(36), 30) for _ in range(8)]
     shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
     assert (shape.branches, shape.branch) == (2, 72)  # two examples a branch without padding; four would see more keys
-    examples = [Answered(np.arange(40), 30) for _ in range(8)]
+    examples = [TokenizedExample(np.arange(40), 30) for _ in range(8)]
     shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
     assert (shape.branches, shape.branch) == (4, 40)
 

@@ -84,7 +84,7 @@ def test_masks_of_different_weights_are_combined_only_where_that_is_meant(plain_
 def test_an_inverted_mask_is_all_other_weights(plain_model: Model) -> None:
     mask = mask_of(plain_model, plain_model.identity, 0, 3)
     rest = mask.inverted()
-    assert rest.count == mask.numbers - mask.count
+    assert rest.count == mask.size - mask.count
     for name, found in rest.indices.items():
         assert found.dtype == np.int64
         assert np.array_equal(found, np.setdiff1d(np.arange(np.prod(mask.shapes[name])), mask.indices[name]))

@@ -44,7 +44,7 @@ from jaxmed.pruning.selection import _highest
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
 from jaxmed.runs.cost import count_flops
-from jaxmed.tokens import Answered
+from jaxmed.tokens import TokenizedExample
 from tests import reference, tiny
 
 torch = reference.torch
@@ -523,7 +523,7 @@ def test_planned_memory_is_what_the_compiled_program_takes(remat: bool) -> None:
 def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 80e9)
     model = from_params(replace(SHAPES["llama-3.1-8b"], dtype="bfloat16"), {"blocks": {}}, jm.make_mesh("data=1"))
-    examples = [Answered(np.zeros(length, np.int32), 20) for length in (60, 120, 250)] * 20
+    examples = [TokenizedExample(np.zeros(length, np.int32), 20) for length in (60, 120, 250)] * 20
     plan = make_plan(model, examples, ("signed",))
     assert plan.bytes <= 80e9
     assert [span[0] for span in plan.spans[1:]] == [span[1] for span in plan.spans[:-1]]

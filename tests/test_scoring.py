@@ -10,17 +10,17 @@ import pytest
 import jaxmed as jm
 from jaxmed.batching.scoring import _score, choice_logits, score_responses
 from jaxmed.models.layers import largest, log_total
-from jaxmed.tokens import Answered
+from jaxmed.tokens import TokenizedExample
 from tests import tiny
 
 
-def _examples(rng: np.random.Generator, lengths: list[int], beginning: int) -> list[Answered]:
+def _examples(rng: np.random.Generator, lengths: list[int], beginning: int) -> list[TokenizedExample]:
     opening = rng.integers(0, 200, beginning)
     found = []
     for length in lengths:
         prompt = int(rng.integers(beginning + 1, length)) if beginning + 1 < length else beginning + 1
         own = rng.integers(0, 200, max(length, prompt + 1) - beginning)
-        found.append(Answered(np.concatenate([opening, own]).astype(np.int32), prompt))
+        found.append(TokenizedExample(np.concatenate([opening, own]).astype(np.int32), prompt))
     return found
 
 
@@ -51,7 +51,7 @@ def test_fewer_examples_than_devices() -> None:
     (scored,) = score_responses(model, examples)
     assert len(scored.log_probabilities) == len(examples[0].ids) - examples[0].prompt
     assert score_responses(model, []) == []
-    (nothing,) = score_responses(model, [Answered(np.arange(5, dtype=np.int32), 5)])
+    (nothing,) = score_responses(model, [TokenizedExample(np.arange(5, dtype=np.int32), 5)])
     assert len(nothing.log_probabilities) == 0
 
 

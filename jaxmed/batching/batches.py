@@ -19,7 +19,7 @@ import numpy as np
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.runner import Layout
-from jaxmed.tokens import Answered, bucket
+from jaxmed.tokens import TokenizedExample, bucket
 
 ATTENTION_COST = 4.0
 """Time of attention's FLOPs against those of the weights' matmuls, softmax included; it decides how long rows are packed."""
@@ -116,7 +116,7 @@ def fill_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
     return [sorted(held) for held in rows]
 
 
-def common_beginning(examples: Sequence[Answered]) -> int:
+def common_beginning(examples: Sequence[TokenizedExample]) -> int:
     """How many tokens all prompts begin with; at least the last token of every prompt is left to itself."""
     first, shared = examples[0].ids, max(0, min(example.prompt for example in examples) - 1)
     for example in examples[1:]:
@@ -126,7 +126,7 @@ def common_beginning(examples: Sequence[Answered]) -> int:
 
 
 def choose_shape(
-    examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, devices: int, config: ModelConfig, trunk: int = 0
+    examples: Sequence[TokenizedExample], groups: Sequence[np.ndarray], packing: bool, devices: int, config: ModelConfig, trunk: int = 0
 ) -> Shape:
     """The shape that costs least over all groups of examples (one group is one forward pass).
 
@@ -144,14 +144,14 @@ def choose_shape(
     return min(shapes, key=lambda shape: shape.length * (1 + per_key * (shape.trunk + shape.branch)))
 
 
-def _fit(examples: Sequence[Answered], groups: Sequence[np.ndarray], packing: bool, shape: Shape) -> Shape:
+def _fit(examples: Sequence[TokenizedExample], groups: Sequence[np.ndarray], packing: bool, shape: Shape) -> Shape:
     """The shape with as many branches and scored tokens as its fullest row needs."""
     rows = [row for group in groups for row in _rows(examples, group, shape, packing)]
     scored = max(scored_tokens(examples, chain(*row)) for row in rows)
     return replace(shape, branches=max(len(row) for row in rows), scored=max(8, -(-scored // 8) * 8))
 
 
-def _rows(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> list[list[list[int]]]:
+def _rows(examples: Sequence[TokenizedExample], group: np.ndarray, shape: Shape, packing: bool) -> list[list[list[int]]]:
     """Example numbers of every branch of every row."""
     lengths = [len(examples[i].ids) - shape.trunk for i in group]
     filled = fill_rows(lengths, shape.branch) if packing else [[i] for i in range(len(group))]
@@ -178,7 +178,7 @@ class Place:
     scored: slice
 
 
-def places(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> Iterator[Place]:
+def places(examples: Sequence[TokenizedExample], group: np.ndarray, shape: Shape, packing: bool) -> Iterator[Place]:
     """Where `make_batch` puts every example of a group."""
     for row, branches in enumerate(_rows(examples, group, shape, packing)):
         filled = 0
@@ -191,7 +191,7 @@ def places(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packin
                 begin, filled = begin + len(example.ids) - shape.trunk, stop
 
 
-def make_batch(examples: Sequence[Answered], group: np.ndarray, shape: Shape, packing: bool) -> Batch:
+def make_batch(examples: Sequence[TokenizedExample], group: np.ndarray, shape: Shape, packing: bool) -> Batch:
     """The examples of `group` as rows."""
     size, scored, trunk = (shape.rows, shape.length), (shape.rows, shape.scored), shape.trunk
     tokens, position, segment = (np.zeros(size, np.int32) for _ in range(3))
@@ -216,7 +216,7 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.stack(parts), *batches)
 
 
-def scored_tokens(examples: Sequence[Answered], group: Iterable[int]) -> int:
+def scored_tokens(examples: Sequence[TokenizedExample], group: Iterable[int]) -> int:
     """Response tokens of a group."""
     return sum(len(examples[i].ids) - examples[i].prompt for i in group)
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from jaxmed.batching.batches import Batch, Shape, make_batch
-from jaxmed.tokens import Answered, bucket
+from jaxmed.tokens import TokenizedExample, bucket
 
 FEWEST = 0.1
 """A bucket of lengths that holds a smaller share of the examples is put into the next one: every bucket is compiled anew."""
@@ -24,7 +24,7 @@ class Group:
     shape: Shape
 
 
-def group(examples: Sequence[Answered], devices: int, tokens_per_device: int, rows: int = 0) -> list[Group]:
+def group(examples: Sequence[TokenizedExample], devices: int, tokens_per_device: int, rows: int = 0) -> list[Group]:
     """Examples by bucket of length; batches have one example per row and as many rows per device as fit.
 
     Args:
@@ -51,7 +51,7 @@ def count_batches(groups: Sequence[Group]) -> int:
     return sum(math.ceil(len(one.members) / one.shape.rows) for one in groups)
 
 
-def batches(examples: Sequence[Answered], groups: Sequence[Group]) -> Iterator[tuple[np.ndarray, Batch]]:
+def batches(examples: Sequence[TokenizedExample], groups: Sequence[Group]) -> Iterator[tuple[np.ndarray, Batch]]:
     """(example numbers, batch) of a pass; the weights of an example's scored tokens add up to one, those of empty rows to zero."""
     for one in groups:
         for at in range(0, len(one.members), one.shape.rows):

@@ -17,7 +17,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.runner import run_tokens
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
-from jaxmed.tokens import Answered, check_tokens
+from jaxmed.tokens import TokenizedExample, check_tokens
 
 SHORT = 256
 """Examples up to this many tokens share batches; beyond, those between a power of two and the next."""
@@ -25,7 +25,7 @@ PIECE = 512
 """Most scored tokens of a row whose logits are held at once."""
 
 
-def _passes(model: Model, examples: Sequence[Answered]) -> Iterator[tuple[list[Place], Batch]]:
+def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tuple[list[Place], Batch]]:
     """(places whose `example` counts in `examples`, batch on the model's devices) of all examples.
 
     Examples of like lengths have batches of one shape; what all of them begin with runs once per row.
@@ -74,7 +74,7 @@ def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array
 
 
 @dataclass(frozen=True)
-class Scored:
+class ResponseScore:
     """A response under a model.
 
     Attributes:
@@ -86,16 +86,18 @@ class Scored:
     likeliest: np.ndarray
 
 
-def score_responses(model: Model, examples: Sequence[Answered], report: Callable[[int], None] = lambda done: None) -> list[Scored]:
+def score_responses(
+    model: Model, examples: Sequence[TokenizedExample], report: Callable[[int], None] = lambda done: None
+) -> list[ResponseScore]:
     """Every example's response under a model, in the examples' order.
 
     Args:
         report: called with the number of examples after every batch.
     """
-    found: dict[int, Scored] = {}
+    found: dict[int, ResponseScore] = {}
     for placed, batch in _passes(model, examples):
         values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch))
-        found |= {p.example: Scored(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
+        found |= {p.example: ResponseScore(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
         report(len(placed))
     return [found[at] for at in range(len(examples))]
 
@@ -115,7 +117,7 @@ def choice_logits(
         prompts: token ids int [T] each.
         report: called with the number of prompts after every batch.
     """
-    examples = [Answered(np.append(ids, np.int32(choices[0])), len(ids)) for ids in prompts]
+    examples = [TokenizedExample(np.append(ids, np.int32(choices[0])), len(ids)) for ids in prompts]
     found = np.zeros((len(prompts), len(choices)), np.float32)
     for placed, batch in _passes(model, examples):
         values = np.asarray(_choose(model.config, model.params, batch, np.asarray(choices, np.int32)))
@@ -125,6 +127,6 @@ def choice_logits(
     return found
 
 
-def example_losses(model: Model, examples: Sequence[Answered]) -> np.ndarray:
+def example_losses(model: Model, examples: Sequence[TokenizedExample]) -> np.ndarray:
     """Mean cross-entropy of every example's response tokens, in nats: float64 [examples]."""
     return np.array([-one.log_probabilities.mean(dtype=np.float64) for one in score_responses(model, examples)])

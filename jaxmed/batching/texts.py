@@ -10,12 +10,12 @@ import numpy as np
 from jaxmed.batching.batches import Batch
 from jaxmed.errors import UserError
 from jaxmed.prompts.examples import Example
-from jaxmed.tokens import Answered, encode_example, tell_seams
+from jaxmed.tokens import TokenizedExample, encode_example, tell_seams
 
 
 def encode(
     tokenizer: Any, examples: Sequence[Example], form: str = "plain", scored_separator: bool = False, most: int = 0
-) -> list[Answered]:
+) -> list[TokenizedExample]:
     """Examples as tokens.
 
     Args:

@@ -130,7 +130,7 @@ def describe_mask(mask: Any) -> list[str]:
     for name, count in mask.counts().items():
         kinds.setdefault(kind_of(name), []).append(count)
     each = ", ".join(f"{kind} {sum(found):,} (at most {max(found):,} in a matrix)" for kind, found in kinds.items())
-    return [f"{mask.count:,} of {mask.numbers:,} weights ({mask.count / max(1, mask.numbers):.2e}), of {mask.model}", each]
+    return [f"{mask.count:,} of {mask.size:,} weights ({mask.count / max(1, mask.size):.2e}), of {mask.model}", each]
 
 
 BROKEN = 1.1
@@ -170,7 +170,7 @@ def warnings_of(mask: Any, rule: Rule, ratio: float | None) -> list[str]:
         return [
             f"warning: at this q the curve's perplexity is {ratio:.2f}x that of the unpruned model, which breaks it. Take a smaller --q."
         ]
-    share = mask.count / max(1, mask.numbers)
+    share = mask.count / max(1, mask.size)
     if (ratio is None or ratio != ratio) and share > MANY and rule.score in ("signed", "positive", "absolute", "wanda"):
         return [
             f"warning: {share:.1e} of all weights are many: such masks break a model ({MANY:g} is a lot). Look at `jaxmed prune curve`, "

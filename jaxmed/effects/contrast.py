@@ -14,7 +14,7 @@ from jaxmed.effects.outcomes import Answers, OutcomeName, encode_answers
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.tokens import Packed, Patch, align, check_tokens, pack, render
+from jaxmed.tokens import PackedPrompt, Patch, align, check_tokens, pack, render
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Contrast:
         patches = tuple(replace(patch, base=patch.source, source=patch.base) for patch in self.patches)
         return replace(self, base=self.source, source=self.base, patches=patches)
 
-    def packed(self, side: Side | None = None) -> Packed:
+    def packed(self, side: Side | None = None) -> PackedPrompt:
         """A side's prompt (default: base) with its answers."""
         return pack((side or self.base).ids, self.answers.ids)
 

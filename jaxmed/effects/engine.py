@@ -20,7 +20,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
 from jaxmed.runner import Entry, Layout, Prefix, Recording, Restart, propagate, run_tokens
-from jaxmed.tokens import WINDOW_BUCKETS, Packed, Patch, bucket
+from jaxmed.tokens import WINDOW_BUCKETS, PackedPrompt, Patch, bucket
 
 
 @partial(jax.jit, static_argnames=("config", "taps"))
@@ -52,7 +52,7 @@ class PreparedContrast:
     """
 
     contrast: Contrast
-    packed: Packed
+    packed: PackedPrompt
     start: int
     base: Record
     source: Record
@@ -103,11 +103,11 @@ def _routing_margin(config: ModelConfig, base: Record, source: Record, used: int
     return (ranked[..., -config.experts_used] - ranked[..., -config.experts_used - 1]).min(axis=1)
 
 
-def _fed(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fed(packed: PackedPrompt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return packed.tokens, packed.position, packed.visible
 
 
-def _columns(packed: Packed, start: int, patches: Sequence[Patch]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(packed: PackedPrompt, start: int, patches: Sequence[Patch]) -> tuple[np.ndarray, np.ndarray]:
     """Columns of the widest window in the base, and the source's columns that go with them (0 where nothing is patched)."""
     size = bucket(packed.used - start, WINDOW_BUCKETS)
     columns = np.minimum(start + np.arange(size), len(packed.tokens) - 1).astype(np.int32)

@@ -16,7 +16,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.runner import logits_of
-from jaxmed.tokens import Packed, bucket
+from jaxmed.tokens import PackedPrompt, bucket
 
 READ_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 VOCABULARY_BYTES = 48e6
@@ -43,7 +43,7 @@ class Reads:
     source: Any
 
 
-def make_reads(packed: Packed, answers: Answers, start: int, source: Any = None) -> Reads:
+def make_reads(packed: PackedPrompt, answers: Answers, start: int, source: Any = None) -> Reads:
     """The reads of a packed prompt, for a window that begins at column `start`."""
     columns = sorted({column for reader in packed.readers for column in reader} | {packed.prompt - 1})
     at, token, weight = [], [], []

@@ -10,11 +10,11 @@ from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 
 
-def answer(model: Model, examples: Sequence[Example], most: int = 32, form: str = "chat", **how: Any) -> list[str]:
+def answer(model: Model, examples: Sequence[Example], max_tokens: int = 32, form: str = "chat", **how: Any) -> list[str]:
     """The model's answer to every prompt, as text; greedy unless `how` (as `generate_ids` takes it) says otherwise.
 
     Args:
-        most: tokens of an answer.
+        max_tokens: of an answer.
         form: how prompts are written; see `prompts.forms`.
     """
-    return generate(model, examples, most, form, **how)
+    return generate(model, examples, max_tokens, form, **how)

@@ -17,7 +17,7 @@ from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
 from jaxmed.generation import cut_at, generate_ids
 from jaxmed.models.model import Model
-from jaxmed.tokens import Answered, need_tokenizer, render_chat, text_ids
+from jaxmed.tokens import TokenizedExample, need_tokenizer, render_chat, text_ids
 
 MOST_TOKENS = 256
 """Tokens of an answer where a task sets no limit."""
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         examples = []
         for _, context, continuation in requests:
             ids = [*context, *continuation][-most:]
-            examples.append(Answered(ids=_ids(ids), prompt=max(1, len(ids) - len(continuation))))
+            examples.append(TokenizedExample(ids=_ids(ids), prompt=max(1, len(ids) - len(continuation))))
         scored = score_responses(self.model, examples)
         return [(float(one.log_probabilities.sum(dtype=float)), bool(one.likeliest.all())) for one in scored]
 

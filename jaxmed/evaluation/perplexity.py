@@ -13,7 +13,7 @@ from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
 from jaxmed.statistics import ratio_interval
-from jaxmed.tokens import Answered, text_ids
+from jaxmed.tokens import TokenizedExample, text_ids
 
 SEGMENT = 512
 """Tokens of plain text that see each other when perplexity is measured."""
@@ -48,7 +48,7 @@ def perplexity(model: Model, source: str | Path) -> Perplexity:
     if not cut:
         raise UserError(f"{source} holds no text to predict: paragraphs of at least two tokens are needed.")
     losses = np.zeros((len(paragraphs), 2))
-    found = score_responses(model, [Answered(np.asarray(one, np.int32), 1) for _, one in cut])
+    found = score_responses(model, [TokenizedExample(np.asarray(one, np.int32), 1) for _, one in cut])
     for (number, one), scored in zip(cut, found, strict=True):
         losses[number] += -scored.log_probabilities.sum(dtype=np.float64), len(one) - 1
     total, count = losses.sum(0)

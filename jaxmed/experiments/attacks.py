@@ -28,7 +28,7 @@ from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import score
 from jaxmed.pruning.selection import select
-from jaxmed.tokens import Answered, prompt_ids
+from jaxmed.tokens import TokenizedExample, prompt_ids
 
 ATTACKS = "attacks.csv"
 KEY = ("mask", "attack")
@@ -75,7 +75,7 @@ class Attack:
             raise UserError("Removing refusal needs both refusals and a preserve set.")
 
 
-def shifted(examples: Sequence[Answered], count: int) -> list[Answered]:
+def shifted(examples: Sequence[TokenizedExample], count: int) -> list[TokenizedExample]:
     """The examples with the first `count` response tokens counted as prompt; those with no more than that are left out."""
     return [replace(one, prompt=one.prompt + count) for one in examples if len(one.ids) - one.prompt > count]
 

@@ -18,7 +18,7 @@ from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.rule import SCORES, Rule
 from jaxmed.pruning.scores import Scores, token_digest
 from jaxmed.pruning.selection import needs_weights, random_like, select
-from jaxmed.tokens import Answered
+from jaxmed.tokens import TokenizedExample
 
 CURVE, TRANSFER = "curve.csv", "transfer.csv"
 CURVE_KEY, TRANSFER_KEY = ("rule", "q", "seed"), ("mask", "seed")
@@ -133,7 +133,7 @@ def needed_kinds(rule: Rule) -> list[str]:
     return [f"{which}_{kind}" for which, kind in (("behaviour", of_behaviour), ("preserve", of_preserve)) if kind]
 
 
-def check_scored(scores: Scores, examples: Sequence[Answered]) -> None:
+def check_scored(scores: Scores, examples: Sequence[TokenizedExample]) -> None:
     """Raises a UserError where these are not the behaviour examples that were scored, token for token."""
     if scores.tokens.get("behaviour") != token_digest(examples):
         raise UserError("The rows of --scored are not those that were scored (another file, split, limit or form).")

@@ -14,7 +14,7 @@ from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_rati
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.statistics import mean_interval
-from jaxmed.tokens import Answered
+from jaxmed.tokens import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tests:
         text: plain text file or bundled text for the perplexity; empty: none.
     """
 
-    sets: Mapping[str, Sequence[Answered]]
+    sets: Mapping[str, Sequence[TokenizedExample]]
     text: str = "neutral"
 
 

@@ -34,7 +34,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.prompts.examples import Example
 from jaxmed.runs.cost import Cost
-from jaxmed.tokens import DATE, Answered, check_tokens, encode_example, tell_seams
+from jaxmed.tokens import DATE, TokenizedExample, check_tokens, encode_example, tell_seams
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Job:
 
     model: Model
     settings: Settings
-    examples: tuple[Answered, ...]
-    heldout: tuple[Answered, ...]
+    examples: tuple[TokenizedExample, ...]
+    heldout: tuple[TokenizedExample, ...]
     order: tuple[np.ndarray, ...]
     shape: Shape
     heldout_shape: Shape | None

@@ -36,7 +36,7 @@ TRAINED = "trained"
 
 
 @dataclass
-class Tuned:
+class FinetuneResult:
     """What fine-tuning gives.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Stand:
     progress: dict[str, Any] = field(default_factory=lambda: {"rows": [], "best": None, "best_step": 0, "since": 0, "stopped": ""})
 
 
-def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Tuned:
+def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> FinetuneResult:
     """Runs a job. With `out`, where it stands is kept there, and an interrupted run goes on with `resume`, equal to the bit.
 
     Raises:
@@ -90,7 +90,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch =
         return _train(job, folder, session, report)
 
 
-def _train(job: Job, folder: RunFolder | None, session: Session | None, report: Watch) -> Tuned:
+def _train(job: Job, folder: RunFolder | None, session: Session | None, report: Watch) -> FinetuneResult:
     optimiser = make_optimiser(job.settings, job.steps)
     trained, state, frozen, moved = start(job.model, job.settings, optimiser)
     stand = _restored(folder, {"trained": trained, "state": state, "best": trained}) or _Stand((0, trained, state))
@@ -173,7 +173,7 @@ def _save(out: Path, stand: _Stand) -> None:
     write_losses(out, stand.progress["rows"])
 
 
-def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stopped: str) -> Tuned:
+def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stopped: str) -> FinetuneResult:
     model, settings = job.model, job.settings
     if settings.method == "lora":
         trained = {module: {"A": pair["A"], "B": settings.strength * pair["B"]} for module, pair in trained.items()}
@@ -184,10 +184,10 @@ def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stop
     edit = {"kind": "fine-tuning", "method": settings.method, "steps": step, "examples": len(job.examples), "data": job.data}
     edit |= {"settings": dataclasses.asdict(settings)}
     new = replace(model, params=params, history=(*model.history, edit)).describe_params()
-    return Tuned(new, rows, settings, trained if settings.method == "lora" else None, step, stopped, model)
+    return FinetuneResult(new, rows, settings, trained if settings.method == "lora" else None, step, stopped, model)
 
 
-def finish(tuned: Tuned, out: Path, save: Sequence[str]) -> list[str]:
+def finish(tuned: FinetuneResult, out: Path, save: Sequence[str]) -> list[str]:
     """Writes what a run leaves: losses, run.json, and of "adapter" and "model" what is asked for. Returns lines that say what."""
     said = []
     with hold(out):
@@ -210,7 +210,7 @@ def finetune(
     out: str | Path | None = None,
     resume: bool = False,
     **settings: Any,
-) -> Tuned:
+) -> FinetuneResult:
     """Fine-tunes a loaded model in memory and returns the result, with which any other call goes on.
 
     Args:

@@ -18,7 +18,7 @@ class Rope:
     Attributes:
         base: the base of the frequencies.
         scaling: a key of `rope.SCALINGS`.
-        share: part of the head width that is rotated, from its start.
+        rotary_fraction: part of the head width that is rotated, from its start.
         factor, low_factor, high_factor, original_length, factors, short_factors, beta_fast, beta_slow, truncate: parameters of
             the scaling.
         amplitude: factor on cosines and sines.
@@ -26,7 +26,7 @@ class Rope:
 
     base: float = 10000.0
     scaling: str = "none"
-    share: float = 1.0
+    rotary_fraction: float = 1.0
     factor: float = 1.0
     low_factor: float = 1.0
     high_factor: float = 4.0

@@ -55,7 +55,7 @@ SCALINGS: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
 
 def frequencies(rope: Rope, head_width: int) -> np.ndarray:
     """Angular frequencies float32 [rotated / 2] in radians per token."""
-    rotated = int(head_width * rope.share)
+    rotated = int(head_width * rope.rotary_fraction)
     plain = 1.0 / rope.base ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     return SCALINGS[rope.scaling](rope, plain).astype(np.float32)
 

@@ -63,7 +63,7 @@ class Mask:
         return sum(len(found) for found in self.indices.values())
 
     @property
-    def numbers(self) -> int:
+    def size(self) -> int:
         """How many weights the matrices have."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 

@@ -15,7 +15,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_shapes
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
-from jaxmed.tokens import Answered
+from jaxmed.tokens import TokenizedExample
 
 HOST_BYTES = 8 << 30
 """Memory that is reckoned with on a device that does not say its own."""
@@ -48,7 +48,12 @@ class Plan:
 
 
 def make_plan(
-    model: Model, examples: Sequence[Answered], kinds: Sequence[str], rows: int = 0, layers_per_pass: int = 0, remat: bool | None = None
+    model: Model,
+    examples: Sequence[TokenizedExample],
+    kinds: Sequence[str],
+    rows: int = 0,
+    layers_per_pass: int = 0,
+    remat: bool | None = None,
 ) -> Plan:
     """The plan with the fewest passes that fits the memory of a device.
 

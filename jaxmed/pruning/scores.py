@@ -31,7 +31,7 @@ from jaxmed.pruning.passes import run_pass, scores_of
 from jaxmed.pruning.plan import Plan, make_plan
 from jaxmed.pruning.store import ScoreFolder
 from jaxmed.runs.watch import RESUMED, Watch, silent
-from jaxmed.tokens import Answered, check_tokens
+from jaxmed.tokens import TokenizedExample, check_tokens
 
 SETS = ("behaviour", "preserve")
 KINDS = ("signed", "absolute", "inputs")
@@ -125,7 +125,7 @@ class Job:
 
     model: Model
     kinds: tuple[str, ...]
-    sets: Mapping[str, list[Answered]]
+    sets: Mapping[str, list[TokenizedExample]]
     plans: Mapping[str, Plan]
     how: Mapping[str, Any]
 
@@ -210,7 +210,7 @@ def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch =
     return scores
 
 
-def token_digest(examples: Sequence[Answered]) -> str:
+def token_digest(examples: Sequence[TokenizedExample]) -> str:
     """SHA-256 of the tokens of examples."""
     found = hashlib.sha256()
     for one in examples:

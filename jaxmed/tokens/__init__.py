@@ -3,12 +3,12 @@
 Public as `jm.tokens`: `render` (one prompt, with the places of its parts), `batch` and `pad` (many prompts as one array).
 """
 
-from jaxmed.tokens.answers import Answered, encode_example, tell_seams
+from jaxmed.tokens.answers import TokenizedExample, encode_example, tell_seams
 from jaxmed.tokens.batch import batch, pad
 from jaxmed.tokens.encode import has_text, show_tokens, text_ids
 from jaxmed.tokens.ends import end_tokens
 from jaxmed.tokens.limits import check_length, check_tokens
-from jaxmed.tokens.packing import BUCKETS, WINDOW_BUCKETS, Packed, bucket, pack
+from jaxmed.tokens.packing import BUCKETS, WINDOW_BUCKETS, PackedPrompt, bucket, pack
 from jaxmed.tokens.positions import WORDS, Patch, align, locate
 from jaxmed.tokens.prompt import Prompt, answer_ids, prompt_ids, render, written_text
 from jaxmed.tokens.template import DATE, need_tokenizer, render_chat
@@ -18,10 +18,10 @@ __all__ = [
     "DATE",
     "WINDOW_BUCKETS",
     "WORDS",
-    "Answered",
-    "Packed",
+    "PackedPrompt",
     "Patch",
     "Prompt",
+    "TokenizedExample",
     "align",
     "answer_ids",
     "batch",

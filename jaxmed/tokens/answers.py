@@ -19,7 +19,7 @@ OTHERWISE = "the chat template writes past turns another way than it asks for ne
 
 
 @dataclass(frozen=True)
-class Answered:
+class TokenizedExample:
     """A prompt and its response as tokens.
 
     Attributes:
@@ -42,7 +42,7 @@ def encode_example(
     most: int | None = None,
     most_response: int | None = None,
     scored_separator: bool = False,
-) -> Answered:
+) -> TokenizedExample:
     """An example as token ids: those of the whole conversation, rendered and tokenised once.
 
     A token that holds the end of the prompt and the beginning of the response belongs to the response. With "chat", the end of the
@@ -71,7 +71,7 @@ def encode_example(
     room = min(most_response or found, found if most is None else most - count)
     if room < 1:
         raise UserError(f"{name}: the prompt has {count} tokens, and the limit is {most}.")
-    return Answered(np.asarray(ids[: count + room], np.int32), count, max(0, found - room), said)
+    return TokenizedExample(np.asarray(ids[: count + room], np.int32), count, max(0, found - room), said)
 
 
 def _tokens_before(offsets: Sequence[Span], end: int) -> int:
@@ -100,7 +100,7 @@ def _whole_chat(tokenizer: Any, example: Example, opening: str) -> tuple[str, in
     return whole, span[0] + len(skipped or ""), end
 
 
-def tell_seams(examples: Sequence[Answered]) -> None:
+def tell_seams(examples: Sequence[TokenizedExample]) -> None:
     """Tells the user where responses are tokenised together with the end of their prompts."""
     merged = [one.seam for one in examples if one.seam]
     if merged:

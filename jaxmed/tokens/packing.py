@@ -17,7 +17,7 @@ def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedPrompt:
     """A prompt with its answer texts as branches, padded to a bucket: every answer sees the prompt and itself alone.
 
     Attributes:
@@ -37,7 +37,7 @@ class Packed:
     readers: tuple[tuple[int, ...], ...]
 
 
-def pack(prompt: np.ndarray, answers: Sequence[Sequence[int]], size: int | None = None) -> Packed:
+def pack(prompt: np.ndarray, answers: Sequence[Sequence[int]], size: int | None = None) -> PackedPrompt:
     """Packs a prompt and its answers into one row of `size` columns (default: the bucket)."""
     count = len(prompt)
     used = count + sum(len(answer) - 1 for answer in answers)
@@ -55,4 +55,4 @@ def pack(prompt: np.ndarray, answers: Sequence[Sequence[int]], size: int | None 
         visible[here, here] = np.tril(np.ones((fed, fed), bool))
         readers.append((count - 1, *range(column, column + fed)))
         column += fed
-    return Packed(tokens, position, visible, count, used, tuple(readers))
+    return PackedPrompt(tokens, position, visible, count, used, tuple(readers))

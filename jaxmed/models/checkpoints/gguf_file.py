@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES
 
 from jaxmed.errors import UserError, all_problems, unknown
 from jaxmed.models.checkpoints import Checkpoint
-from jaxmed.models.checkpoints.gguf_header import Header, Stored, can_decode, read_header
+from jaxmed.models.checkpoints.gguf_header import Header, TensorRecord, can_decode, read_header
 from jaxmed.models.checkpoints.gguf_metadata import Facts, read_metadata
 from jaxmed.models.checkpoints.gguf_tables import ARCHITECTURES, FACTORS, IGNORED, Architecture, Change
 from jaxmed.models.checkpoints.gguf_tokenizer import build_tokenizer
@@ -33,14 +33,14 @@ class Piece:
         expert: its place on the first axis of a stack of experts; None where it is a tensor of its own.
     """
 
-    stored: Stored
+    stored: TensorRecord
     change: Change
     expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         found = self.stored.shape if self.expert is None else self.stored.shape[1:]
-        return found[::-1] if self.change.turned else found
+        return found[::-1] if self.change.transposed else found
 
 
 def open_gguf(file: Path) -> Checkpoint:
@@ -130,7 +130,7 @@ AT_ONCE = 2**12
 """Numbers in a row as the `gguf` package is given it, which takes sixteen rows at a time: they fit into a core's cache."""
 
 
-def _decode(rows: np.ndarray, tensor: Stored) -> np.ndarray:
+def _decode(rows: np.ndarray, tensor: TensorRecord) -> np.ndarray:
     """Bytes uint8 [..., bytes of a row] -> numbers float32 [..., numbers of a row]; blocks are decoded apart, so rows of any length do."""
     from gguf import dequantize
 
@@ -150,7 +150,7 @@ def _read(header: Header, piece: Piece, config: dict[str, Any], cut: tuple[slice
     change, rows = piece.change, header.rows(piece.stored)
     rows = rows if piece.expert is None else rows[piece.expert]
     cuts = (slice(None),) * len(piece.shape) if cut is None else cut
-    first, *others = cuts[::-1] if change.turned else cuts
+    first, *others = cuts[::-1] if change.transposed else cuts
     order: Any = first
     if change.heads:
         order = half_split(np.arange(piece.shape[0]), int(config[change.heads]))[first]
@@ -159,4 +159,4 @@ def _read(header: Header, piece: Piece, config: dict[str, Any], cut: tuple[slice
     else:
         array = _decode(rows[order], piece.stored)[(slice(None), *others)]
     array = array - np.float32(change.above) if change.above else array
-    return array.T if change.turned else array
+    return array.T if change.transposed else array

@@ -36,12 +36,12 @@ SCALARS = {
 """Type of a metadata value -> how numpy spells it."""
 
 
-class Damaged(Exception):
+class GGUFError(Exception):
     """The header cannot be read on."""
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRecord:
     """A tensor in a file: its type, shape (rows first, as in checkpoints), and where its bytes lie."""
 
     kind: GGMLQuantizationType
@@ -61,10 +61,10 @@ class Header:
     """
 
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorRecord]
     content: np.ndarray
 
-    def rows(self, tensor: Stored) -> np.ndarray:
+    def rows(self, tensor: TensorRecord) -> np.ndarray:
         """The bytes of a tensor, uint8, shaped as it is but for the last axis."""
         block, size = GGML_QUANT_SIZES[tensor.kind]
         flat = self.content[tensor.start : tensor.start + tensor.size]
@@ -81,7 +81,7 @@ def read_header(file: Path) -> Header:
     try:
         content: Any = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
         metadata, tensors = _Reader(memoryview(content)).read(problems)
-    except (Damaged, OSError) as error:
+    except (GGUFError, OSError) as error:
         raise UserError(f"{file} is not a readable GGUF file ({_bytes_of(file)}; truncated or damaged?): {error}.") from None
     if problems:
         raise all_problems(f"GGUF file {file} ({_bytes_of(file)})", problems, "Copy or download the file again.")
@@ -115,7 +115,7 @@ class _Reader:
     def take(self, size: int, what: str) -> int:
         """Moves on by `size` bytes; returns where they start."""
         if size > self.left:
-            raise Damaged(f"{what} of {size:,} bytes at byte {self.at:,}, where {self.left:,} are left")
+            raise GGUFError(f"{what} of {size:,} bytes at byte {self.at:,}, where {self.left:,} are left")
         self.at += size
         return self.at - size
 
@@ -126,7 +126,7 @@ class _Reader:
         """A count of things that take `least` bytes each."""
         found = self.number("Q")
         if found * least > self.left:
-            raise Damaged(f"{found:,} {what} announced at byte {self.at:,}, where {self.left:,} bytes are left")
+            raise GGUFError(f"{found:,} {what} announced at byte {self.at:,}, where {self.left:,} bytes are left")
         return found
 
     def text(self, errors: str = "strict") -> str:
@@ -135,7 +135,7 @@ class _Reader:
         try:
             return str(self.content[start : start + size], "utf-8", errors)
         except UnicodeDecodeError:
-            raise Damaged(f"a name at byte {start:,} is not UTF-8") from None
+            raise GGUFError(f"a name at byte {start:,} is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
         if kind == GGUFValueType.STRING:
@@ -146,7 +146,7 @@ class _Reader:
 
     def scalars(self, kind: int, count: int) -> list[Any]:
         if kind not in SCALARS:
-            raise Damaged(f"a value of unknown type {kind} at byte {self.at:,}")
+            raise GGUFError(f"a value of unknown type {kind} at byte {self.at:,}")
         spelled = np.dtype(SCALARS[GGUFValueType(kind)])
         start = self.take(count * spelled.itemsize, "an array")
         if spelled.kind == "b":  # any byte but zero is true
@@ -157,19 +157,19 @@ class _Reader:
         kind = self.number("I")
         count = self.count(8 if kind == GGUFValueType.STRING else 1, "array items")
         if count > MOST_ITEMS:
-            raise Damaged(f"an array of {count:,} items at byte {self.at:,}; {MOST_ITEMS:,} are the most that is read")
+            raise GGUFError(f"an array of {count:,} items at byte {self.at:,}; {MOST_ITEMS:,} are the most that is read")
         if kind == GGUFValueType.STRING:
             return [self.text("surrogateescape") for _ in range(count)]
         return self.scalars(kind, count)
 
-    def read(self, problems: list[str]) -> tuple[dict[str, Any], dict[str, Stored]]:
+    def read(self, problems: list[str]) -> tuple[dict[str, Any], dict[str, TensorRecord]]:
         """Metadata and tensors; what is wrong with single tensors is added to `problems`."""
         if bytes(self.content[self.take(4, "the magic number") : 4]) != b"GGUF":
-            raise Damaged("it does not begin with 'GGUF'")
+            raise GGUFError("it does not begin with 'GGUF'")
         version = self.number("I")
         if version not in VERSIONS:
             big = " (written on a big-endian machine?)" if version & 0xFFFF == 0 else ""
-            raise Damaged(f"its version is {version}{big}; {' and '.join(map(str, VERSIONS))} are read")
+            raise GGUFError(f"its version is {version}{big}; {' and '.join(map(str, VERSIONS))} are read")
         tensors, pairs = self.count(24, "tensors"), self.count(13, "metadata keys")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
@@ -180,20 +180,20 @@ class _Reader:
         found = [self.tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-            raise Damaged(f"general.alignment is {alignment!r}; it is a power of two")
+            raise GGUFError(f"general.alignment is {alignment!r}; it is a power of two")
         return metadata, self.place(found, -(-self.at // alignment) * alignment, alignment, problems)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape (rows first), type and offset of the next tensor."""
         name, axes = self.text(), self.number("I")
         if not 0 < axes <= 4:
-            raise Damaged(f"tensor {name!r} has {axes} axes; 1 to 4 are possible")
+            raise GGUFError(f"tensor {name!r} has {axes} axes; 1 to 4 are possible")
         shape = tuple(self.number("Q") for _ in range(axes))
         return name, shape[::-1], self.number("I"), self.number("Q")
 
-    def place(self, found: list[Any], begin: int, alignment: int, problems: list[str]) -> dict[str, Stored]:
+    def place(self, found: list[Any], begin: int, alignment: int, problems: list[str]) -> dict[str, TensorRecord]:
         """The tensors by name, after checks of types, sizes and places."""
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, TensorRecord] = {}
         for name, shape, kind, offset in found:
             wrong = _wrong_type(shape, kind)
             size = 0 if wrong else _size(shape, GGMLQuantizationType(kind))
@@ -206,7 +206,7 @@ class _Reader:
             if wrong:
                 problems.append(f"tensor {name} {wrong}")
             else:
-                tensors[name] = Stored(GGMLQuantizationType(kind), shape, begin + offset, size)
+                tensors[name] = TensorRecord(GGMLQuantizationType(kind), shape, begin + offset, size)
         _check_overlaps(tensors, problems)
         return tensors
 
@@ -227,7 +227,7 @@ def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     return size // block
 
 
-def _check_overlaps(tensors: dict[str, Stored], problems: list[str]) -> None:
+def _check_overlaps(tensors: dict[str, TensorRecord], problems: list[str]) -> None:
     end, last = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda pair: pair[1].start):
         if tensor.start < end:

@@ -33,12 +33,12 @@ class Change:
 
     Attributes:
         heads: config key of the number of heads whose rows are in interleaved rotary order; "": none are.
-        turned: stored output by input, where the checkpoint has input by output.
+        transposed: stored output by input, where the checkpoint has input by output.
         above: what was added to every value.
     """
 
     heads: str = ""
-    turned: bool = False
+    transposed: bool = False
     above: float = 0.0
 
 
@@ -102,7 +102,7 @@ GPT2 = {
 }
 
 INTERLEAVED = {"blk.attn_q": Change(heads="num_attention_heads"), "blk.attn_k": Change(heads="num_key_value_heads")}
-TURNED = {f"blk.{name}": Change(turned=True) for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")}
+TRANSPOSED = {f"blk.{name}": Change(transposed=True) for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")}
 NORMS_ABOVE_ONE = {name: Change(above=1.0) for name in (*TOP, *FOUR_NORMS, *HEAD_NORMS) if name.endswith("norm")}
 
 QWEN = (shape, rope, biases)
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "olmo2": Architecture({**TOP, **POST_NORMS, **ATTENTION, **HEAD_NORMS, **MLP}, (shape, rope, olmo_windows)),
     "phi3": Architecture({**TOP, **PRE_NORMS, **FUSED}, (named("phi3"), shape, rope, window)),
-    "gpt2": Architecture(GPT2, (named("gpt2", activation_function="gelu_new"), gpt2_shape), TURNED),
+    "gpt2": Architecture(GPT2, (named("gpt2", activation_function="gelu_new"), gpt2_shape), TRANSPOSED),
     "granite": Architecture(LLAMA, (named("granite"), shape, rope, biases, granite_scales), INTERLEAVED),
 }
 """Every architecture that is read, by `general.architecture`."""

@@ -75,7 +75,7 @@ def _wrong_rope(rope: Rope, head_width: int) -> Iterator[str]:
     if not rope.base > 0:
         yield f"the base is {rope.base}; it is positive"
         return
-    rotated: Any = int(head_width * rope.share)
+    rotated: Any = int(head_width * rope.rotary_fraction)
     if rotated % 2 or not 0 < rotated <= head_width:
         yield f"{rotated} dimensions of heads of {head_width} are rotated; they are rotated in pairs"
     elif not 0 < rope.original_length < 2**31:

@@ -18,7 +18,7 @@ from jaxmed.models.families.table import (
     Rule,
     Source,
     layer,
-    turned,
+    transposed,
 )
 
 
@@ -64,11 +64,11 @@ RULES = (
     _layer("attention_norm_bias", AS_IS, "ln_1.bias", "D"),
     _layer("mlp_norm", AS_IS, "ln_2.weight", "D"),
     _layer("mlp_norm_bias", AS_IS, "ln_2.bias", "D"),
-    _layer("qkv", turned(QKV_IN_ONE), "attn.c_attn.weight", "D", "NH+KH+KH"),
+    _layer("qkv", transposed(QKV_IN_ONE), "attn.c_attn.weight", "D", "NH+KH+KH"),
     _layer("qkv_bias", QKV_BIAS_IN_ONE, "attn.c_attn.bias", "NH+KH+KH"),
-    _layer("out", turned(OUT), "attn.c_proj.weight", "NH", "D"),
+    _layer("out", transposed(OUT), "attn.c_proj.weight", "NH", "D"),
     _layer("out_bias", AS_IS, "attn.c_proj.bias", "D"),
-    _layer("gate_up", turned(BRANCHES), "mlp.c_fc.weight", "D", "F"),
+    _layer("gate_up", transposed(BRANCHES), "mlp.c_fc.weight", "D", "F"),
     _layer("gate_up_bias", BRANCHES_BIAS, "mlp.c_fc.bias", "F"),
     _layer("down", AS_IS, "mlp.c_proj.weight", "F", "D"),
     _layer("down_bias", AS_IS, "mlp.c_proj.bias", "D"),

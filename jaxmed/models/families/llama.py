@@ -16,7 +16,7 @@ from jaxmed.models.families.table import (
     MLP,
     PRE_NORMS,
     TOP,
-    TURNED,
+    TRANSPOSED,
     Family,
     layer,
 )
@@ -73,7 +73,7 @@ def read_qwen3_moe(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 MIXTRAL_MLP = (
-    layer("router", TURNED, ("block_sparse_moe.gate.weight", ("X", "D"))),
+    layer("router", TRANSPOSED, ("block_sparse_moe.gate.weight", ("X", "D"))),
     layer(
         "gate_up",
         EXPERT_BRANCHES,
@@ -83,7 +83,7 @@ MIXTRAL_MLP = (
     layer("down", EXPERT_DOWN, ("block_sparse_moe.experts.{e}.w2.weight", ("D", "M"))),
 )
 QWEN3_MOE_MLP = (
-    layer("router", TURNED, ("mlp.gate.weight", ("X", "D"))),
+    layer("router", TRANSPOSED, ("mlp.gate.weight", ("X", "D"))),
     layer("gate_up", EXPERT_BRANCHES, ("mlp.experts.{e}.gate_proj.weight", ("M", "D")), ("mlp.experts.{e}.up_proj.weight", ("M", "D"))),
     layer("down", EXPERT_DOWN, ("mlp.experts.{e}.down_proj.weight", ("D", "M"))),
 )

@@ -100,7 +100,7 @@ def _headed(letter: str) -> Layout:
     return Layout(lambda s, w: w.reshape(s[letter], s["H"], *w.shape[1:]), lambda s, p: (p.reshape(-1, *p.shape[2:]),))
 
 
-def turned(layout: Layout) -> Layout:
+def transposed(layout: Layout) -> Layout:
     """The same layout for tensors stored input by output, as GPT-2's are."""
     return Layout(lambda s, *w: layout.join(s, *(x.T for x in w)), lambda s, p: tuple(x.T for x in layout.split(s, p)))
 
@@ -115,9 +115,9 @@ def inputs_first(layout: Layout) -> Layout:
 
 
 AS_IS = Layout(lambda s, w: w, lambda s, p: (p,))
-TURNED = turned(AS_IS)
+TRANSPOSED = transposed(AS_IS)
 PER_HEAD = {letter: _headed(letter) for letter in "NK"}
-OUT = turned(PER_HEAD["N"])
+OUT = transposed(PER_HEAD["N"])
 QKV_BIAS = Layout(_fuse_qkv, _split_qkv)
 QKV_BIAS_IN_ONE = Layout(_cut_qkv, lambda s, p: (np.concatenate(_split_qkv(s, p)),))
 QKV, QKV_IN_ONE = inputs_first(QKV_BIAS), inputs_first(QKV_BIAS_IN_ONE)
@@ -161,7 +161,7 @@ ATTENTION = (
 MLP = (
     layer("gate_up", BRANCHES, ("mlp.gate_proj.weight", ("F", "D")), ("mlp.up_proj.weight", ("F", "D"))),
     layer("gate_up_bias", BRANCHES_BIAS, ("mlp.gate_proj.bias", ("F",)), ("mlp.up_proj.bias", ("F",))),
-    layer("down", TURNED, ("mlp.down_proj.weight", ("D", "F"))),
+    layer("down", TRANSPOSED, ("mlp.down_proj.weight", ("D", "F"))),
     layer("down_bias", AS_IS, ("mlp.down_proj.bias", ("D",))),
 )
 TOP = (EMBEDDING, HEAD, FINAL_NORM)
