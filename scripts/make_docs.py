@@ -71,7 +71,10 @@ def cli_page() -> str:
         "`jaxmed COMMAND --help` prints the same. `--config FILE.yaml` holds any flags as `flag: value`; flags on the command line win.",
         "",
     ]
-    lines += ["Exit codes: 0 is done; 1 means that `parity` sees a difference; 2 is wrong usage or bad input; 130 and 143 follow SIGINT and SIGTERM.", ""]
+    lines += [
+        "Exit codes: 0 is done; 1 means that `parity` sees a difference; 2 is wrong usage or bad input; 130 and 143 follow SIGINT and SIGTERM.",
+        "",
+    ]
     lines += [f"- `jaxmed {group}`: {told}" for group, told in GROUPS.items()]
     for name, command in COMMANDS.items():
         lines += [
