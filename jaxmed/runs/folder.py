@@ -7,7 +7,6 @@ and then while it runs, and on every exit. One process at a time holds the folde
 from __future__ import annotations
 
 import datetime
-import fcntl
 import os
 import platform
 import shutil
@@ -21,9 +20,9 @@ from typing import Any
 from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import TMP, check_file, check_path, read_json, simple, write_json
 from jaxmed.runs import signals
+from jaxmed.runs.lock import LOCK, RUN, hold, read_run
 from jaxmed.runs.provenance import versions
 
-RUN, LOCK = "run.json", ".lock"
 NOTED_EVERY = 10.0
 """Seconds between two records of a session while it runs."""
 
@@ -68,14 +67,6 @@ def check_folder(out: Path, resume: bool, legal: Legal) -> bool:
     return {RUN, *legal.needed} <= held
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a folder; raises a UserError where it cannot be read."""
-    record = read_json(folder / RUN, "the record of a run")
-    if not isinstance(record, dict) or not isinstance(record.get("sessions", []), list):
-        raise UserError(f"{folder / RUN} is no record of a run. Give another folder.")
-    return record
-
-
 def seconds_spent(record: Mapping[str, Any]) -> float:
     """Seconds of all sessions of a run."""
     return sum(session.get("seconds", 0.0) if isinstance(session, dict) else session for session in record.get("sessions", []))
@@ -117,46 +108,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(at).free
     if free < needed:
         raise UserError(f"--out {folder} needs up to {needed / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free. Nothing was written.")
-
-
-@contextmanager
-def hold(folder: Path, lock: str = LOCK, out: Path | None = None) -> Iterator[None]:
-    """Keeps other writers out of an existing folder, or of the file `out` in it; raises a UserError where there is one.
-
-    The kernel drops the lock with its process, however that ends. The file goes too, but after a kill, when it locks nobody out. (The
-    library filelock leaves it behind always.)
-    """
-    path, out = folder / lock, out or folder
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}. Give another one; nothing was written.") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            fix = "Wait for it, or give another one; nothing was written."
-            raise UserError(f"--out {out} is in use{_by_whom(folder / RUN if out == folder else out)}. {fix}") from None
-        except OSError as error:
-            notice(f"{out} cannot be locked ({error.strerror}): see to it that no other run writes there.")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                break
-        os.close(handle)  # its last holder removed the file before it was locked here
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _by_whom(file: Path) -> str:
-    try:
-        session = read_json(file, "the record of a run")["sessions"][-1]
-        return f" by process {session['pid']} on {session['host']}, which began at {session['started']}"
-    except (UserError, LookupError, TypeError):
-        return " by another process"
 
 
 class RunFolder:

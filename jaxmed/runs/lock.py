@@ -1,0 +1,63 @@
+"""Who writes to a folder: one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jaxmed.errors import UserError, notice
+from jaxmed.files import read_json
+
+RUN, LOCK = "run.json", ".lock"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder; raises a UserError where it cannot be read."""
+    record = read_json(folder / RUN, "the record of a run")
+    if not isinstance(record, dict) or not isinstance(record.get("sessions", []), list):
+        raise UserError(f"{folder / RUN} is no record of a run. Give another folder.")
+    return record
+
+
+@contextmanager
+def hold(folder: Path, lock: str = LOCK, out: Path | None = None) -> Iterator[None]:
+    """Keeps other writers out of an existing folder, or of the file `out` in it; raises a UserError where there is one.
+
+    The kernel drops the lock with its process, however that ends. The file goes too, but after a kill, when it locks nobody out. (The
+    library filelock leaves it behind always.)
+    """
+    path, out = folder / lock, out or folder
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}. Give another one; nothing was written.") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            fix = "Wait for it, or give another one; nothing was written."
+            raise UserError(f"--out {out} is in use{_by_whom(folder / RUN if out == folder else out)}. {fix}") from None
+        except OSError as error:
+            notice(f"{out} cannot be locked ({error.strerror}): see to it that no other run writes there.")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                break
+        os.close(handle)  # its last holder removed the file before it was locked here
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _by_whom(file: Path) -> str:
+    try:
+        session = read_json(file, "the record of a run")["sessions"][-1]
+        return f" by process {session['pid']} on {session['host']}, which began at {session['started']}"
+    except (UserError, LookupError, TypeError):
+        return " by another process"
