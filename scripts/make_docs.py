@@ -72,7 +72,8 @@ def cli_page() -> str:
         "",
     ]
     lines += [
-        "Exit codes: 0 is done; 1 means that `parity` sees a difference; 2 is wrong usage or bad input; 130 and 143 follow SIGINT and SIGTERM.",
+        "Exit codes: 0 is done; 1 means that `parity` sees a difference; 2 is wrong usage or bad input; "
+        "130 and 143 follow SIGINT and SIGTERM.",
         "",
     ]
     lines += [f"- `jaxmed {group}`: {told}" for group, told in GROUPS.items()]

@@ -19,6 +19,7 @@ from jaxmed.cli.main import COMMANDS, main
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import CATALOG, HUB_EXAMPLES, VARIANTS
 from jaxmed.models.config import parse_layers
+from jaxmed.results import open_results
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,15 @@ def test_a_sweep_from_the_command_line(folder: Path, pairs: Path, tmp_path: Path
     assert "largest mean effects" in said
     assert {path.name for path in out.iterdir()} == {"effects.zarr", "run.json", "top.csv", "report.html"}
     assert main(_sweep(folder, pairs, out, "--unit", "neuron", "mlp_out", "--layers", "0,2", "--position", "-2", "--resume")) == 0
+
+
+def test_a_sweep_of_other_estimands_and_the_reverse_direction(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "run", ("--unit", "mlp_out", "--estimand", "indirect", "direct", "--direction", "reverse")
+    assert main(_sweep(folder, pairs, out, *more)) == 0
+    table = open_results(out)
+    assert {"mlp_out", "mlp_out_direct", "mlp_out_direct_mean"} <= set(table)
+    assert table.attrs["direction"] == "reverse"
+    assert "mlp_out_direct" in (out / "top.csv").read_text()
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

@@ -40,7 +40,7 @@ def _refused(action: Callable[..., Any], *arguments: Any) -> str:
         ("mixtral", {"num_local_experts": 10**4000, "intermediate_size": 10**4000}, "too large to show"),  # 8,000 digits
         ("llama", {"rms_norm_eps": float("nan")}, "norm_eps is nan"),
         ("llama", {"rms_norm_eps": -1.0}, "norm_eps is -1.0"),
-        ("llama", {"rope_theta": -1.0}, "frequencies are not finite"),
+        ("llama", {"rope_theta": -1.0}, "the base is -1.0; it is positive"),
         ("llama", {"tie_word_embeddings": "false"}, "'tie_word_embeddings' is 'false'"),  # counted as true
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "8"}}, "factor is '8'"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": [1]}}, "factor is (1,)"),
@@ -90,7 +90,7 @@ def test_a_json_file_that_is_too_large(tmp_path: Path) -> None:
     "promised", [[], "x", None, {"a": 3}, {"a": "../model.safetensors"}, {"a": "/etc/passwd"}, {"a": "x.bin"}, {"a": "\0.safetensors"}]
 )
 def test_an_index_that_is_none(tmp_path: Path, promised: Any) -> None:
-    folder = tiny.write_checkpoint(tmp_path / "model")
+    folder = tiny.write_checkpoint(tmp_path / "model", shards=2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": promised}))
     assert "weight_map" in _refused(open_folder, folder)
 
@@ -116,9 +116,11 @@ def test_weights_that_are_not_finite(tmp_path: Path, values: tuple[float, float]
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    folder = tiny.write_checkpoint(tmp_path / "model")
-    save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "z.safetensors")
-    assert "tensor model.norm.weight is in model.safetensors and in z.safetensors" in _refused(open_folder, folder)
+    folder = tiny.write_checkpoint(tmp_path / "model", shards=2)
+    for shard in sorted(folder.glob("*.safetensors")):
+        save_file({**load_file(shard), "model.norm.weight": np.ones(16, np.float32)}, shard)
+    first, second = (shard.name for shard in sorted(folder.glob("*.safetensors")))
+    assert f"tensor model.norm.weight is in {first} and in {second}" in _refused(open_folder, folder)
 
 
 def test_damaged_tokenizer_files(tmp_path: Path) -> None:

@@ -113,10 +113,10 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
     [
         ({"prompts": []}, "no prompt"),
         ({"prompts": [[]]}, "no tokens"),
-        ({"most": 0}, "at least 1"),
+        ({"max_tokens": 0}, "at least 1"),
         ({"top_p": 0.0}, "top_p"),
         ({"temperature": -1.0}, "temperature"),
-        ({"most": 600}, "exceed what this model takes"),
+        ({"max_tokens": 600}, "exceed what this model takes"),
         ({"where": "answer"}, "generated"),
         ({"edits": {"attention_pattern": jm.Edit(1.0, 0.0)}}, "grow with it"),
         ({"edits": {"mlp_out": jm.Edit(1.0, np.zeros((3, 1, 5, 16)))}}, "single entries"),
@@ -124,4 +124,4 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
 )
 def test_wrong_requests_are_refused(plain_model: Model, more: dict[str, Any], said: str) -> None:
     with pytest.raises(jm.UserError, match=said):
-        generate_ids(plain_model, **{"prompts": PROMPTS, "most": 4, **more})
+        generate_ids(plain_model, **{"prompts": PROMPTS, "max_tokens": 4, **more})

@@ -187,7 +187,7 @@ def test_buckets_grow() -> None:
         (jm.PromptPair("p", "x", "y", ("Sure thing",), ("I",)), "log-odds", "'Sure' + ' thing'"),
         (jm.PromptPair("p", "x", "y", ("Sure", "Here"), ("I",)), "logit-diff", "Use log-odds"),
         (jm.PromptPair("p", "x", "y", ("Sure",), ("Sure", "I")), "log-odds", "both a target and a foil"),
-        (jm.PromptPair("p", "x", "y", ("Sure",), ()), "log-odds", "needs a target and a foil"),
+        (jm.PromptPair("p", "x", "y", ("Sure",), ()), "log-odds", "takes at least 1 foil"),
         (jm.PromptPair("p", "x", "y", ("Sure",), ("I",)), "sequence-logprob", "response"),
     ],
 )

@@ -26,6 +26,12 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     """Adjacent neurons per window, for the unit 'window'."""
     layers: tuple[int, ...] = ()
     """Layers to sweep, such as 9,19,20-29; empty: all."""
+    estimand: tuple[str, ...] = ("indirect",)
+    """One or several of: indirect, direct, total, interaction (natural effects; those but indirect run the turned pair too)."""
+    contrast: Literal["pair", "prefill"] = "pair"
+    """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """Which run is patched: forward, the base; reverse, the source, with base's values."""
 
     def job(self, model: Any, pairs: Sequence[Any], seed: int = 0, top: int = 50) -> Any:
         """The checked job on a model, which needs no weights.
@@ -47,6 +53,9 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
                 form=self.form,
                 seed=seed,
                 top=top,
+                estimands=self.estimand,
+                contrast=self.contrast,
+                direction=self.direction,
             ),
         )
 

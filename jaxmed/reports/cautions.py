@@ -120,7 +120,8 @@ def _signs(record: Record, outcome: str) -> Iterator[Caution]:
 def noise_floor(record: Record, outcome: str) -> float:
     """Largest spread over a pair's base outcomes, max over pairs; NaN where nothing is done."""
     if "noise_floor" in record.table and not is_partial(record):
-        return float(np.nanmax(select(record.table["noise_floor"], outcome).values))
+        stored = select(record.table["noise_floor"], outcome).values
+        return float(np.nanmax(stored)) if np.isfinite(stored).any() else float("nan")
     low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
     spread = (high.max("layer") - low.min("layer")).values
     return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")
