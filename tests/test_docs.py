@@ -78,6 +78,7 @@ def narrow(smol: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN = [page for page in PAGES if any(kind in ("python", "bash") and title not in NOT_RUN for kind, title, _ in _blocks(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_snippets_run(page: Path, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
