@@ -101,7 +101,7 @@ def test_what_no_run_computes_is_refused(name: str, harm: str, swept: tuple[Path
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
+@given(data=st.data())
 def test_no_damage_of_stored_bytes_is_silent(data: st.DataObject, swept: tuple[Path, xr.Dataset], tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     out = shutil.copytree(swept[0], tmp_path / "run")

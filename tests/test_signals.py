@@ -21,7 +21,8 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner of tests may ignore it
 from jaxmed.runs import watch
 add = watch.Tally.add
 def told(self, work, count, what):
@@ -78,7 +79,6 @@ def _start(command: list[str], pause: float) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a runner of tests may ignore it
     )
 
 
