@@ -407,7 +407,7 @@ from jaxmed.finetuning.job import check
 from jaxmed.finetuning.run import finish, run
 from jaxmed.finetuning.settings import make_settings
 job = check(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
-finish(run(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",), 0.0)
+finish(run(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",))
 """
 
 
