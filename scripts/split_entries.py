@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from griffe import Extension
+from griffe import Extension  # pyright: ignore[reportMissingImports]  (installed with the extra docs, not with test)
 
 ENTRY = re.compile(r"^( {4,})(\w+(?:, \w+)+)(: .*(?:\n\1 +.*)*)", re.M)
 
