@@ -6,9 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxmed.errors import UserError, unknown
+from jaxmed.files import parse_yaml, read_text
 
 
 def expand(arguments: list[str], name: str, command: type) -> list[str]:
@@ -54,11 +53,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        entries = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {file!r} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not valid YAML: {error}") from None
+        entries = parse_yaml(read_text(Path(file), "--config"))
+    except ValueError as error:
+        raise UserError(f"--config {file} is {error}") from None
     if not isinstance(entries, dict):
         raise UserError(f"--config {file} holds no 'key: value' entries.")
     return entries

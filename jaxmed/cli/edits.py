@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
+from jaxmed.files import read_json
 
 KINDS = ("zero", "resample", "mean", "scale", "steer", "ablate-direction", "noise")
 """Functions of `interventions.edits` that a file may name."""
@@ -66,12 +66,7 @@ def read_edits(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> list[Any]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--edits {file} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--edits {file} is not valid JSON: {str(error)[:200]}.") from None
+    entries = read_json(file, "a list of interventions")
     if not isinstance(entries, list) or not entries:
         raise UserError(f'--edits {file} holds no list of interventions, such as [{{"kind": "zero", "site": "neuron", "layer": 3}}].')
     return entries

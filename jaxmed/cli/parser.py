@@ -20,6 +20,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 import jaxmed
 from jaxmed.cli.config_file import expand
 from jaxmed.errors import UserError, quoted
+from jaxmed.files import odd_text
 from jaxmed.models.config import parse_layers
 
 DESCRIPTION = "Causal mediation analysis of language models: which layers, modules, heads, neurons and tokens carry a behaviour."
@@ -48,6 +49,8 @@ def parse(arguments: Sequence[str], commands: Mapping[str, type], groups: Mappin
     if name not in commands:
         _explain(given, name, commands, groups)
     rest = expand(given[len(name.split()) :], name, commands[name])
+    if odd := next((one for one in rest if odd_text(one) and not Path(one).exists()), ""):
+        raise UserError(f"The argument {quoted(odd)} holds bytes that are not UTF-8.")
     _check_flags(name, rest, commands)
     said = io.StringIO()
     if {"-h", "--help"} & set(rest):
@@ -169,7 +172,7 @@ def _spec(metavar: str, words: str, read: Callable[[str], Any], empty: bool) -> 
             return None
         try:
             return read(arguments[0])
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"{quoted(arguments[0])} is not {words}") from None
 
     return PrimitiveConstructorSpec(1, metavar, make, _is_single, lambda value: ["none" if value is None else str(value)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,11 @@ from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
+
+_OTHERS = ("layer", "outcome", "position", "noise_floor", *EXPERT, *(one.coordinate for one in MEDIATORS.values()))
+"""Names that a table uses, of some runs at least."""
+MOST_LETTERS = 100
+"""Of the name of a coordinate that is made of an extra column."""
 
 
 def _several(job: Job) -> tuple[str, ...]:
@@ -29,9 +36,8 @@ def coordinates(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"pair": [pair.id for pair in job.pairs]}
     for label in ("category", "group", "split", "control"):
         found[label] = ("pair", [getattr(pair, label) for pair in job.pairs])
-    for column in dict.fromkeys(name for pair in job.pairs for name in pair.extra):
-        if column not in found:
-            found[column] = ("pair", [str(pair.extra.get(column, "")) for pair in job.pairs])
+    for column, name in _extra_names(job, found).items():
+        found[name] = ("pair", [str(pair.extra.get(column, "")) for pair in job.pairs])
     found["layer"] = np.arange(config.layers)
     if _several(job):
         found["outcome"] = [outcome_name(outcome) for outcome in request.outcomes]
@@ -43,6 +49,19 @@ def coordinates(job: Job) -> dict[str, Any]:
             found[name] = (MEDIATORS["neuron"].coordinate, values)
     if request.position == "each":
         found["position"] = np.arange(-max(len(contrast.patches) for contrast in job.contrasts), 0)
+    return found
+
+
+def _extra_names(job: Job, taken: Iterable[str]) -> dict[Any, str]:
+    """Extra column of the pairs -> its coordinate: the column's name, or one like it that is free and that a folder can have."""
+    results_of = tuple(variable.name for variable in variables(job))
+    used, found = {*taken, *results_of, *_OTHERS}, {}
+    for column in dict.fromkeys(name for pair in job.pairs for name in pair.extra):
+        name = re.sub(r"[^\w-]", "_", str(column))[:MOST_LETTERS] or "_"  # xarray splits lists of names at spaces
+        while name in used or name.startswith(tuple(f"{one}_" for one in results_of)):
+            name = f"of_{name}"
+        used.add(name)
+        found[column] = name
     return found
 
 

@@ -7,7 +7,6 @@ the entry `strongreject_finetuned` of the authors' judge_templates.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
 from jaxmed.evaluation.judges import Judge
 from jaxmed.evaluation.rubrics import ask, check_rubric, read_rubric
+from jaxmed.files import read_json
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.tokens import need_tokenizer, text_ids
@@ -37,8 +37,8 @@ def read_template(path: str | Path) -> str:
     if Path(path).suffix != ".json" or not Path(path).is_file():
         return read_rubric(path)
     try:
-        return check_rubric(str(json.loads(Path(path).read_text(encoding="utf-8"))[ENTRY]), path)
-    except (ValueError, KeyError, TypeError):
+        return check_rubric(str(read_json(Path(path))[ENTRY]), path)
+    except (KeyError, TypeError):
         raise UserError(f"{path} has no entry {ENTRY!r}. Give the judge_templates.json of StrongREJECT, or a text file.") from None
 
 

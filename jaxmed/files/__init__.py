@@ -1,6 +1,7 @@
 """One way to files: paths checked first, written whole or not at all, CSV and JSON by one set of rules, arrays with checksums."""
 
 from jaxmed.files.arrays import ArrayLayout, find_damage, open_array
+from jaxmed.files.parse import odd_text, parse_json, parse_yaml
 from jaxmed.files.paths import TMP, check_file, check_path
 from jaxmed.files.sums import SUMS, check_sums, file_digest, write_sums
 from jaxmed.files.tables import NAME_COLUMNS, Row, read_csv, write_csv
@@ -18,7 +19,10 @@ __all__ = [
     "check_sums",
     "file_digest",
     "find_damage",
+    "odd_text",
     "open_array",
+    "parse_json",
+    "parse_yaml",
     "read_csv",
     "read_json",
     "read_text",

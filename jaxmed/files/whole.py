@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
+from jaxmed.files.parse import parse_json
 from jaxmed.files.paths import TMP
 
 
@@ -80,10 +81,9 @@ def write_json(file: Path, content: Any) -> None:
 def read_json(file: Path, what: str = "JSON") -> Any:
     """The content of a JSON file; raises a UserError where it cannot be read."""
     try:
-        return json.loads(read_text(file, what))
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise UserError(f"{file} cannot be read as {what}: {reason}.") from None
+        return parse_json(read_text(file, what))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as {what}: {error}.") from None
 
 
 def simple(value: Any) -> Any:

@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
+from jaxmed.files import odd_text
+from jaxmed.prompts.chat import Chat, check_chat
 
 SPLITS = ("discovery", "heldout")
+KINDS: dict[str, tuple[type, ...]] = {
+    "target": (str, list, tuple),
+    "foil": (str, list, tuple),
+    "messages": (dict,),
+    "extra": (dict,),
+}
+"""What a field of a pair may hold; the others hold texts."""
+
+
+def expected(name: str) -> str:
+    """The types that a field of a pair may have, in words."""
+    return " or ".join(kind.__name__ for kind in KINDS.get(name, (str,)))
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class PromptPair:
     foil: tuple[str, ...] = ()
     category: str = ""
     system: str | None = None
-    messages: dict[str, Any] | None = None
+    messages: dict[str, Chat] | None = None
     base_prefill: str = ""
     source_prefill: str = ""
     response: str | None = None
@@ -47,22 +61,32 @@ class PromptPair:
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, KINDS.get(name, str)):
+                raise UserError(f"pair {quoted(self.id)}: {name!r} is {quoted(value)}; a {expected(name)} is expected.")
+        if said := odd_text(vars(self)):
+            raise UserError(f"pair {quoted(self.id)}: {said}.")
         for name in ("target", "foil"):
             texts = getattr(self, name)
             texts = (texts,) if isinstance(texts, str) else tuple(texts or ())
             if not all(isinstance(text, str) and text for text in texts):
-                raise UserError(f"pair {self.id!r}: {name!r} is a list of non-empty texts, not {list(texts)!r}.")
+                raise UserError(f"pair {quoted(self.id)}: {name!r} is a list of non-empty texts, not {quoted(list(texts))}.")
             object.__setattr__(self, name, texts)
         if not self.group:
             object.__setattr__(self, "group", self.id)
         if not self.id:
             raise UserError("a pair needs a non-empty 'id'.")
         if self.split and self.split not in SPLITS:
-            raise UserError(f"pair {self.id!r}: split {self.split!r} is not one of {', '.join(SPLITS)}.")
+            raise UserError(f"pair {quoted(self.id)}: split {quoted(self.split)} is not one of {', '.join(SPLITS)}.")
         if self.messages is None and not (self.base and self.source):
-            raise UserError(f"pair {self.id!r}: needs 'base' and 'source' (user messages), or 'messages'.")
+            raise UserError(f"pair {quoted(self.id)}: needs 'base' and 'source' (user messages), or 'messages'.")
         if self.messages is not None and set(self.messages) != {"base", "source"}:
-            raise UserError(f"pair {self.id!r}: 'messages' is {{'base': [...], 'source': [...]}}, two lists of chat messages.")
+            raise UserError(f"pair {quoted(self.id)}: 'messages' is {{'base': [...], 'source': [...]}}, two lists of chat messages.")
+        for side, chat in (self.messages or {}).items():
+            try:
+                check_chat(chat)
+            except UserError as error:
+                raise UserError(f"pair {quoted(self.id)}, {side}: {error}") from None
 
     def chat(self, side: str) -> list[dict[str, str]]:
         """The chat messages of one side, "base" or "source"."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, quoted, unknown
-from jaxmed.prompts.pair import PromptPair
-from jaxmed.prompts.rows import LISTS, read_all, read_rows, without_index
+from jaxmed.prompts.pair import KINDS, PromptPair, expected
+from jaxmed.prompts.rows import read_all, read_rows, without_index
 
 BUNDLED = ("harm", "control", "facts")
 COLUMNS = tuple(f.name for f in fields(PromptPair) if f.name != "extra")
@@ -73,9 +73,8 @@ def _pair(row: Any) -> PromptPair:
     if not given.get("id"):
         problems.append("the column 'id' is missing or empty.")
     for key, value in given.items():
-        legal = (str, list, tuple) if key in LISTS else (dict,) if key == "messages" else (str,)
-        if not isinstance(value, legal):
-            problems.append(f"column {key!r} holds {quoted(value)}; a {' or '.join(kind.__name__ for kind in legal)} is expected.")
+        if not isinstance(value, KINDS.get(key, str)):
+            problems.append(f"column {key!r} holds {quoted(value)}; a {expected(key)} is expected.")
     if problems:
         raise UserError(" ".join(problems))
     extra = {**(row.get("extra") or {})} if isinstance(row.get("extra"), dict) else {}

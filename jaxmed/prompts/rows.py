@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import resources
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
+from jaxmed.files import odd_text, parse_json
 
 T = TypeVar("T")
 Rows = Iterable[tuple[str, Any]]
@@ -65,6 +65,8 @@ def read_all(name: str, rows: Rows, read: Callable[[str, Any], T], columns: Sequ
         try:
             if isinstance(row, Exception):
                 raise UserError(str(row))
+            if said := odd_text(vars(row) if hasattr(row, "__dataclass_fields__") else row):
+                raise UserError(f"{said}.")
             found.append(read(at, row))
         except UserError as error:
             problems.append(f"{at}: {error}")
@@ -94,23 +96,19 @@ def _jsonl(text: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
-        except RecursionError:
-            yield f"line {number}", ValueError("not valid JSON: it is nested too deeply")
+            yield f"line {number}", parse_json(line)
         except ValueError as error:
-            yield f"line {number}", ValueError(f"not valid JSON: {error}")
+            yield f"line {number}", error
 
 
 def _read_json(path: Path) -> Rows:
     text = _text(path)
     try:
-        rows = json.loads(text)
-    except RecursionError:
-        raise UserError(f"{quoted(str(path))} is not valid JSON: it is nested too deeply.") from None
+        rows = parse_json(text)
     except ValueError as error:
-        if str(error).startswith("Extra data"):  # rows on lines, under the other name
+        if "Extra data" in str(error):  # rows on lines, under the other name
             return _jsonl(text)
-        raise UserError(f"{quoted(str(path))} is not valid JSON: {error}.") from None
+        raise UserError(f"{quoted(str(path))}: {error}.") from None
     if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
         rows = next(iter(rows.values()))
     if not isinstance(rows, list):
@@ -157,8 +155,8 @@ def _cell(column: str, value: str) -> Any:
         return value
     if column == "messages" or text.startswith("["):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return parse_json(text)
+        except ValueError:
             pass
     return value.split("|")
 

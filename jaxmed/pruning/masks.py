@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
-from jaxmed.files import atomic, check_file
+from jaxmed.files import atomic, check_file, parse_json
 from jaxmed.models.checkpoints.edit_record import join_tags, read_tag
 
 FORMAT = "jaxmed-mask-1"
@@ -149,7 +149,7 @@ def read_mask(file: str | Path) -> Mask:
 
 def _metadata(file: str | Path, metadata: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """Shapes and rule of a mask file."""
-    shapes, rule = json.loads(metadata["shapes"]), json.loads(metadata["rule"])
+    shapes, rule = parse_json(metadata["shapes"]), parse_json(metadata["rule"])
     if not isinstance(rule, dict):
         raise UserError(f"{file} is no mask file: its rule is {quoted(rule)}; a JSON object is expected.")
     sizes = isinstance(shapes, dict) and all(isinstance(shape, list) for shape in shapes.values())

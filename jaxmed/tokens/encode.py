@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import processors
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
+from jaxmed.files import odd_text
 from jaxmed.tokens.template import Span, need_tokenizer
 
 
@@ -20,9 +21,13 @@ def encode(tokenizer: Any, text: str, bos: bool = True) -> tuple[list[int], list
         bos: begin-of-sequence comes first, exactly once, where the tokenizer adds one.
 
     Raises:
-        UserError: no tokenizer, or one that does not know which characters its tokens cover.
+        UserError: no tokenizer, or one that does not know which characters its tokens cover; no text, or one that UTF-8 cannot hold.
     """
     need_tokenizer(tokenizer)
+    if not isinstance(text, str):
+        raise UserError(f"A text is expected, not {quoted(text)}.")
+    if said := odd_text(text):
+        raise UserError(f"{quoted(text)} {said.removeprefix('a text ')}.")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("This tokenizer does not say which characters its tokens cover; load a folder with a tokenizer.json.")
     with _whole_offsets(tokenizer.backend_tokenizer):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
+from jaxmed.prompts.chat import Chat, check_chat
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.forms import find_form
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.tokens.encode import decode_after, encode, follow
-from jaxmed.tokens.template import Chat, Span, answer_beginning, check_chat, render_chat, user_span
+from jaxmed.tokens.template import Span, answer_beginning, render_chat, user_span
 
 TAIL = 8
 """Tokens of a prompt that are decoded with what was written after it."""
@@ -70,10 +71,10 @@ def render(tokenizer: Any, asked: Asked, side: str = "base", form: str = "chat")
     try:
         check_chat(ask.chat)
         found = _parts(tokenizer, ask, form)
+        text, user, header = found.pop("text"), found.pop("user"), found.pop("header")
+        ids, offsets = encode(tokenizer, text, row.bos)
     except UserError as error:
         raise UserError(f"{ask.name}{error}") from None
-    text, user, header = found.pop("text"), found.pop("user"), found.pop("header")
-    ids, offsets = encode(tokenizer, text, row.bos)
     if not ids:
         raise UserError(f"{ask.name}the prompt has no tokens.")
     message = next(one["content"] for one in reversed(ask.chat) if one["role"] == "user")
@@ -90,7 +91,7 @@ def _ask(asked: Asked, side: str) -> _Ask:
         return _Ask(f"pair {asked.id!r}, {side}: ", asked.chat(side), asked.prefill(side))
     if isinstance(asked, Example):
         return _Ask(f"example {asked.id or asked.prompt[:40]!r}: ", example_chat(asked), asked.prefill)
-    return _Ask("", [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked), "")
+    return _Ask("", [{"role": "user", "content": asked}] if isinstance(asked, str) else asked, "")
 
 
 def example_chat(example: Example) -> Chat:

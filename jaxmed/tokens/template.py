@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 from jaxmed.errors import LONGEST, UserError
+from jaxmed.prompts.chat import Chat, check_chat
 
 DATE = datetime.datetime(2026, 1, 1)
 """The day that chat templates which print a date are shown; recorded with every run."""
 
-Chat = Sequence[dict[str, str]]
 Span = tuple[int, int]
 MARK = "\ue0f5\ue0f6\ue0f7"
 """Stands in for a message: private-use characters, which no template trims, splits or changes the case of."""
@@ -70,13 +70,6 @@ def render_chat(tokenizer: Any, chat: Chat, generation: bool, **more: Any) -> st
         raise UserError(
             f"The model's chat template refuses a chat of {', '.join(roles)}: {str(error)[:LONGEST]!r}. {_advice(roles)}"
         ) from None
-
-
-def check_chat(chat: Chat) -> None:
-    """Refuses messages that are no roles with texts, with a UserError that shows one."""
-    for message in chat:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
-            raise UserError(f"A chat message is {{'role': ..., 'content': text}}, not {str(message)[:LONGEST]}. Give content as one text.")
 
 
 def _advice(roles: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmed.errors import LONGEST, UserError, all_problems
-from jaxmed.files import check_sums
+from jaxmed.files import check_sums, parse_json
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.digests import known_digest
 
@@ -77,9 +76,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MOST_JSON:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes; no such file of a model exceeds {MOST_JSON:,}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from None
+        content = parse_json(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}; a JSON object is expected.")
     return content
