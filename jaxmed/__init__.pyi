@@ -4,6 +4,7 @@ from .effects.sweep import sweep
 from .errors import UserError
 from .finetuning.run import finetune
 from .generation import generate
+from .ground_truth.plant import planted
 from .interventions import edits
 from .interventions.edit import Edit
 from .loading import load
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "make_mesh",
     "open_results",
+    "planted",
     "pruning",
     "read_examples",
     "read_pairs",
