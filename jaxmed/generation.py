@@ -18,6 +18,7 @@ import numpy as np
 from jaxmed.errors import UserError, unknown
 from jaxmed.interventions.checks import Extent, check_edits
 from jaxmed.interventions.edits import Edit, TokenIndex
+from jaxmed.interventions.writing import split_edits
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params
@@ -153,8 +154,9 @@ def generate_ids(
         max_tokens: tokens written at most.
         temperature: 0 takes the most likely token; above, tokens are sampled.
         top_p: sample among the fewest tokens whose probabilities reach this.
-        edits: site -> `Edit`; entries may name a row, which is the number of a prompt. Dense fields have no token axis but one of
-            length 1.
+        edits: site -> `Edit`; entries may name a row, which is the number of a prompt, and position="current", which is every token
+            as it is written; other positions count from a prompt's beginning, or with where="prompt" from its end. Dense fields have no
+            token axis but one of length 1.
         where: the tokens that edits act on: "both", "prompt", "generated".
         stops: tokens that end a text; default: those of the tokenizer and config.
         stop_texts: nothing more is written once one of these has been; they are left in.
@@ -179,7 +181,7 @@ def generate_ids(
     if (longest := max(map(len, prompts))) + max_tokens > config.max_length:
         raise UserError(f"A prompt of {longest} tokens and {max_tokens} more exceed what this model takes: {config.max_length}.")
     checked = _check(model, edits)
-    halves = [checked if where in ("both", half) else {} for half in ("prompt", "generated")]
+    halves = split_edits(checked, where, [len(prompt) for prompt in prompts], max_tokens)
     ends = np.asarray(stop_tokens(model) if stops is None else stops, np.int32)
     devices = model.mesh.shape["data"]
     size = len(prompts) if checked else min(rows, len(prompts))

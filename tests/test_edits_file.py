@@ -125,3 +125,28 @@ def test_edits_act_on_answers_alone(folder: Path, more: list[str], tmp_path: Pat
     asked = ["evaluate", "--model", str(folder), "--examples", str(rows), "--edits", str(file)]
     assert main([*asked, *more]) == 2
     assert "act on answers alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("position", ["current", [0, "current"]])
+def test_a_file_may_name_tokens_as_they_are_written(tmp_path: Path, position: Any) -> None:
+    found = read_edits(_write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out", "position": position}]))
+    np.testing.assert_array_equal(found["mlp_out"].where.position, edits.zero("mlp_out", position=position)["mlp_out"].where.position)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize(("position", "said"), [(-1, "prompt's end"), (4000, "legal: 0 to"), ("last", '"current"'), ([], "whole number")])
+def test_positions_are_refused_before_weights_are_loaded(
+    folder: Path,
+    command: str,
+    position: Any,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = _write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out", "position": position}])
+    rows = _write(tmp_path / "rows.jsonl", json.dumps({"prompt": "how to"}) + "\n")
+    monkeypatch.setattr("jaxmed.cli.flags.SourceFlags.load", lambda self: pytest.fail("weights were loaded"))
+    asked = ["--examples", str(rows), "--model", str(folder), "--tokens", "4", "--edits", str(file)]
+    assert main([command, *asked, *(["--text", ""] if command == "evaluate" else [])]) == 2
+    assert said in capsys.readouterr().err

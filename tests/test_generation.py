@@ -125,3 +125,72 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
 def test_wrong_requests_are_refused(plain_model: Model, more: dict[str, Any], said: str) -> None:
     with pytest.raises(jm.UserError, match=said):
         generate_ids(plain_model, **{"prompts": PROMPTS, "max_tokens": 4, **more})
+
+
+WRITTEN = {
+    "a whole output": lambda **more: jm.edits.zero("mlp_out", layer=1, **more),
+    "a neuron of some rows": lambda **more: {
+        "neuron": jm.Edit(1.0, np.asarray([9.0, -9.0], np.float32), where=where(layer=[0, 1], unit=[3, 5], row=[0, 1], **more))
+    },
+    "a direction": lambda **more: jm.edits.steer("residual_out", np.linspace(-3, 3, 16), 2.0, layer=2, **more),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_current_is_every_token_as_it_is_written(plain_model: Model, kind: str) -> None:
+    make = WRITTEN[kind]
+    ask = lambda edits, half: [x.tolist() for x in generate_ids(plain_model, PROMPTS[:2], 6, stops=[], edits=edits, where=half)]  # noqa: E731
+    wanted = ask(make(), "generated")
+    assert ask(make(position="current"), "both") == ask(make(position="current"), "generated") == wanted
+    assert wanted != ask({}, "both")
+
+
+def test_current_stands_beside_tokens_of_the_prompt(plain_model: Model) -> None:
+    prompt = PROMPTS[:1]
+    both = jm.edits.zero("mlp_out", layer=1, position=[0, 2, "current"])
+    found = generate_ids(plain_model, prompt, 6, stops=[], edits=both)[0].tolist()
+    numbers = [0, 2, *range(len(prompt[0]), len(prompt[0]) + 5)]
+    assert found == generate_ids(plain_model, prompt, 6, stops=[], edits=jm.edits.zero("mlp_out", layer=1, position=numbers))[0].tolist()
+    assert found != generate_ids(plain_model, prompt, 6, stops=[], edits=jm.edits.zero("mlp_out", layer=1, position="current"))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("position", "half"),
+    [
+        (-1, "both"),
+        (-1, "generated"),
+        ([0, -1], "both"),
+        (99, "both"),
+        (99, "prompt"),
+        (-99, "prompt"),
+        (0, "generated"),
+        (99, "generated"),
+    ],
+)
+def test_positions_that_match_nothing_while_generating_are_refused(plain_model: Model, position: Any, half: str) -> None:
+    edits = jm.edits.zero("mlp_out", layer=1, position=position)
+    wrong = position[1] if isinstance(position, list) else position
+    with pytest.raises(jm.UserError, match=rf"position {wrong}, which .*position=\"current\""):
+        generate_ids(plain_model, PROMPTS, 4, edits=edits, where=half)
+
+
+def test_positions_of_a_row_are_held_against_its_own_prompt(plain_model: Model) -> None:
+    lengths = [len(prompt) for prompt in PROMPTS]
+    row, most = int(np.argmin(lengths)), max(lengths)
+    assert most > min(lengths) + 1
+    edit = jm.Edit(0.0, 0.0, 1.0, where=where(position=most - 1, row=row))
+    with pytest.raises(jm.UserError, match=f"position {most - 1}"):
+        generate_ids(plain_model, PROMPTS, 1, edits={"mlp_out": edit}, where="both")
+    edit = jm.Edit(0.0, 0.0, 1.0, where=where(position=-min(lengths), row=row))
+    assert generate_ids(plain_model, PROMPTS, 1, edits={"mlp_out": edit}, where="prompt")
+
+
+def test_current_belongs_to_writing_alone(plain_model: Model) -> None:
+    edits = jm.edits.zero("mlp_out", position="current")
+    with pytest.raises(jm.UserError, match="`generate` writes"):
+        jm.forward(plain_model, PROMPTS[0][None], edits)
+    with pytest.raises(jm.UserError, match="acts on the prompt alone"):
+        generate_ids(plain_model, PROMPTS, 4, edits=edits, where="prompt")
+    for other in (jm.edits.zero("mlp_out", position=3), jm.edits.scale("mlp_out", 2.0), edits):
+        with pytest.raises(jm.UserError, match="same entry"):
+            jm.edits.merge(edits, other)

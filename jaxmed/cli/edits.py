@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,15 +28,25 @@ class EditFlags:
     edited: Literal["both", "prompt", "generated"] = "both"
     """Tokens that --edits act on: those of the prompt, the generated ones, or both."""
 
-    def how(self, model: Any) -> dict[str, Any]:
-        """The arguments of `generate` that the flags stand for; raises a UserError for edits that this model cannot take."""
+    def how(self, model: Any, lengths: Sequence[int], most: int) -> dict[str, Any]:
+        """The arguments of `generate` that the flags stand for.
+
+        Args:
+            lengths: tokens of every prompt.
+            most: tokens written at most.
+
+        Raises:
+            UserError: edits that this model cannot take, or that match no token.
+        """
         from jaxmed.interventions.checks import Extent, check_edits
+        from jaxmed.interventions.writing import split_edits
 
         if self.edits is None:
             return {}
         edits = read_edits(self.edits)
         try:
-            check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
+            checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
+            split_edits(checked, self.edited, lengths, most)
         except UserError as error:
             raise UserError(f"{self.edits}: {error}") from None
         return {"edits": edits, "where": self.edited}
@@ -110,6 +120,18 @@ def _whole(name: str, value: Any, folder: Path) -> Any:
     return value
 
 
+def _positions(name: str, value: Any, folder: Path) -> Any:
+    """Whole numbers, and the word "current"."""
+    many = value if isinstance(value, list) else [value]
+    if many and all(isinstance(one, str) and one != "current" for one in many):
+        raise UserError(f'{name} is {quoted(value)}; whole numbers, or "current" (every token as it is written), are expected.')
+    if numbers := [one for one in many if one != "current"]:
+        _whole(name, numbers, folder)
+    elif not many:
+        _whole(name, value, folder)
+    return value
+
+
 def _numbers(name: str, value: Any, folder: Path) -> Any:
     """Numbers in the file, or in a .npy file beside it."""
     import numpy as np
@@ -147,7 +169,7 @@ def _shape(name: str, value: Any, folder: Path) -> tuple[int, ...]:
 FIELDS: dict[str, Callable[[str, Any, Path], Any]] = {
     "site": _text,
     "layer": _whole,
-    "position": _whole,
+    "position": _positions,
     "unit": _whole,
     "seed": _whole,
     "shape": _shape,

@@ -106,14 +106,17 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
     def _check_model(self, rows: Sequence[Any]) -> None:
         """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""
-        from jaxmed.tokens import prompt_ids
-
         model = self.describe()
-        self.how(model)
-        for row in rows if not self.given else ():
-            prompt_ids(model.tokenizer, row, self.form)
+        if not self.given:
+            self._edits(model, rows)
         if self.text and self.against:
             self._other().describe()
+
+    def _edits(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
+        """How the rows are answered; raises a UserError for prompts and edits that cannot be used."""
+        from jaxmed.tokens import prompt_ids
+
+        return self.how(model, [len(prompt_ids(model.tokenizer, row, self.form)) for row in rows], self.tokens)
 
     def _other(self) -> SourceFlags:
         """The model that the perplexity is compared with."""
@@ -129,7 +132,9 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
         texts = [row.response for row in rows]
         if not self.given:
             with show.progress("answers", len(rows), "answers") as report:
-                texts = answer(model, rows, self.tokens, self.form, **self.how(model), report=lambda count: report(count, count, ""))
+                texts = answer(
+                    model, rows, self.tokens, self.form, **self._edits(model, rows), report=lambda count: report(count, count, "")
+                )
         with show.progress("judging", len(rows), "answers") as report:
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}

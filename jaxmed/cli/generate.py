@@ -59,6 +59,4 @@ class Generate(ModelFlags, FormFlag, EditFlags, ConfigFlags):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError(f"--temperature ({self.temperature:g}) is 0 or more, and --top-p ({self.top_p:g}) above 0 and at most 1.")
         model = self.describe()
-        for row in rows:
-            prompt_ids(model.tokenizer, row, self.form)
-        return self.how(model)
+        return self.how(model, [len(prompt_ids(model.tokenizer, row, self.form)) for row in rows], self.tokens)

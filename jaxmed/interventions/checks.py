@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxmed.errors import UserError
-from jaxmed.interventions.edits import ANY, Edit, Edits, Where
+from jaxmed.interventions.edits import ANY, CURRENT, Edit, Edits, Where
 from jaxmed.interventions.sites import INTERNAL, SITES, site_name
 
 
@@ -122,6 +122,11 @@ def _check_positions(name: str, entries: Where, rows: tuple[int, ...]) -> None:
     position, row = (np.asarray(x) for x in np.broadcast_arrays(entries.position, entries.row))
     lengths = np.asarray(rows)
     longest = np.where(row == ANY, lengths.max(initial=0), lengths[np.where(row == ANY, 0, row)])
+    if (position == CURRENT).any():
+        raise UserError(
+            f'The edit at {name!r} has position="current", a token as it is written: `generate` writes, and `forward` reads tokens that '
+            "are there. Leave the position out for every token, or give its number."
+        )
     wrong = (position != ANY) & ((position >= longest) | (position < -longest))
     if wrong.any():
         at = int(np.argmax(wrong))

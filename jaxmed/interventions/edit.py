@@ -14,6 +14,8 @@ from jaxmed.interventions.sites import site_name
 
 ANY = np.iinfo(np.int32).max
 """In a field of `Where`: every layer, position, unit or row."""
+CURRENT = ANY - 1
+"""As a position: every token as it is written, while text is generated; "current" in `where`."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +25,7 @@ class Where:
 
     Attributes:
         layer: int [E], 0-based, or `ANY`.
-        position: int [E]; counts real tokens (padding does not count), negative from the last real token, or `ANY`.
+        position: int [E]; counts real tokens (padding does not count), negative from the last real token, or `ANY`, or `CURRENT`.
         unit: int [E]; index on the site's unit axis (neuron, head, residual dimension), or `ANY`.
         row: int [E]; row of the batch, or `ANY`.
         names: which of "row", "position" and "unit" every entry names, where the others are `ANY` in every entry; None where entries differ
@@ -72,13 +74,14 @@ class TokenIndex:
 
 
 def where(layer: Any = ANY, position: Any = ANY, unit: Any = ANY, row: Any = ANY) -> Where:
-    """A `Where` from scalars and lists, broadcast against each other to one axis `E`."""
+    """A `Where` from scalars and lists, broadcast against each other to one axis `E`; "current" is a position too."""
+    position = [CURRENT if one == "current" else one for one in np.atleast_1d(np.asarray(position, object)).tolist()]
     fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(given, np.int32)) for given in (layer, position, unit, row)))
     layer, position, unit, row = (np.ascontiguousarray(given) for given in fields)
-    return _with_names(Where(layer, position, unit, row))
+    return with_names(Where(layer, position, unit, row))
 
 
-def _with_names(entries: Where) -> Where:
+def with_names(entries: Where) -> Where:
     """The entries, with what all of them name."""
     named = {name: np.asarray(getattr(entries, name)) != ANY for name in ("row", "position", "unit")}
     mixed = any(flags.any() and not flags.all() for flags in named.values())
@@ -106,7 +109,7 @@ def _join(name: str, first: Edit, second: Edit) -> Edit:
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), replace(first.where, names=None), replace(second.where, names=None))
     at = (len(first.where.layer), len(second.where.layer))
     gate, value, add = (_concatenate((getattr(first, name), getattr(second, name)), at) for name in ("gate", "value", "add"))
-    return Edit(gate, value, add, None, _with_names(joined))
+    return Edit(gate, value, add, None, with_names(joined))
 
 
 def _concatenate(fields: tuple[Any, Any], entries: tuple[int, int]) -> np.ndarray:
@@ -136,7 +139,9 @@ def _refuse_overlap(name: str, first: Where, second: Where) -> None:
         for one in ("layer", "row", "unit", "position"):
             ours, theirs = getattr(block, one), np.asarray(getattr(second, one))
             same = (ours == theirs) | (ours == ANY) | (theirs == ANY)
-            meet &= (same | ((ours < 0) != (theirs < 0))) if one == "position" else same
+            if one == "position":  # of a written token, the number may be any
+                same |= ((ours < 0) != (theirs < 0)) | (ours == CURRENT) | (theirs == CURRENT)
+            meet &= same
         if meet.any():
             at = begin + int(np.argwhere(meet)[0, 0])
             raise UserError(
@@ -146,4 +151,4 @@ def _refuse_overlap(name: str, first: Where, second: Where) -> None:
 
 
 def _shown(value: int) -> str:
-    return "any" if value == ANY else str(value)
+    return {ANY: "any", CURRENT: "current"}.get(int(value), str(value))

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.interventions.edit import ANY, Edit, Edits, TokenIndex, Where, merge, where
+from jaxmed.interventions.edit import ANY, CURRENT, Edit, Edits, TokenIndex, Where, merge, where
 from jaxmed.interventions.sites import site_name
 
 __all__ = [
     "ANY",
+    "CURRENT",
     "Edit",
     "Edits",
     "TokenIndex",
