@@ -219,6 +219,6 @@ def _chunk_outcome(
     placed = jax.device_put(Picks(kind, layer, index), jax.NamedSharding(model.mesh, jax.P("data")))
     rows, mid = patched_rows(config, params, window.view, placed, kinds, width)
     if first == last and not any(MEDIATORS[name].mid for name in kinds):  # all rows begin behind the same layer
-        return propagate(config, params, window.restart, rows, np.int32(first + 1), window.reads, readout)
+        return propagate(config, params, window.restart, rows, np.int32(first + 1), window.reads, readout, window.reads.slots)
     entry = Entry(rows, placed.layer, mid)
-    return propagate(config, params, window.restart, rows, np.int32(first), window.reads, readout, entry)
+    return propagate(config, params, window.restart, rows, np.int32(first), window.reads, readout, window.reads.slots, entry)

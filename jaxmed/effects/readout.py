@@ -67,8 +67,8 @@ class Readout:
     outcomes: tuple[OutcomeName, ...]
 
     def __call__(self, config: ModelConfig, params: Params, h: jax.Array, reads: Reads) -> jax.Array:
-        """h float32 [U,T,D] -> outcomes float32 [outcome, U]."""
-        x = final_norm(config, params, h[:, reads.slots])
+        """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""
+        x = final_norm(config, params, h)
         known = [OUTCOMES[o] for o in self.outcomes if not callable(o)]
         logits = as_logits(config, contract("UTD,RD->URT", x, head(params)[reads.token]))
         logits = jnp.take_along_axis(logits, reads.at[None, :, None], axis=2)[..., 0]
@@ -142,5 +142,4 @@ def next_token(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames=("config", "readout"))
 def read(config: ModelConfig, params: Params, h: jax.Array, reads: Reads, readout: Readout) -> jax.Array:
     """Outcomes [outcome] of one run whose last residual stream at `reads.slots` is h [T,D]."""
-    reads = Reads(jnp.arange(h.shape[0]), reads.at, reads.token, reads.weight, reads.source)
     return readout(config, params, h[None], reads)[:, 0]

@@ -79,8 +79,10 @@ class Block(nnx.Module):
             out = out + project(project(x, down.astype(x.dtype), inputs, x.dtype), up.astype(x.dtype))
         return out if dtype is None else out.astype(dtype)
 
-    def attention(self, h: jax.Array, angles: Angles | None, attend: Attend, touch: Touch = untouched) -> jax.Array:
-        """h [B,T,D] -> residual_mid [B,T,D]."""
+    def attention(
+        self, h: jax.Array, angles: Angles | None, attend: Attend, touch: Touch = untouched, asked: jax.Array | None = None
+    ) -> jax.Array:
+        """h [B,T,D] -> residual_mid [B,T,D]; with `asked` int [R], of these columns alone: [B,R,D], and `attend` is asked so."""
         config, dtype = self.config, self.config.compute
         h = touch("residual_in", h)
         x = self.norm(h, "attention_norm", dtype) if config.pre_norm else h.astype(dtype)
@@ -97,8 +99,10 @@ class Block(nnx.Module):
         query, key, value = touch("query", query), touch("key", key), touch("value", value)
         query, key = rotate(query, angles), touch("cached_key", rotate(key, angles))
         value = touch("cached_value", value)
+        if asked is not None:
+            query, h = query[:, asked], h[:, asked]
         mixed = attend(query.reshape(*h.shape[:2], config.kv_heads, config.group, config.head_width), key, value)
-        mixed = touch("head_out", mixed.reshape(heads))
+        mixed = touch("head_out", mixed.reshape(query.shape))
         return self.add_attention(h, self.times(mixed, "out", inputs=2), touch)
 
     def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:

@@ -76,6 +76,7 @@ def run(
     entry: Entry | None = None,
     edits: dict[str, Edit] | None = None,
     columns: jax.Array | None = None,
+    asked: jax.Array | None = None,
 ) -> Ran:
     """Blocks from number `first` on over a residual stream float32 [B,T,D]. More than six arguments: each is one seam of the engine.
 
@@ -86,19 +87,22 @@ def run(
         entry: rows that join late; until then they carry `stream`.
         edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row.
         columns: int [B,W], keeps only these columns of every tap but the cached keys and values.
+        asked: int [R], with a traced `first`: the columns whose last residual stream is returned, [B,R,D]. Where they are fewer than T
+            and nothing is edited or recorded, the last block has queries and an MLP for them alone.
     """
     edits, names = edits or {}, recording.taps + (("cached_key", "cached_value") if recording.keep else ())
     scanned, fixed = split_dense(edits)
     angles, windows = model_angles(config, layout.position), layer_windows(config)
 
-    def step(stream: jax.Array, at: _Layer) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def step(stream: jax.Array, at: _Layer, asked: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         recorded: dict[str, jax.Array] = {}
         here = {name: at_layer(edit, fixed[name], at.dense[name]) for name, edit in edits.items()}
 
         def touch(name: str, a: jax.Array) -> jax.Array:
             if entry is not None and name in ("residual_mid", "residual_out"):
                 joins = (entry.layer == at.number) & (entry.mid == (name == "residual_mid"))
-                a = jnp.where(joins[:, None, None], entry.stream, a)
+                joining = entry.stream if asked is None else entry.stream[:, asked]
+                a = jnp.where(joins[:, None, None], joining, a)
             if name in here:
                 a = apply_edit(here[name], SITES[name], a, at.number, layout.index)
             if name in names:
@@ -107,8 +111,8 @@ def run(
 
         block = open_block(config, at.arrays, recording.rules)
         at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in (*names, *here) else None
-        see = partial(_attend, config, layout, at, prefix, at_pattern, recording.rules)
-        return block.mlp(block.attention(stream, angles(at.window), see, touch), touch), recorded
+        see = partial(_attend, config, layout if asked is None else layout.asked(asked), at, prefix, at_pattern, recording.rules)
+        return block.mlp(block.attention(stream, angles(at.window), see, touch, asked), touch), recorded
 
     kv = None if prefix is None else (prefix.key, prefix.value)
     if isinstance(first, int):
@@ -117,7 +121,10 @@ def run(
         stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
+        if asked is not None and asked.shape[0] < stream.shape[1] and not edits and not names:
+            return Ran(_loop_to_few(config, step, stream, first, layers, asked), {}, None)
         stream, recorded = _loop(config, step, stream, first, layers, bool(names))
+        stream = stream if asked is None else stream[:, asked]
     kept = (recorded.pop("cached_key"), recorded.pop("cached_value")) if recording.keep else None
     return Ran(stream, recorded, kept)
 
@@ -131,23 +138,33 @@ class _Layer(NamedTuple):
     dense: dict[str, Any]
     cached: tuple[jax.Array, jax.Array] | None
 
+    def at(self, number: Any) -> _Layer:
+        """One layer's slice of all."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), self)
+
 
 def _loop(
     config: ModelConfig, step: Callable[..., Any], stream: jax.Array, first: jax.Array, layers: _Layer, records: bool
 ) -> tuple[jax.Array, Any]:
     """`step` from a traced layer on; what it records, if anything, is put into arrays with an axis of all layers."""
 
-    def at(number: jax.Array) -> _Layer:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), layers)
-
-    shapes = jax.eval_shape(lambda: step(stream, at(jnp.int32(0)))[1]) if records else {}
+    shapes = jax.eval_shape(lambda: step(stream, layers.at(jnp.int32(0)))[1]) if records else {}
     empty = jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), shapes)
 
     def body(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        stream, recorded = step(carry[0], at(number))
+        stream, recorded = step(carry[0], layers.at(number))
         return stream, jax.tree.map(lambda all_layers, x: all_layers.at[number].set(x), carry[1], recorded)
 
     return jax.lax.fori_loop(first, config.layers, body, (stream, empty))
+
+
+def _loop_to_few(
+    config: ModelConfig, step: Callable[..., Any], stream: jax.Array, first: jax.Array, layers: _Layer, asked: jax.Array
+) -> jax.Array:
+    """`step` from a traced layer on; the last block has queries for the columns `asked` alone. Keys and values it has for all."""
+    last = config.layers - 1
+    stream = jax.lax.fori_loop(first, last, lambda number, stream: step(stream, layers.at(number))[0], stream)
+    return jax.lax.cond(first <= last, lambda x: step(x, layers.at(last), asked)[0], lambda x: x[:, asked], stream)
 
 
 def _attend(
@@ -160,7 +177,8 @@ def _attend(
         )
     query, key, value = qkv
     position = layout.position
-    segments = [Segment(key, value, layout.visible & sees(position, position, at.window))]
+    keys = position if layout.keys is None else layout.keys
+    segments = [Segment(key, value, layout.visible & sees(position, keys, at.window))]
     if prefix is not None and at.cached is not None:
         near = sees(_for_rows(position, len(prefix.position)), prefix.position, at.window)
         before = prefix.seen[:, None, :] & near

@@ -44,7 +44,7 @@ def forward(
 
 
 Readout = Callable[[ModelConfig, Params, jax.Array, Any], jax.Array]
-"""(config, params, last residual stream [U,T,D], reads) -> outcomes [..., U]. Hashable: it is part of the program."""
+"""(config, params, last residual stream [U,R,D] of the columns asked for, reads) -> outcomes [..., U]. Hashable: it is part of the program."""
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))
@@ -56,6 +56,7 @@ def propagate(
     first: jax.Array,
     reads: Any,
     readout: Readout,
+    asked: jax.Array,
     entry: Entry | None = None,
     edits: dict[str, Edit] | None = None,
 ) -> jax.Array:
@@ -64,13 +65,14 @@ def propagate(
     Args:
         stream: float32 [U,T,D], the input of layer `first`, the first layer that runs.
         reads: what `readout` reads.
+        asked: int [R], the columns whose last residual stream `readout` gets.
         entry: rows that join the stream at layers of their own.
         edits: further interventions on rows, at any layers from `first` on: joint sets, paths.
 
     Returns:
         What `readout` returns, [..., U].
     """
-    ran = run(config, params, stream, restart.layout, first=first, prefix=restart.prefix, entry=entry, edits=edits)
+    ran = run(config, params, stream, restart.layout, first=first, prefix=restart.prefix, entry=entry, edits=edits, asked=asked)
     return readout(config, params, ran.stream, reads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ class Layout:
         index: which real token each column is, for `Where.position`.
         trunk, branch: where `branch` is not 0, a row is `trunk` tokens of ordinary text, and then branches of `branch` tokens each; a
             branch sees the trunk and itself alone, and `visible` is of branches: [B, branches, branch, trunk + branch].
+        keys: int [B or 1, S], RoPE position of every key, where the queries are some of the tokens alone; else None.
     """
 
     position: Any
@@ -29,6 +30,11 @@ class Layout:
     index: TokenIndex
     trunk: int = field(default=0, metadata={"static": True})
     branch: int = field(default=0, metadata={"static": True})
+    keys: Any = None
+
+    def asked(self, columns: Any) -> Layout:
+        """How the tokens at columns int [R] see all of them."""
+        return replace(self, position=self.position[:, columns], visible=self.visible[:, columns], keys=self.position)
 
 
 def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
