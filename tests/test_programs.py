@@ -68,9 +68,8 @@ def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
     window, config = open_window(prepared, prepared.contrast.patches[0]), plain_model.config
     rows, seen = 10, len(prepared.packed.tokens)
     h = np.zeros((rows, 1, config.width), np.float32)
-    program = jax.make_jaxpr(
-        lambda first: propagate(config, plain_model.params, window.restart, h, first, window.reads, Readout(("log-odds",)), window.reads.slots)
-    )
+    how = {"reads": window.reads, "readout": Readout(("log-odds",)), "asked": window.reads.slots}
+    program = jax.make_jaxpr(lambda first: propagate(config, plain_model.params, window.restart, h, first, **how))
     found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers)
     readout = 2 * rows * config.width * len(window.reads.token) * len(window.reads.slots)
     assert found == propagate_flops(config, rows, 1, seen, config.layers) + readout

@@ -31,6 +31,11 @@ def _ready(model: Model, position: str | int = "last") -> Any:
     return prepared, window, patch, values
 
 
+def _propagate(model: Model, window: Any, rows: Any, first: int, *how: Any) -> Any:
+    reads = window.reads
+    return propagate(model.config, model.params, window.restart, rows, np.int32(first), reads, Readout(OUTCOME), reads.slots, *how)
+
+
 def _one(name: str, model: Model, values: Any, patch: Any, layer: int, index: int) -> dict[str, jm.Edit]:
     """A unit's edit, on row 0."""
     picks = Picks(np.zeros(1, int), np.asarray([layer]), np.asarray([index]))
@@ -48,7 +53,7 @@ def test_a_joint_set_across_layers_equals_a_full_forward_with_all_its_edits(kind
     rows, mid = patched_rows(model.config, model.params, window.view, picks, ("neuron",), 1)
     later = merge(*(_one(name, model, values, patch, layer, index) for name, layer, index in members[1:]))
     entry = Entry(rows, np.zeros(1, np.int32), mid)
-    found = propagate(model.config, model.params, window.restart, rows, np.int32(0), window.reads, Readout(OUTCOME), window.reads.slots, entry, later)
+    found = _propagate(model, window, rows, 0, entry, later)
 
     every = merge(*(_one(name, model, values, patch, layer, index) for name, layer, index in members))
     wanted = naive.outcome(model, tiny.PAIRS[0], "base", "log-odds", every)
@@ -61,7 +66,7 @@ def test_rows_of_a_restarted_run_take_edits_of_their_own(plain_model: Model) -> 
     prepared, window, patch, values = _ready(plain_model)
     rows = np.asarray(prepared.base["residual_out"])[0][None, window.view.slots].repeat(2, 0)
     edit = _one("neuron", plain_model, values, patch, 2, 4)
-    found = propagate(plain_model.config, plain_model.params, window.restart, rows, np.int32(1), window.reads, Readout(OUTCOME), window.reads.slots, None, edit)
+    found = _propagate(plain_model, window, rows, 1, None, edit)
     alone = [naive.outcome(plain_model, tiny.PAIRS[0], "base", "log-odds", edits) for edits in (edit, None)]
     assert np.abs(np.asarray(found)[0] - alone).max() <= tolerances.EFFECTS
 

@@ -20,14 +20,20 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
     position: str = "last"
     """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
-    unit: tuple[str, ...] = ("neuron",)
-    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out."""
+    unit: tuple[str, ...] = ()
+    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out. By
+    default neuron, or none where --sets or --paths are given."""
     window: int = 32
     """Adjacent neurons per window, for the unit 'window'."""
     layers: tuple[int, ...] = ()
     """Layers to sweep, such as 9,19,20-29; empty: all."""
     estimand: tuple[str, ...] = ("indirect",)
-    """One or several of: indirect, direct, total, interaction (natural effects; those but indirect run the turned pair too)."""
+    """One or several of: indirect, direct, total, interaction (natural effects; those but indirect run the turned pair too), to_logits
+    (what the unit writes into the logits itself), via_later (what later layers make of it), both_ways (the rest of the indirect effect)."""
+    sets: Path | None = None
+    """JSON list of units that are patched together: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]]}]."""
+    paths: Path | None = None
+    """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
     contrast: Literal["pair", "prefill"] = "pair"
     """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer."""
     direction: Literal["forward", "reverse"] = "forward"
@@ -40,13 +46,18 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
             UserError: what cannot be swept, of all pairs together.
         """
         from jaxmed.effects.job import Request, make_job
+        from jaxmed.effects.sets import read_paths, read_sets
 
+        sets = () if self.sets is None else read_sets(self.sets)
+        paths = () if self.paths is None else read_paths(self.paths)
         return make_job(
             model,
             pairs,
             Request(
                 outcomes=self.outcome,
-                units=self.unit,
+                units=self.unit or (() if sets or paths else ("neuron",)),
+                sets=sets,
+                paths=paths,
                 position=self.position,
                 window=self.window,
                 layers=self.layers or None,

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxmed import results
-from jaxmed.effects.estimators import Item, find_estimator
+from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import BLOCK, Job, shapes_of
 from jaxmed.effects.table import table_bytes
+from jaxmed.effects.work import Item
 from jaxmed.runs.cost import Cost, propagate_flops
 from jaxmed.runs.watch import show_time
 
@@ -72,7 +73,7 @@ def open_items(job: Job, done: np.ndarray) -> Sequence[Item]:
 def full_forwards(job: Job, pair: int) -> float:
     """FLOPs of the full forwards of a pair."""
     config, seen = job.model.config, shapes_of(job.contrasts[pair])[0].seen
-    return 2 * len(job.passes) * propagate_flops(config, 1, seen, 0, config.layers)
+    return 2 * len(job.sides(job.contrasts[pair])) * propagate_flops(config, 1, seen, 0, config.layers)
 
 
 def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepPlan:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.contrast import Contrast
-from jaxmed.effects.mediators import MEDIATORS, Picks, Record, View, patched_rows, recorded_sites
+from jaxmed.effects.mediators import MEDIATORS, Picks, Record, Unit, View, patched_rows, recorded_sites, written
 from jaxmed.effects.outcomes import OUTCOMES, OutcomeName
 from jaxmed.effects.readout import Readout, Reads, make_reads, next_token, read
 from jaxmed.interventions.edits import TokenIndex
@@ -64,14 +64,14 @@ class PreparedContrast:
     routing_margin: np.ndarray | None
 
 
-def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...]) -> PreparedContrast:
-    """Runs base and source once and keeps what every patch needs."""
+def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...], stream: bool = False) -> PreparedContrast:
+    """Runs base and source once and keeps what every patch needs; with `stream`, the base run's input of every layer too."""
     model, other, answers, patches = contrast.base.model, contrast.source.model, contrast.answers, contrast.patches
     config, params, readout = model.config, model.params, Readout(outcomes)
     packed, packed_source = contrast.packed(), contrast.packed(contrast.source)
     start = min(patch.base[0] for patch in patches)
     columns, source_columns = _columns(packed, start, patches)
-    base_taps, source_taps = recorded_sites(config, units)
+    base_taps, source_taps = recorded_sites(config, units, stream)
 
     slots = make_reads(packed_source, answers, 0).slots
     there, h = record(other.config, other.params, *_fed(packed_source), source_columns, slots, source_taps)
@@ -147,10 +147,6 @@ def open_window(prepared: PreparedContrast, patch: Patch) -> Window:
     return Window(Restart(prefix, Layout(packed.position[columns][None], visible[None], index)), reads, view)
 
 
-Unit = tuple[str, int, int]
-"""(mediator, layer, index)."""
-
-
 @dataclass(frozen=True)
 class Values:
     """Outcomes of the rows of some chunks, still on their devices.
@@ -193,7 +189,9 @@ def chunk_rows(units: int, per_device: int, devices: int) -> np.ndarray:
     return np.concatenate([np.full((chunks, devices, 1), -1, np.int32), rows], axis=2)
 
 
-def unit_values(model: Model, window: Window, units: Sequence[Unit], width: int, per_device: int, readout: Readout) -> Values:
+def unit_values(
+    model: Model, window: Window, units: Sequence[Unit], width: int, per_device: int, readout: Readout, way: str = "whole"
+) -> Values:
     """Outcomes of units of any kinds and layers, in the order of their layers: every chunk restarts as late as its first one allows.
 
     Returns before they are finished.
@@ -201,15 +199,17 @@ def unit_values(model: Model, window: Window, units: Sequence[Unit], width: int,
     Args:
         width: neurons of a window.
         per_device: rows of a chunk on each device, beside the base row.
+        way: what of the model responds; see `estimands.Pass`.
     """
     kinds = tuple(dict.fromkeys(kind for kind, _, _ in units))
     picks = np.asarray([(kinds.index(kind), layer, index) for kind, layer, index in units], np.int32)
     chunks = chunk_rows(len(units), per_device, model.mesh.shape["data"])
-    return Values(chunks, [_chunk_outcome(model, window, picks, chunk.reshape(-1), kinds, width, readout) for chunk in chunks])
+    run = partial(_chunk_outcome, model, window, picks, kinds=kinds, width=width, readout=readout, way=way)
+    return Values(chunks, [run(chunk.reshape(-1)) for chunk in chunks])
 
 
 def _chunk_outcome(
-    model: Model, window: Window, picks: np.ndarray, chunk: np.ndarray, kinds: tuple[str, ...], width: int, readout: Readout
+    model: Model, window: Window, picks: np.ndarray, chunk: np.ndarray, kinds: tuple[str, ...], width: int, readout: Readout, way: str
 ) -> jax.Array:
     """Outcomes float32 [outcome, rows] of one chunk; rows int [rows] number the picks [units, 3], -1 stays at base."""
     config, params = model.config, model.params
@@ -218,7 +218,20 @@ def _chunk_outcome(
     kind, layer, index = np.where(chunk >= 0, own[:, 0], -1), np.where(chunk >= 0, own[:, 1], first), own[:, 2]
     placed = jax.device_put(Picks(kind, layer, index), jax.NamedSharding(model.mesh, jax.P("data")))
     rows, mid = patched_rows(config, params, window.view, placed, kinds, width)
+    run = partial(propagate, config, params, window.restart, reads=window.reads, readout=readout, asked=window.reads.slots)
+    vectors = None if way == "whole" else _vectors(window.view, placed, rows, mid)
+    if way == "to-logits":
+        return run(_last_streams(window.view, vectors), np.int32(config.layers))
     if first == last and not any(MEDIATORS[name].mid for name in kinds):  # all rows begin behind the same layer
-        return propagate(config, params, window.restart, rows, np.int32(first + 1), window.reads, readout, window.reads.slots)
-    entry = Entry(rows, placed.layer, mid)
-    return propagate(config, params, window.restart, rows, np.int32(first), window.reads, readout, window.reads.slots, entry)
+        return run(rows, np.int32(first + 1), minus=vectors)
+    return run(rows, np.int32(first), entry=Entry(rows, placed.layer, mid), minus=vectors)
+
+
+_vectors = jax.jit(written)
+
+
+@jax.jit
+def _last_streams(view: View, vectors: jax.Array) -> jax.Array:
+    """The base run's last residual stream with every row's vector added: [U,T,D]."""
+    last = view.base["residual_out"]
+    return view.at(view.base, "residual_out", jnp.full(len(vectors), len(last) - 1)) + vectors

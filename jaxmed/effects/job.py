@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from jaxmed.effects.contrast import CONTRASTS, Contrast, Reading, Side, make_contrasts
-from jaxmed.effects.estimands import ESTIMANDS, check_estimands
+from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes, outcome_name
+from jaxmed.effects.readout import READ_BUCKETS, read_columns
+from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, sites_of
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -40,6 +42,7 @@ class Request:
         contrast: a key of `CONTRASTS`: how a pair becomes two runs.
         direction: "reverse": base and source change places.
         method: a key of `ESTIMATORS`.
+        sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
     """
 
     outcomes: tuple[OutcomeName, ...] = ("log-odds",)
@@ -54,6 +57,8 @@ class Request:
     contrast: str = "pair"
     direction: str = "forward"
     method: str = "exact"
+    sets: tuple[UnitSet, ...] = ()
+    paths: tuple[UnitPath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,17 @@ class Job:
     def passes(self) -> tuple[str, ...]:
         """The restarted passes that the estimands need."""
         needed = {name for estimand in self.request.estimands for name in ESTIMANDS[estimand].needs}
-        return tuple(name for name in ("into-base", "into-source") if name in needed)
+        return tuple(name for name in PASSES if name in needed)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of all units that are patched, alone or together."""
+        together = [one.units for one in self.request.sets] + [(one.sender, *one.receivers) for one in self.request.paths]
+        return tuple(dict.fromkeys((*self.request.units, *(kind for units in together for kind in sites_of(units)))))
+
+    def sides(self, contrast: Contrast) -> dict[bool, Contrast]:
+        """The contrast as the passes need it: as it stands (False), turned (True)."""
+        return {turned: contrast.turned() if turned else contrast for turned in {PASSES[name].turned for name in self.passes}}
 
     def with_weights(self, model: Model, source_model: Model | None = None) -> Job:
         """The job on models that have weights, where it was made of their configs and tokenizers alone."""
@@ -101,10 +116,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one patch's programs: tokens that rows carry, and tokens that they see."""
+    """The sizes of one patch's programs: tokens that rows carry, that they see, and that are read."""
 
     window: int
     seen: int
+    asked: int
 
     def chunk_key(self, group: str) -> str:
         """The key of `Job.chunk`: the group of units, and the program's sizes."""
@@ -114,7 +130,8 @@ class Shape:
 def shapes_of(contrast: Contrast) -> list[Shape]:
     """The sizes of every patch of a contrast."""
     packed = contrast.packed()
-    return [Shape(bucket(packed.used - patch.base[0], WINDOW_BUCKETS), len(packed.tokens)) for patch in contrast.patches]
+    asked = bucket(len(read_columns(packed)), READ_BUCKETS)
+    return [Shape(bucket(packed.used - patch.base[0], WINDOW_BUCKETS), len(packed.tokens), asked) for patch in contrast.patches]
 
 
 def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source_model: Model | None = None) -> Job:
@@ -125,8 +142,11 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     """
     if not pairs:
         raise UserError("There are no pairs to sweep.")
-    outcomes, units = check_outcomes(request.outcomes), check_units(request.units)
+    outcomes, together = check_outcomes(request.outcomes), bool(request.sets or request.paths)
+    units = () if together and not request.units else check_units(request.units)
     request = replace(request, outcomes=outcomes, units=units, estimands=check_estimands(tuple(request.estimands)))
+    check_sets(model.config, request.sets, request.window)
+    check_paths(model.config, request.paths, request.window)
     _check_words(request, source_model)
     layers = _check_layers(model.config, request.layers)
     if any(MEDIATORS[unit].windowed for unit in units):
@@ -142,10 +162,17 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
 def _check_words(request: Request, source_model: Model | None) -> None:
     if request.contrast not in CONTRASTS:
         raise unknown("contrast", request.contrast, CONTRASTS)
+    _check_together(request)
     if request.direction not in DIRECTIONS:
         raise unknown("direction", request.direction, DIRECTIONS)
     if (request.contrast == "model") != (source_model is not None):
         raise UserError('The contrast "model" compares two models on the same tokens: give it a source model, and no other contrast one.')
+
+
+def _check_together(request: Request) -> None:
+    """Sets and paths have no vector of their own in the residual stream."""
+    if (request.sets or request.paths) and (other := [name for name in request.estimands if name not in WHOLE]):
+        raise UserError(f"Sets and paths have no estimand {other[0]!r}; they have: {', '.join(sorted(WHOLE))}. Sweep single units apart.")
 
 
 def _check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -167,6 +194,8 @@ def _check_window(config: ModelConfig, window: int) -> None:
 
 MODULES_AT_ONCE = 128
 """Most rows per device of chunks that layers share: larger ones would restart earlier for all their rows."""
+SETS_AT_ONCE, PATHS_AT_ONCE = 256, 64
+"""Most rows per device of a chunk of sets, whose masks take memory, and of paths, whose rows have values of their own."""
 BLOCK = "layers"
 """Entry of `Job.chunk`: how many layers an item has."""
 
@@ -180,9 +209,8 @@ def _chunks(job: Job) -> dict[str, int]:
     config, mesh = job.model.config, job.model.mesh
     whole_rows = any(callable(outcome) for outcome in job.request.outcomes)
     sized = partial(units_per_device, config, mesh)
-    turned = [contrast.turned() for contrast in job.contrasts] if "into-source" in job.passes else []
-    shapes = {shape for contrast in (*job.contrasts, *turned) for shape in shapes_of(contrast)}
-    block, together = 1, job.groups.get("modules", ())
+    shapes = {shape for contrast in job.contrasts for side in job.sides(contrast).values() for shape in shapes_of(side)}
+    block, together = 1 if job.groups else len(job.layers), job.groups.get("modules", ())
     if together and len(job.groups) == 1:
         most = min(len(job.layers) * job.count(together), MODULES_AT_ONCE * mesh.shape["data"])
         rows = min(sized(most, shape.window, shape.seen, whole_rows) for shape in shapes) * mesh.shape["data"]
@@ -192,6 +220,9 @@ def _chunks(job: Job) -> dict[str, int]:
         for shape in shapes
         for group, units in job.groups.items()
     }
+    for group, most, count in (("joint", SETS_AT_ONCE, len(job.request.sets)), ("path", PATHS_AT_ONCE, len(job.request.paths))):
+        rows = min(count, most * mesh.shape["data"])
+        sizes |= {shape.chunk_key(group): sized(rows, shape.window, shape.seen, whole_rows) for shape in shapes if rows}
     return {BLOCK: block, **dict(sorted(sizes.items()))}
 
 

@@ -188,6 +188,8 @@ MEDIATORS: dict[str, Mediator] = {
     "residual_out": _module("the residual stream after the layer", False, "residual_out", show="carry"),
 }
 
+Unit = tuple[str, int, int]
+"""(mediator, layer, index)."""
 EXPERT = ("expert", "expert_neuron")
 """Where a neuron of a mixture is: its expert, and its index within it. `neuron_index` counts expert by expert."""
 
@@ -202,26 +204,39 @@ def check_units(units: Any) -> tuple[str, ...]:
     return tuple(unit for unit in MEDIATORS if unit in units)
 
 
-def recorded_sites(config: ModelConfig, units: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sites that must be recorded in the base run and in the source run."""
+def recorded_sites(config: ModelConfig, units: tuple[str, ...], stream: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites that must be recorded in the base run and in the source run; with `stream`, the input of every layer too."""
     swapped = {site for unit in units for site in MEDIATORS[unit].sites}
     base = swapped | {"residual_mid", "residual_out"} | ({"mlp_raw", "attention_raw", "residual_in"} if config.post_norm else set())
+    base |= {"residual_in"} if stream else set()
     base |= {"routing"} if config.experts and "neuron" in swapped else set()
     always = {"router_logits"} if config.experts else set()
     return tuple(sorted(base | always)), tuple(sorted(swapped | always))
+
+
+def written(view: View, picks: Picks, rows: jax.Array, mid: jax.Array) -> jax.Array:
+    """What the units of patched rows [U,T,D] add to the residual stream: the rows minus the base run's stream where they enter."""
+    entered = jnp.where(
+        mid[:, None, None], view.at(view.base, "residual_mid", picks.layer), view.at(view.base, "residual_out", picks.layer)
+    )
+    return rows - entered
 
 
 @partial(jax.jit, static_argnames=("config", "kinds", "width"))
 def patched_rows(
     config: ModelConfig, params: Params, view: View, picks: Picks, kinds: tuple[str, ...], width: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Patched residual streams float32 [U,T,D] of units of any layers, and whether each enters mid-layer, bool [U]."""
+    """Patched residual streams float32 [U,T,D] of units of any layers, and whether each enters mid-layer, bool [U].
+
+    Args:
+        width: neurons of a window.
+    """
     mid = jnp.zeros(picks.kind.shape, bool)
     if len(kinds) == 1 and MEDIATORS[kinds[0]].by_layer:  # these leave a row without a unit at base themselves
-        return MEDIATORS[kinds[0]].rows(config, params, view, picks, width), mid
+        return MEDIATORS[kinds[0]].rows(config, params, view, picks, MEDIATORS[kinds[0]].width(width)), mid
     rows = view.at(view.base, "residual_out", picks.layer)
     for number, kind in enumerate(kinds):
         here = picks.kind == number
-        rows = jnp.where(here[:, None, None], MEDIATORS[kind].rows(config, params, view, picks, width), rows)
+        rows = jnp.where(here[:, None, None], MEDIATORS[kind].rows(config, params, view, picks, MEDIATORS[kind].width(width)), rows)
         mid = jnp.where(here, MEDIATORS[kind].mid, mid)
     return rows, mid

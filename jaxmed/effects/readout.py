@@ -43,9 +43,14 @@ class Reads:
     source: Any
 
 
+def read_columns(packed: PackedPrompt) -> list[int]:
+    """Columns of a packed prompt whose logits outcomes read."""
+    return sorted({column for reader in packed.readers for column in reader} | {packed.prompt - 1})
+
+
 def make_reads(packed: PackedPrompt, answers: Answers, start: int, source: Any = None) -> Reads:
     """The reads of a packed prompt, for a window that begins at column `start`."""
-    columns = sorted({column for reader in packed.readers for column in reader} | {packed.prompt - 1})
+    columns = read_columns(packed)
     at, token, weight = [], [], []
     for number, (answer, reader) in enumerate(zip(answers.ids, packed.readers, strict=True)):
         at += [columns.index(column) for column in reader]

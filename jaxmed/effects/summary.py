@@ -12,6 +12,7 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.mediators import EXPERT, MEDIATORS
+from jaxmed.effects.table import TOGETHER
 from jaxmed.errors import notice
 from jaxmed.files import write_csv
 from jaxmed.models.model import Model
@@ -74,7 +75,8 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
 def swept_variables(table: xr.Dataset) -> list[str]:
     """The variables that hold effects: those that say which mediator they are of."""
     found = [str(name) for name in table.data_vars if "unit" in table[name].attrs]
-    return sorted(found, key=lambda name: (list(MEDIATORS).index(table[name].attrs["unit"]), len(name)))
+    order = [*MEDIATORS, *TOGETHER]
+    return sorted(found, key=lambda name: (order.index(table[name].attrs["unit"]), len(name)))
 
 
 def _statistics(table: xr.Dataset, effects: xr.DataArray, seed: int) -> xr.Dataset:
@@ -105,14 +107,14 @@ def _ranked(table: xr.Dataset, unit: str, outcome: str, effects: xr.DataArray, f
     rows = []
     for rank, flat in enumerate(order, 1):
         at = np.unravel_index(flat, mean.shape)
-        where = {dim: int(found[dim].values[i]) for dim, i in zip(found["mean"].dims, at, strict=True)}
+        where = {dim: found[dim].values[i].item() for dim, i in zip(found["mean"].dims, at, strict=True)}
         if not np.isfinite(mean[at]):
             continue
         rows.append(
             {
                 "rank": rank,
                 "unit": unit,
-                "layer": where["layer"],
+                "layer": where.get("layer", ""),
                 "index": where.get(table[unit].attrs["coordinate"], ""),
                 **{name: int(found[name].values[where["neuron_index"]]) for name in EXPERT if name in found.coords},
                 "position": where.get("position", table.attrs["position"]),

@@ -14,11 +14,14 @@ import xarray as xr
 from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.engine import PreparedContrast
-from jaxmed.effects.estimators import Chunk, Estimator, Item, find_estimator, one_outcome
+from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, Request, make_job, manifest
+from jaxmed.effects.mediators import Unit
 from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.sets import UnitPath, UnitSet, as_unit
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
+from jaxmed.effects.work import Chunk, Estimator, Item, one_outcome
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder
@@ -70,7 +73,7 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
                     yield _commit(job, table, estimator, *pending, watch)
                     pending = None
                 opened, pair = estimator.open(job, item.pair), item.pair
-                table.write(_ends(job, item.pair, next(iter(opened.prepared.values()))))
+                table.write(_ends(job, item.pair, *next(iter(opened.prepared.items()))))
             assert opened is not None
             ahead = item, estimator.start(job, item, opened)
         if pending is not None:
@@ -97,11 +100,11 @@ def _commit(
     return {"passes": work.passes, "layers": len(item.layers)}
 
 
-def _ends(job: Job, pair: int, prepared: PreparedContrast) -> list[Chunk]:
+def _ends(job: Job, pair: int, turned: bool, prepared: PreparedContrast) -> list[Chunk]:
     """What is known of a pair before any unit: outcomes of base and source, and how near routing is to a tie."""
     ends = [prepared.base_outcome, prepared.source_outcome]
-    if job.passes == ("into-source",):
-        ends.reverse()  # the only contrast that was run is turned
+    if turned:  # the only contrast that was run
+        ends.reverse()
     names = ("base_outcome", "source_outcome")
     chunks: list[Chunk] = [(name, {"pair": pair}, one_outcome(job, np.asarray(value))) for name, value in zip(names, ends, strict=True)]
     if prepared.routing_margin is not None:
@@ -121,7 +124,7 @@ def sweep(
     model: Model,
     pairs: Sequence[PromptPair],
     outcome: OutcomeName | Sequence[OutcomeName] = "log-odds",
-    unit: str | Sequence[str] = "neuron",
+    unit: str | Sequence[str] | None = None,
     position: str | int = "last",
     window: int = 32,
     layers: Sequence[int] | None = None,
@@ -135,6 +138,8 @@ def sweep(
     direction: str = "forward",
     source_model: Model | None = None,
     method: str = "exact",
+    sets: Mapping[str, Sequence[Unit]] | None = None,
+    paths: Mapping[str, tuple[Unit, Sequence[Unit]]] | None = None,
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
@@ -143,19 +148,22 @@ def sweep(
 
     Args:
         outcome: one or several of `jaxmed.effects.outcomes.OUTCOMES`, or functions of the logits [V] after the prompt.
-        unit: one or several of neuron, window, head_out, attention_out, mlp_out, both_out, residual_out.
+        unit: one or several of neuron, window, head_out, attention_out, mlp_out, both_out, residual_out; by default neuron, or none where
+            sets or paths are given.
         position: last, user_last, header, user, each, all, an index, or a substring.
         window: neurons per window, for the unit "window".
         layers: layers to sweep; all by default.
         form: how prompts are written: chat, text, plain, space or qa; see `prompts.forms`.
         out: folder for the table, run.json and top.csv; a temporary one by default.
         resume: go on with what `out` holds.
-        estimand: one or several of indirect, direct, total, interaction.
+        estimand: one or several of indirect, direct, total, interaction, to_logits, via_later, both_ways.
         contrast: how a pair becomes two runs: "pair", as it stands; "prefill", base's request with the two openings; "model", base's
             prompt in two models.
         direction: "reverse": base and source change places.
         source_model: where source values come from, for the contrast "model".
         method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
+        sets: name -> units (mediator, layer, index) that are patched together; the variable "joint".
+        paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
         watch: called with (FLOPs done, effects done, pair id) after every item.
 
     Returns:
@@ -165,10 +173,14 @@ def sweep(
         UserError: anything in the arguments that cannot be used; nothing has run then.
     """
     outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
+    unit = (() if sets or paths else "neuron") if unit is None else unit
     units = (unit,) if isinstance(unit, str) else tuple(unit)
+    joint = tuple(UnitSet(name, tuple(map(as_unit, members))) for name, members in (sets or {}).items())
+    routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    request = Request(outcomes, units, position, window, chosen, form, seed, top, estimands, contrast, direction, method)
+    how = (estimands, contrast, direction, method, joint, routes)
+    request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,16 @@ from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
+from jaxmed.effects.sets import UnitPath, UnitSet
+from jaxmed.files import simple
 
-_OTHERS = ("layer", "outcome", "position", "noise_floor", *EXPERT, *(one.coordinate for one in MEDIATORS.values()))
+TOGETHER = {"joint": ("set", "units that are patched together"), "path": ("route", "a sender whose change reaches some receivers alone")}
+"""Variable -> (its dimension, what one of it is)."""
+_OTHERS = (
+    *("layer", "outcome", "position", "noise_floor", *EXPERT),
+    *(one.coordinate for one in MEDIATORS.values()),
+    *(name for variable, (dim, _) in TOGETHER.items() for name in (variable, dim, f"{dim}_units")),
+)
 """Names that a table uses, of some runs at least."""
 MOST_LETTERS = 100
 """Of the name of a coordinate that is made of an extra column."""
@@ -28,6 +38,11 @@ def _several(job: Job) -> tuple[str, ...]:
 def _dims(job: Job, unit: str) -> tuple[str, ...]:
     index = (MEDIATORS[unit].coordinate,) if MEDIATORS[unit].coordinate else ()
     return (*_several(job), "pair", "layer", *index, *(("position",) if job.request.position == "each" else ()))
+
+
+def _together(job: Job) -> dict[str, tuple[UnitSet | UnitPath, ...]]:
+    """What is patched together: variable, whose dimension has its name -> its rows."""
+    return {name: rows for name, rows in (("joint", job.request.sets), ("path", job.request.paths)) if rows}
 
 
 def coordinates(job: Job) -> dict[str, Any]:
@@ -44,6 +59,10 @@ def coordinates(job: Job) -> dict[str, Any]:
     for unit in request.units:
         if MEDIATORS[unit].coordinate:
             found[MEDIATORS[unit].coordinate] = np.arange(MEDIATORS[unit].count(config, request.window))
+    for name, rows in _together(job).items():
+        dim = TOGETHER[name][0]
+        found[dim] = [row.name for row in rows]
+        found[f"{dim}_units"] = (dim, [json.dumps(simple(asdict(row))) for row in rows])
     if config.experts and "neuron" in request.units:
         for name, values in zip(EXPERT, np.divmod(np.arange(config.neurons), config.sizes["M"]), strict=True):
             found[name] = (MEDIATORS["neuron"].coordinate, values)
@@ -72,7 +91,14 @@ def variables(job: Job) -> list[results.Variable]:
         for unit in job.request.units
         for estimand in job.request.estimands
     ]
-    outcome = _several(job)
+    outcome, position = _several(job), ("position",) if job.request.position == "each" else ()
+    table += [
+        results.Variable(
+            variable(name, estimand), (*outcome, "pair", TOGETHER[name][0], *position), attributes=_told_together(name, estimand)
+        )
+        for name in _together(job)
+        for estimand in job.request.estimands
+    ]
     table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
     table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest")]
     table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
@@ -85,6 +111,11 @@ def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
     told = {"unit": unit, "told": mediator.told, "coordinate": mediator.coordinate, "show": mediator.show}
     told |= {"window": job.request.window} if mediator.windowed else {}
     return {**told, "estimand": estimand, "formula": ESTIMANDS[estimand].formula}
+
+
+def _told_together(name: str, estimand: str) -> dict[str, Any]:
+    dim, told = TOGETHER[name]
+    return {"unit": name, "told": told, "coordinate": dim, "show": name, "estimand": estimand, "formula": ESTIMANDS[estimand].formula}
 
 
 def variable_shapes(job: Job) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ def blend(a: jax.Array, gate: Any, value: Any, add: Any, basis: Any) -> jax.Arra
 def apply_edit(edit: Edit, site: Site, a: jax.Array, layer: jax.Array, index: TokenIndex) -> jax.Array:
     """The edited activation of one layer. Dense fields are already this layer's slice."""
     if edit.where is None:
-        return blend(a, edit.gate, edit.value, edit.add, edit.basis)
+        return blend(a, _at_tokens(edit, site, edit.gate), edit.value, _at_tokens(edit, site, edit.add), edit.basis)
     heads_first = site.axes == "BNTS"
     a = jnp.moveaxis(a, 1, 2) if heads_first else a
     if edit.where.names == ("row", "position", "unit") and edit.basis is None:
@@ -37,9 +37,19 @@ def apply_edit(edit: Edit, site: Site, a: jax.Array, layer: jax.Array, index: To
     return jnp.moveaxis(out, 2, 1) if heads_first else out
 
 
+def _at_tokens(edit: Edit, site: Site, field: Any) -> Any:
+    """A field of a dense edit, zero at tokens that it does not touch."""
+    field = jnp.asarray(field, jnp.float32)
+    if edit.tokens is None:
+        return field
+    shape = [1] * len(site.axes)
+    shape[site.axes.index("B")], shape[site.axes.index("T")] = edit.tokens.shape
+    return field * jnp.asarray(edit.tokens).reshape(shape)
+
+
 def at_layer(edit: Edit, fixed: Mapping[str, Any], dense: Mapping[str, Any]) -> Edit:
     """A dense edit with the fields of one layer, from `split_dense` and the layer's slice; an indexed one as it is."""
-    return edit if edit.where is not None else Edit(**fixed, **dense, basis=edit.basis)
+    return edit if edit.where is not None else Edit(**fixed, **dense, basis=edit.basis, tokens=edit.tokens)
 
 
 def split_dense(edits: Edits) -> tuple[dict[str, Any], dict[str, Any]]:

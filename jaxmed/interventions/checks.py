@@ -67,6 +67,14 @@ def _check_dense(name: str, edit: Edit, extent: Extent) -> Edit:
                 f"The {which} of the edit at {name!r} has shape {list(shape)}; legal: a scalar, or [{wanted}] with 1 for any of them. "
                 "Name single entries with `where`."
             )
+    rows, length = len(extent.rows or ()), sizes["T"]
+    if edit.tokens is not None and not (
+        np.ndim(edit.tokens) == 2 and np.shape(edit.tokens)[0] in (1, rows or 1) and np.shape(edit.tokens)[1] == (length or -1)
+    ):
+        raise UserError(
+            f"The tokens of the edit at {name!r} have shape {list(np.shape(edit.tokens))}; "
+            f"legal: bool [{rows or 'B'} or 1, {length or 'T'}]."
+        )
     return edit
 
 

@@ -52,6 +52,8 @@ class Edit:
         basis: None, or orthonormal columns [D, r]; the blend then acts only inside their span.
         where: None (dense), or the indexed entries. Sparse edits stay sparse: entries become a mask by index
             comparison, inside the scan, one layer at a time.
+        tokens: None, or bool [B or 1, T], with dense edits: the columns they touch. So thousands of units of many rows are a gate
+            [L, B, 1, F] and the values [L, 1, T, F] that all rows share.
     """
 
     gate: Any
@@ -59,6 +61,7 @@ class Edit:
     add: Any = 0.0
     basis: Any = None
     where: Where | None = None
+    tokens: Any = None
 
 
 Edits = Mapping[str, Edit]

@@ -44,7 +44,9 @@ def forward(
 
 
 Readout = Callable[[ModelConfig, Params, jax.Array, Any], jax.Array]
-"""(config, params, last residual stream [U,R,D] of the columns asked for, reads) -> outcomes [..., U]. Hashable: it is part of the program."""
+"""(config, params, last residual stream [U,R,D] of the columns asked for, reads) -> outcomes [..., U].
+
+Hashable: it is part of the program."""
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))
@@ -59,6 +61,7 @@ def propagate(
     asked: jax.Array,
     entry: Entry | None = None,
     edits: dict[str, Edit] | None = None,
+    minus: jax.Array | None = None,
 ) -> jax.Array:
     """Outcomes of many counterfactual runs, restarted from the residual stream.
 
@@ -68,12 +71,14 @@ def propagate(
         asked: int [R], the columns whose last residual stream `readout` gets.
         entry: rows that join the stream at layers of their own.
         edits: further interventions on rows, at any layers from `first` on: joint sets, paths.
+        minus: float32 [U,T,D], taken from the last residual stream before it is read.
 
     Returns:
         What `readout` returns, [..., U].
     """
     ran = run(config, params, stream, restart.layout, first=first, prefix=restart.prefix, entry=entry, edits=edits, asked=asked)
-    return readout(config, params, ran.stream, reads)
+    stream = ran.stream if minus is None else ran.stream - minus[:, asked]
+    return readout(config, params, stream, reads)
 
 
 def extend(

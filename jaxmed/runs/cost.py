@@ -42,10 +42,18 @@ def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, w
     return size if size < 8 else -(-size // 8) * 8
 
 
-def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, layers: int) -> float:
-    """Multiply-adds times two of `layers` layers of `propagate`, matmuls of weights and attention (readout not included)."""
+def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, layers: int, asked: int | None = None) -> float:
+    """Multiply-adds times two of `layers` layers of `propagate`, matmuls of weights and attention (readout not included).
+
+    Args:
+        asked: tokens that are read; where they are fewer than the window, the last layer has but keys and values for the others.
+    """
     attention = 4 * config.heads * config.head_width * (seen + window)
-    return float(rows) * window * layers * (2 * config.layer_weights + attention)
+    whole = float(rows) * window * layers * (2 * config.layer_weights + attention)
+    if asked is None or asked >= window or not layers:
+        return whole
+    joined = config.width * config.head_width * (config.heads + 2 * config.kv_heads)
+    return whole - float(rows) * (window - asked) * (2 * (config.layer_weights - joined) + attention)
 
 
 def count_flops(jaxpr: Any, trips: float = 1.0) -> float:

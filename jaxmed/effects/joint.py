@@ -1,0 +1,125 @@
+"""Rows of restarted runs in which many units are patched together: joint sets, and paths from a sender to chosen receivers.
+
+A set's units are masks of the sites that are swapped, and all rows share the source's values, so that sets of any size cost no more than
+single units: a chunk restarts at its lowest layer, and the masks act while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.effects.engine import Values, Window, chunk_rows
+from jaxmed.effects.mediators import Picks, View, patched_rows, written
+from jaxmed.effects.readout import Readout
+from jaxmed.effects.sets import UnitPath, UnitSet, membership
+from jaxmed.interventions.edits import Edit
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.model import Model
+from jaxmed.models.transformer import Params
+from jaxmed.runner import Recording, Restart, propagate, run
+
+
+def set_values(model: Model, window: Window, sets: Sequence[UnitSet], width: int, per_device: int, readout: Readout) -> Values:
+    """Outcomes of joint sets, one row each. Returns before they are finished; arguments as `engine.unit_values` takes them."""
+
+    def outcome(first: int, chunk: Sequence[UnitSet | None]) -> jax.Array:
+        units = [() if one is None else one.units for one in chunk]
+        edits = _swaps(model, window.view, membership(model.config, units, width))
+        stream = _streams(model, window.view, first, len(chunk))
+        start, reads = np.int32(first), window.reads
+        return propagate(model.config, model.params, window.restart, stream, start, reads, readout, reads.slots, edits=edits)
+
+    return _in_chunks(model, sets, per_device, outcome)
+
+
+def path_values(model: Model, window: Window, paths: Sequence[UnitPath], width: int, per_device: int, readout: Readout) -> Values:
+    """Outcomes of paths, one row each: first what the receivers would be, then how the model responds to them."""
+
+    def outcome(first: int, chunk: Sequence[UnitPath | None]) -> jax.Array:
+        members = membership(model.config, [() if one is None else one.receivers for one in chunk], width)
+        found = _receivers(model, window, [None if one is None else one.sender for one in chunk], width, tuple(sorted(members)))
+        edits = {site: _gated(model, mask, found[site]) for site, mask in members.items()}
+        stream = _streams(model, window.view, first, len(chunk))
+        start, reads = np.int32(first), window.reads
+        return propagate(model.config, model.params, window.restart, stream, start, reads, readout, reads.slots, edits=edits)
+
+    return _in_chunks(model, paths, per_device, outcome)
+
+
+def _in_chunks(model: Model, rows: Sequence[Any], per_device: int, outcome: Any) -> Values:
+    """Rows in the order of their first layers, each chunk from its lowest one on; the base row of every device has no units."""
+    order = np.argsort([row.first for row in rows], kind="stable")
+    chunks = chunk_rows(len(rows), per_device, model.mesh.shape["data"])
+    numbers = np.where(chunks >= 0, order[np.maximum(chunks, 0)], -1).astype(np.int32)
+    found = []
+    for chunk in numbers.reshape(len(numbers), -1):
+        own = [rows[number] if number >= 0 else None for number in chunk]
+        found.append(outcome(min(row.first for row in own if row is not None), own))
+    return Values(numbers, found)
+
+
+def _swaps(model: Model, view: View, members: dict[str, np.ndarray]) -> dict[str, Edit]:
+    """The members' source values at the patched tokens, for all rows of a chunk."""
+    return {site: _gated(model, mask, _of_source(view, site), view.patched[None]) for site, mask in members.items()}
+
+
+@partial(jax.jit, static_argnames=("site",))
+def _of_source(view: View, site: str) -> jax.Array:
+    """A site of the source run at the window's columns: [L,1,T,...]."""
+    return view.source[site][:, None, view.slots]
+
+
+def _gated(model: Model, mask: np.ndarray, values: jax.Array, tokens: Any = None) -> Edit:
+    """A swap of the units in `mask` [L,R,n] by `values` [L, 1 or R, T, n, ...]."""
+    gate = mask.reshape(*mask.shape[:2], 1, mask.shape[2], *(1,) * (values.ndim - 4))
+    placed = jax.device_put(gate, jax.NamedSharding(model.mesh, jax.P(None, "data")))
+    return Edit(placed, values, np.float32(0.0), tokens=tokens)
+
+
+def _streams(model: Model, view: View, first: int, rows: int) -> jax.Array:
+    """The base run's input of a layer, for every row: float32 [R,T,D]."""
+    sharding = jax.NamedSharding(model.mesh, jax.P("data"))
+    return jax.device_put(_base_streams(view, np.full(rows, first, np.int32)), sharding)
+
+
+@jax.jit
+def _base_streams(view: View, layer: jax.Array) -> jax.Array:
+    return view.at(view.base, "residual_in", layer)
+
+
+def _receivers(model: Model, window: Window, senders: Sequence[Any], width: int, sites: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Receivers' values [L,R,T,...] where every layer reads the base run's stream and, behind the sender, its change."""
+    kinds = tuple(dict.fromkeys(unit[0] for unit in senders if unit is not None))
+    own = [(-1, 0, 0) if unit is None else (kinds.index(unit[0]), unit[1], unit[2]) for unit in senders]
+    picks = Picks(*(np.asarray(column, np.int32) for column in zip(*own, strict=True)))
+    placed = jax.device_put(picks, jax.NamedSharding(model.mesh, jax.P("data")))
+    return _respond(model.config, model.params, window.restart, window.view, placed, kinds, width, sites)
+
+
+@partial(jax.jit, static_argnames=("config", "kinds", "width", "sites"))
+def _respond(
+    config: ModelConfig,
+    params: Params,
+    restart: Restart,
+    view: View,
+    picks: Picks,
+    kinds: tuple[str, ...],
+    width: int,
+    sites: tuple[str, ...],
+) -> dict[str, jax.Array]:
+    rows, mid = patched_rows(config, params, view, picks, kinds, width)
+    change = jnp.where((picks.kind >= 0)[:, None, None], written(view, picks, rows, mid), 0.0)
+    layer = jnp.arange(config.layers)[:, None]
+    behind = {"residual_in": layer > picks.layer, "residual_mid": (layer > picks.layer) | ((layer == picks.layer) & mid)}
+    frozen = {
+        site: Edit(np.float32(1.0), view.base[site][:, None, view.slots], jnp.where(reached[..., None, None], change[None], 0.0))
+        for site, reached in behind.items()
+    }
+    stream = view.at(view.base, "residual_in", jnp.zeros_like(picks.layer))
+    return run(config, params, stream, restart.layout, Recording(sites), first=0, prefix=restart.prefix, edits=frozen).taps
