@@ -70,7 +70,8 @@ def top_units(folder: Path, count: int = 12) -> None:
     rows = read_csv(folder / "top.csv")
     for unit in dict.fromkeys(row["unit"] for row in rows):
         of_unit = [row for row in rows if row["unit"] == unit][:count]
-        columns = [name for name in COLUMNS if name in ("layer", "mean", "share") or len({row[name] for row in of_unit}) > 1]
+        told = [name for name in COLUMNS if any(row[name] for row in of_unit)]
+        columns = [name for name in told if name in ("layer", "index", "mean", "share") or len({row[name] for row in of_unit}) > 1]
         promotes = any(row["promotes"] for row in of_unit)
         cells = [
             [*(_short(row[name]) for name in columns), row["pairs_agreeing"], *([_cut(row["promotes"], 34)] if promotes else [])]

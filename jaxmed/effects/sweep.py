@@ -16,7 +16,6 @@ from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, Request, make_job, manifest
-from jaxmed.effects.mediators import Unit
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.sets import UnitPath, UnitSet, as_unit
 from jaxmed.effects.summary import summarise
@@ -138,8 +137,8 @@ def sweep(
     direction: str = "forward",
     source_model: Model | None = None,
     method: str = "exact",
-    sets: Mapping[str, Sequence[Unit]] | None = None,
-    paths: Mapping[str, tuple[Unit, Sequence[Unit]]] | None = None,
+    sets: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
