@@ -1,5 +1,6 @@
 from . import pruning, statistics, tokens
 from .distributed import make_mesh
+from .effects.patch import Patched, patch
 from .effects.sweep import sweep
 from .errors import UserError
 from .finetuning.run import finetune
@@ -20,6 +21,7 @@ __all__ = [
     "Edit",
     "Example",
     "Model",
+    "Patched",
     "PromptPair",
     "UserError",
     "edits",
@@ -31,6 +33,7 @@ __all__ = [
     "load",
     "make_mesh",
     "open_results",
+    "patch",
     "planted",
     "pruning",
     "read_examples",

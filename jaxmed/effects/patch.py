@@ -1,0 +1,67 @@
+"""`jm.patch`: the effect of units that are patched together, on one pair, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxmed.effects.contrast import Reading, make_contrast
+from jaxmed.effects.engine import open_window, prepare
+from jaxmed.effects.joint import set_values
+from jaxmed.effects.outcomes import OutcomeName, check_outcomes
+from jaxmed.effects.readout import Readout
+from jaxmed.effects.sets import UnitSet, as_unit, check_sets, sites_of
+from jaxmed.errors import UserError
+from jaxmed.models.model import Model
+from jaxmed.prompts.pair import PromptPair
+
+
+class Patched(NamedTuple):
+    """Outcomes of the base run, of the patched one and of the source run.
+
+    Attributes:
+        base, patched, source: in the units of the outcome.
+    """
+
+    base: float
+    patched: float
+    source: float
+
+    @property
+    def effect(self) -> float:
+        """y(base; units := their values in source) - y(base)."""
+        return self.patched - self.base
+
+    @property
+    def total(self) -> float:
+        """y(source) - y(base)."""
+        return self.source - self.base
+
+
+def patch(
+    model: Model,
+    pair: PromptPair,
+    units: Sequence[Sequence[Any]],
+    outcome: OutcomeName = "log-odds",
+    position: str | int = "last",
+    window: int = 32,
+    form: str = "chat",
+) -> Patched:
+    """Runs a pair with units of its base run set to their values in the source run, all together.
+
+    Args:
+        units: (mediator, layer, index), such as ("neuron", 29, 17) or ("mlp_out", 11).
+        outcome, position, window, form: as `jm.sweep` takes them; "each" is one position too many here.
+
+    Raises:
+        UserError: anything in the arguments that cannot be used.
+    """
+    (one,) = check_sets(model.config, [UnitSet("units", tuple(map(as_unit, units)))], window)
+    outcomes = check_outcomes((outcome,))
+    contrast = make_contrast(model, pair, Reading("pair", position, form, outcomes))
+    if len(contrast.patches) != 1:
+        raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")
+    prepared = prepare(contrast, outcomes, sites_of(one.units), stream=True)
+    values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, Readout(outcomes))
+    effect, base = values.effects(1)
+    return Patched(float(base[0, 0]), float(base[0, 0] + effect[0, 0]), float(prepared.source_outcome[0]))
