@@ -18,7 +18,7 @@ from jaxmed.ground_truth.record import Planted, PlantedUnit
 from tests import reference, tolerances
 
 CLOSED_FORM = 2e-3  # exact effects against closed forms without noise, relative: norms are constant to this
-NOISY = 0.12  # the same with the default noise
+NOISY = 0.1  # the same with the default noise; the worst of eight seeds is 0.09
 SHARE = 0.05  # of the total: smaller effects are noise that reads the same features
 UNITS = ("neuron", "head_out", "attention_out", "mlp_out", "residual_out")
 
@@ -97,8 +97,12 @@ def _found(table: xr.Dataset, planted: Planted, unit: str) -> list[tuple[int, in
 
 
 def _check_search(planted: Planted, position: str) -> None:
-    """Of all units, a sweep finds those that are planted, and no others."""
+    """Of all units, a sweep finds those that are planted, with the effects that are expected, and no others."""
     table = _sweep(planted, position)
+    for one in planted.units:
+        at = {"layer": one.layer, **({"position": one.position} if position == "each" else {})}
+        at |= {dim: one.index for dim in ("neuron_index", "head_index") if dim in table[f"{one.mediator}_mean"].dims}
+        assert abs(float(table[f"{one.mediator}_mean"].sel(at)) - one.effect) < NOISY * max(abs(planted.total), abs(one.effect)), one
     for unit in UNITS:
         if planted.visible(unit):
             score = planted.score(unit, _found(table, planted, unit))
@@ -108,7 +112,9 @@ def _check_search(planted: Planted, position: str) -> None:
 
 
 def test_the_sweep_finds_the_gate_and_nothing_else() -> None:
-    _check_search(_plant("gate"), "last")
+    planted = _plant("gate")
+    assert {unit.position for unit in planted.units} == {-1}
+    _check_search(planted, "last")
 
 
 @pytest.mark.slow
@@ -122,10 +128,10 @@ def test_nothing_has_an_effect_before_the_first_word_that_differs(name: str) -> 
     planted = _plant(name)
     pairs = [pair for pair in planted.pairs if not pair.control][:2]
     table = jm.sweep(planted.model, pairs, outcome="logit-diff", unit=["head_out", "mlp_out"], form="text", position="each", layers=[0, 1])
-    for unit in ("head_out", "mlp_out"):
-        sizes = abs(table[unit].sel(layer=[0, 1]))
-        assert float(sizes.sel(position=slice(None, planted.first_position - 1)).max()) <= float(table.noise_floor.max()) + 1e-6
-        assert float(sizes.sel(position=slice(planted.first_position, None)).max()) > 0.01
+    sizes = {unit: abs(table[unit].sel(layer=[0, 1])) for unit in ("head_out", "mlp_out")}
+    before = max(float(size.sel(position=slice(None, planted.first_position - 1)).max()) for size in sizes.values())
+    assert before <= float(table.noise_floor.max()) + 1e-6
+    assert float(sizes["head_out"].sel(position=slice(planted.first_position, None)).max()) > SHARE * planted.total
 
 
 def _kind(planted: Planted, *kinds: str) -> list[PlantedUnit]:
@@ -216,9 +222,9 @@ def test_scores_count_what_is_missed_and_what_is_extra() -> None:
     ("call", "said"),
     [
         (lambda: jm.planted("gates"), "gate, adder, pair"),
-        (lambda: jm.planted("gate", noise=-1), "0 to 0.1"),
-        (lambda: jm.planted("gate", noise=float("nan")), "0 to 0.1"),
-        (lambda: jm.planted("trigger", noise=0.05), "takes no noise"),
+        (lambda: jm.planted("gate", noise=-1), "0 to 0.06"),
+        (lambda: jm.planted("gate", noise=float("nan")), "0 to 0.06"),
+        (lambda: jm.planted("trigger", noise=0.04), "takes no noise"),
         (lambda: _plant("copy").score("window", []), "head_out"),
         (lambda: _plant("copy").score("head_out", [(1,)]), "position"),
     ],

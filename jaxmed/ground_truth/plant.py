@@ -11,8 +11,8 @@ from jaxmed.ground_truth.pairs import make_pairs
 from jaxmed.ground_truth.record import Planted, PlantedSet, PlantedUnit
 from jaxmed.ground_truth.trained import train_trigger
 
-NOISE = 0.05
-MOST_NOISE = 0.1
+NOISE = 0.04
+MOST_NOISE = 0.06
 TRAINED: dict[str, Callable[[int], Planted]] = {"trigger": train_trigger}
 
 
@@ -26,7 +26,7 @@ def planted(name: str, noise: float | None = None, seed: int = 0) -> Planted:
     Args:
         name: "gate", "adder", "pair", "cancel", "copy" or "path"; or "trigger", which is trained on the spot, in less than a minute on
             one core.
-        noise: standard deviation of all weights without a meaning, 0 to 0.1; 0.05 by default. Not for "trigger".
+        noise: standard deviation of all weights without a meaning, 0 to 0.06; 0.04 by default. Not for "trigger".
         seed: of the units' places, the noise and the words.
 
     Raises:
