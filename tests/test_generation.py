@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.generation import generate_ids
+from jaxmed.generation import generate_ids, texts, writers
 from jaxmed.interventions.edits import where
 from jaxmed.models.load import load
 from jaxmed.models.model import Model
@@ -53,6 +53,18 @@ def test_the_default_model_writes_as_transformers_does(default_model: Model, tmp
         given = torch.as_tensor(prompt[None].astype(np.int64))
         theirs = made.generate(given, max_new_tokens=24, do_sample=False, eos_token_id=[0, 2], pad_token_id=2)[0, len(prompt) :].tolist()
         assert ids.tolist() == [token for token in theirs if token not in (0, 2)]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"edits": jm.edits.zero("mlp_out", layer=1), "where": "generated"}])
+def test_all_writers_write_the_same(plain_model: Model, monkeypatch: pytest.MonkeyPatch, count: int, how: dict[str, Any]) -> None:
+    """By layer on one device, and by one program on all devices, one token at a call or several."""
+    write = lambda: [ids.tolist() for ids in generate_ids(plain_model, PROMPTS[:2], 6, stops=[], **how)]  # noqa: E731
+    assert texts.writer(plain_model) is writers.write_by_layer
+    by_layer = write()
+    monkeypatch.setattr(texts, "writer", lambda model: writers.write_at_once)
+    monkeypatch.setattr(writers, "tokens_at_once", lambda mesh: count)
+    assert write() == by_layer
 
 
 def test_a_text_ends_before_its_stop_token(plain_model: Model) -> None:

@@ -82,7 +82,7 @@ def run(
 
     Args:
         first: static: a scan over the blocks that `params` holds, of which the lowest has this number. Traced: a loop from this layer to
-            the last; `params` holds all blocks, and taps of layers before it are zero.
+            the last, and taps of layers before it are zero; where `params` holds some of the blocks alone, a scan over these.
         prefix: earlier tokens, seen through their keys and values.
         entry: rows that join late; until then they carry `stream`.
         edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row.
@@ -115,9 +115,10 @@ def run(
         return block.mlp(block.attention(stream, angles(at.window), see, touch, asked), touch), recorded
 
     kv = None if prefix is None else (prefix.key, prefix.value)
-    if isinstance(first, int):
-        count = jax.tree.leaves(params["blocks"])[0].shape[0]
-        layers = _Layer(params["blocks"], windows[first : first + count], first + jnp.arange(count), scanned, kv)
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    if isinstance(first, int) or count < config.layers:
+        windows, scanned = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), (windows, scanned))
+        layers = _Layer(params["blocks"], windows, first + jnp.arange(count), scanned, kv)
         stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)

@@ -1,0 +1,55 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.layers import contract
+from jaxmed.models.transformer import Params, as_logits, final_norm, head
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        keys: random keys [B], one per row, so that a row's text does not depend on its batch.
+        temperature, top_p: float.
+        greedy: whether the most likely token is taken; the others do not count then.
+    """
+
+    keys: Any
+    temperature: Any
+    top_p: Any
+    greedy: bool = field(metadata={"static": True})
+
+
+def choose(config: ModelConfig, params: Params, h: jax.Array, step: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token int [B] after residual streams float32 [B,D]."""
+    logits = _logits(config, params, h)
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _nucleus(logits / sampling.temperature, sampling.top_p)
+    draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
+    return jax.vmap(draw)(sampling.keys, logits).astype(jnp.int32)
+
+
+def _logits(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
+    """Logits float32 [B,V]. The unembedding comes first: for few rows, Eigen takes up to eight times as long the other way round."""
+    products = contract("VD,UD->VU", head(params), final_norm(config, params, h))
+    return as_logits(config, jax.lax.optimization_barrier(products).T)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B,V] of the fewest tokens whose probabilities reach `top_p`; the others are minus infinity (Holtzman et al. 2020)."""
+    order = jnp.argsort(-logits, axis=-1)
+    share = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
+    kept = jnp.cumsum(share, axis=-1) - share < top_p
+    mask = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    return jnp.where(mask, logits, -jnp.inf)
