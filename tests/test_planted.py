@@ -92,7 +92,7 @@ def _sweep(planted: Planted, position: str | int, **more: Any) -> xr.Dataset:
 def _found(table: xr.Dataset, planted: Planted, unit: str) -> list[tuple[int, int, int]]:
     """What a user finds: significant after correction, and not negligible beside the total."""
     mean = table[f"{unit}_mean"] if "position" in table.dims else table[f"{unit}_mean"].expand_dims(position=[-1], axis=-1)
-    hits = np.argwhere((table[f"{unit}_p"].values.reshape(mean.shape) < 0.05) & (np.abs(mean.values) > SHARE * abs(planted.total)))
+    hits = np.argwhere((table[f"{unit}_p_adjusted"].values.reshape(mean.shape) < 0.05) & (np.abs(mean.values) > SHARE * abs(planted.total)))
     return [(int(hit[0]), int(hit[1]) if len(hit) > 2 else 0, int(mean.position[hit[-1]])) for hit in hits]
 
 

@@ -21,7 +21,7 @@ from jaxmed.files import write_json
 from jaxmed.reports.maps import binned
 from jaxmed.reports.page import write_report
 from jaxmed.reports.record import mean_effect, read
-from jaxmed.reports.style import number, spans
+from jaxmed.reports.style import MISSING, number, spans
 from jaxmed.runs.folder import RUN
 
 COLUMNS = ("rank", "unit", "layer", "index", "position", "outcome", "mean", "share", "ci_low", "ci_high", "p", "q")
@@ -133,6 +133,17 @@ def test_shows_facts_and_top_units(sound: str) -> None:
     for text in ("effect(unit) = y(base; unit := its value in source)", "0.123", "25.0 %", "[0.111, 1.00]", "0.00123", "11/12"):
         assert text in sound
     assert "jaxmed report" in sound
+
+
+def test_p_of_earlier_versions_is_the_adjusted_one(sound: str) -> None:
+    """Their column p was adjusted over all units, and there was no other."""
+    heads = re.search(r"<thead><tr>(.*?)</tr>", sound)
+    cells = re.search(r"<tbody>\s*<tr>(.*?)</tr>", sound)
+    assert heads
+    assert cells
+    row = dict(zip(re.findall(r">([^<]*)</th>", heads[1]), re.findall(r">([^<]*)</td>", cells[1]), strict=True))
+    assert (row["p"], row["p_adjusted"]) == (MISSING, "0.00123")
+    assert "Ranked by |mean|" in sound
     assert sound.count("<table>") == 5
     assert "[11, 22]" not in sound  # token ids stay in run.json
 

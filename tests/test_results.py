@@ -7,11 +7,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xarray as xr
 
 import jaxmed as jm
+from jaxmed.cli import show
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
+from jaxmed.reports.page import write_report
+from jaxmed.results.table import Table
 from jaxmed.runs.folder import read_run
 from tests import tiny
 
@@ -30,7 +34,7 @@ def test_the_table_opens_with_xarray_alone(plain_model: Model, tmp_path: Path) -
     assert list(table.pair.values) == ["equal", "unequal", "short"]
     assert list(table.category.values) == ["x", "y", "y"]
     for unit in MEDIATORS:
-        assert {f"{unit}_{name}" for name in ("mean", "ci_low", "ci_high", "p", "q")} <= set(table)
+        assert {f"{unit}_{name}" for name in ("mean", "ci_low", "ci_high", "t", "p", "p_adjusted", "q")} <= set(table)
 
 
 def test_positions_count_from_the_right(plain_model: Model) -> None:
@@ -107,3 +111,79 @@ def test_a_table_can_be_summarised_again(plain_model: Model, tmp_path: Path) -> 
     assert again.attrs == first.attrs
     assert set(again.coords) == set(first.coords) >= {"category", "group", "split"}
     assert np.array_equal(first.neuron_p.values, again.neuron_p.values)
+
+
+def _rows(folder: Path, unit: str, category: str = "") -> list[dict[str, str]]:
+    rows = csv.DictReader((folder / "top.csv").read_text().splitlines())
+    return [row for row in rows if row["unit"] == unit and row.get("category", "") == category]
+
+
+def _mixed() -> list[jm.PromptPair]:
+    """Eight pairs of category "left" and seven of "right"."""
+    asks = [("how to harm", "how to help"), ("do a", "do b"), ("why is it bad", "why is it fun")]
+    return [
+        jm.PromptPair(f"{n}", f"{n} {asks[n % 3][0]}", f"{n} {asks[n % 3][1]}", ("S",), ("N",), category="left" if n < 8 else "right")
+        for n in range(15)
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixed(plain_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the head (1, 2) does much for one category, and nothing for the other."""
+    from jaxmed.effects.summary import summarise
+
+    out = tmp_path_factory.mktemp("mixed") / "run"
+    table = jm.sweep(plain_model, _mixed(), unit=("head_out", "mlp_out"), out=out, by="category")
+    stored, written = table.head_out.values.copy(), Table(out)
+    stored[:, 1, 2] = [*(5 + 0.1 * np.arange(8)), *(0.001 * np.arange(-3, 4))]
+    for pair, effects in enumerate(stored):
+        written.write([("head_out", {"pair": pair, "layer": layer}, row) for layer, row in enumerate(effects)])
+    summarise(out, plain_model, by="category")
+    return out
+
+
+def test_a_unit_that_does_nothing_for_one_category_is_seen(mixed: Path) -> None:
+    row = next(row for row in _rows(mixed, "head_out") if (row["layer"], row["index"]) == ("1", "2"))
+    assert row["weakest_category"] == "right"
+    assert abs(float(row["weakest_mean"])) < 0.01 < 1 < float(row["mean"])
+    left = _rows(mixed, "head_out", "left")
+    assert (left[0]["layer"], left[0]["index"]) == ("1", "2")
+    at = next(int(row["rank"]) for row in _rows(mixed, "head_out", "right") if (row["layer"], row["index"]) == ("1", "2"))
+    assert at > 3
+    assert "head_out, category right" in write_report([mixed], mixed / "page.html").read_text()
+
+
+def test_statistics_of_a_category_are_those_of_its_pairs_alone(plain_model: Model, mixed: Path, tmp_path: Path) -> None:
+    table = jm.open_results(mixed)
+    assert table.mlp_out_by_category_mean.attrs["by_category"] == ["left", "right"]
+    for number, name in enumerate(("left", "right")):
+        alone = jm.sweep(plain_model, [pair for pair in _mixed() if pair.category == name], unit="mlp_out", out=tmp_path / name)
+        for field in ("mean", "ci_low", "t", "p", "p_adjusted", "q"):
+            of_part, whole = table[f"mlp_out_by_category_{field}"].values[number], alone[f"mlp_out_{field}"].values
+            np.testing.assert_allclose(of_part, whole, rtol=1e-3, atol=1e-5)
+        assert [row["layer"] for row in _rows(mixed, "mlp_out", name)] == [row["layer"] for row in _rows(tmp_path / name, "mlp_out")]
+
+
+def test_the_first_unit_is_not_one_that_its_test_refutes(mixed: Path) -> None:
+    for unit in ("head_out", "mlp_out"):
+        rows = _rows(mixed, unit)
+        assert [abs(float(row["t"])) for row in rows] == sorted((abs(float(row["t"])) for row in rows), reverse=True)
+        adjusted = [float(row["p_adjusted"]) for row in rows]
+        assert adjusted == sorted(adjusted)
+        assert all(float(row["p"]) <= of for row, of in zip(rows, adjusted, strict=True))
+
+
+def test_both_p_values_have_their_names_everywhere(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show.top_units(mixed, "|t|")
+    said, page = capsys.readouterr().out, write_report([mixed], mixed / "page.html").read_text()
+    for text in ("head_out: largest |t|", "mlp_out, category left", "weakest", " p ", "p_adjusted"):
+        assert text in said
+    assert "Ranked by |t|" in page
+    assert "<th>p</th><th>p_adjusted</th>" in page
+
+
+def test_a_sweep_without_categories_is_not_split(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="nothing to split by"):
+        jm.sweep(plain_model, [jm.PromptPair("a", "do a", "do b", ("S",), ("N",))], unit="mlp_out", by="category")
+    with pytest.raises(jm.UserError, match="'group'"):
+        jm.sweep(plain_model, tiny.PAIRS, unit="mlp_out", by="group")

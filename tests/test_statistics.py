@@ -223,3 +223,35 @@ def test_family_wise_error_holds_under_the_null() -> None:
         x = rng.standard_t(3, size=(12, 300)) + common * rng.choice([-1, 1], 300)
         errors += statistics.max_t(x, flips=500).min() < 0.05
     assert errors / 200 <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
+
+
+OUTLIER = np.asarray([0.07, 0.02, 0.02, 0.03, 0.01, -0.01, 4.56, 0.0, -0.01, 3.79])
+
+
+@pytest.mark.parametrize("groups", [6, 10, 40])
+def test_no_unit_leads_that_its_own_test_refutes(groups: int) -> None:
+    """Of units with large means in a few groups, and one that is small and steady, the steady one leads."""
+    rng = np.random.default_rng(groups)
+    loud = np.resize(OUTLIER[::-1], groups)[:, None] * rng.choice([0.5, 1, 2], 4)
+    steady = 0.1 + 0.01 * rng.normal(size=(groups, 1))
+    found = statistics.summarise(np.concatenate([loud, steady], axis=1), np.arange(groups).astype(str))
+    assert statistics.ranked_by(found.smallest_p) == "|t|"
+    order = statistics.strongest(found.mean, found.t, found.smallest_p)
+    assert order[0] == 4
+    assert np.abs(found.mean).argmax() != 4
+    assert (np.diff(found.p_adjusted[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_too_few_groups_are_ranked_by_their_means_and_it_is_said(groups: int) -> None:
+    x = np.random.default_rng(groups).normal(size=(groups, 50))
+    found = statistics.summarise(x, np.arange(groups).astype(str))
+    assert statistics.ranked_by(found.smallest_p).startswith("|mean|, because")
+    order = statistics.strongest(found.mean, found.t, found.smallest_p)
+    assert (np.diff(np.abs(found.mean[order])) <= 0).all()
+
+
+def test_what_is_not_known_comes_last() -> None:
+    mean, t = np.asarray([np.nan, 1.0, -2.0, 0.0, 3.0, 0.5]), np.asarray([np.nan, np.inf, -np.inf, 0.0, 5.0, -7.0])
+    assert statistics.strongest(mean, t, 0.01).tolist() == [2, 1, 5, 4, 3, 0]
+    assert statistics.strongest(mean, t, 1.0).tolist() == [4, 2, 1, 5, 3, 0]

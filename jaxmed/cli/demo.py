@@ -49,7 +49,6 @@ class Demo(ModelFlags, PlanFlags):
                 show_plan(job, name, self.out / name)
             return
         model = self.load()
-        for name, job in jobs.items():
-            sweep_job(job.with_weights(model), self.out / name, True, name)
+        ranked = {name: sweep_job(job.with_weights(model), self.out / name, True, name) for name, job in jobs.items()}
         write_report([self.out / name for name in jobs], self.out / "report.html")
-        show.top_units(self.out / "neurons")
+        show.top_units(self.out / "neurons", ranked["neurons"])

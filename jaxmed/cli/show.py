@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -17,7 +17,9 @@ from jaxmed.runs.watch import err, lines, out, progress, speed
 
 __all__ = ["close_pipe", "err", "lines", "out", "progress", "speed", "table", "top_units"]
 
-COLUMNS = {"outcome": "left", "layer": "right", "index": "right", "position": "right", "mean": "right", "share": "right", "p": "right"}
+COLUMNS = ("outcome", "layer", "index", "position", "mean", "share", "p", "p_adjusted")
+ALWAYS = ("layer", "index", "mean", "share")
+TESTS = ("p", "p_adjusted")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -65,20 +67,42 @@ def _broken(column: str, width: int) -> list[str]:
     return found
 
 
-def top_units(folder: Path, count: int = 12) -> None:
-    """The first rows of a run's top.csv; columns that hold one value throughout are left out."""
-    rows = read_csv(folder / "top.csv")
-    for unit in dict.fromkeys(row["unit"] for row in rows):
-        of_unit = [row for row in rows if row["unit"] == unit][:count]
-        told = [name for name in COLUMNS if any(row[name] for row in of_unit)]
-        columns = [name for name in told if name in ("layer", "index", "mean", "share") or len({row[name] for row in of_unit}) > 1]
-        promotes = any(row["promotes"] for row in of_unit)
-        cells = [
-            [*(_short(row[name]) for name in columns), row["pairs_agreeing"], *([_cut(row["promotes"], 34)] if promotes else [])]
-            for row in of_unit
-        ]
-        title = f"{unit}: largest mean effects (all in {folder / 'top.csv'})"
-        table(title, [*columns, "pairs agreeing", *(["output vector promotes"] if promotes else [])], cells, int("outcome" in columns))
+def top_units(folder: Path, ranked: str, count: int = 12) -> None:
+    """The first rows of a run's top.csv, of all pairs and of every category; columns that hold one value throughout are left out.
+
+    Args:
+        ranked: what they are ranked by; see `statistics.ranked_by`.
+    """
+    largest = "mean effects" if ranked.startswith("|mean|") else ranked
+    parts: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read_csv(folder / "top.csv"):
+        parts.setdefault((row["unit"], row.get("category", "")), []).append(row)
+    for (unit, category), rows in parts.items():
+        title = f"{unit}{f', category {category}' if category else ''}: largest {largest} (all in {folder / 'top.csv'})"
+        _show_top(title, rows[: CATEGORY_ROWS if category else count])
+
+
+CATEGORY_ROWS = 3
+"""Units of a category that are shown."""
+
+
+def _show_top(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    told = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    columns = [name for name in told if name in ALWAYS or _varies(name, rows)]
+    weakest, promotes = (any(row.get(name) for row in rows) for name in ("weakest_category", "promotes"))
+    cells = []
+    for row in rows:
+        more = [f"{_cut(row['weakest_category'], 16)} {_short(row['weakest_mean'])}"] if weakest else []
+        more += [_cut(row["promotes"], 20 if weakest else 28)] if promotes else []
+        cells.append([*(_short(row[name]) for name in columns), row["pairs_agreeing"], *more])
+    names = [*columns, "pairs agreeing", *(["weakest in"] if weakest else []), *(["output vector promotes"] if promotes else [])]
+    table(title, names, cells, int("outcome" in columns))
+
+
+def _varies(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a column says something: p values wherever there are some, others where they differ."""
+    values = {row.get(name, "") for row in rows}
+    return bool(values - {"", "nan"}) if name in TESTS else len(values) > 1
 
 
 def close_pipe() -> None:

@@ -39,7 +39,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     direction: Literal["forward", "reverse"] = "forward"
     """Which run is patched: forward, the base; reverse, the source, with base's values."""
 
-    def job(self, model: Any, pairs: Sequence[Any], seed: int = 0, top: int = 50) -> Any:
+    def job(self, model: Any, pairs: Sequence[Any], seed: int = 0, top: int = 50, by: str = "") -> Any:
         """The checked job on a model, which needs no weights.
 
         Raises:
@@ -67,6 +67,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
                 estimands=self.estimand,
                 contrast=self.contrast,
                 direction=self.direction,
+                by=by,
             ),
         )
 
@@ -89,6 +90,8 @@ class Sweep(SweepFlags, RunFlags):
     """How effects are computed: exact, by a restarted pass for every unit."""
     top: int = 50
     """Units of each kind that are listed in top.csv."""
+    by: Literal["", "category"] = ""
+    """Statistics, top.csv and tables of every category of pairs too: category."""
     seed: int = 0
     """Seed of resamples and sign flips."""
 
@@ -99,13 +102,13 @@ class Sweep(SweepFlags, RunFlags):
 
         pairs = self.pairs_of(self.pairs)
         check_folder(self.out, self.resume, LEGAL)
-        job = self.job(self.describe(), pairs, self.seed, self.top)
+        job = self.job(self.describe(), pairs, self.seed, self.top, self.by)
         if self.dry_run:
             show_plan(job, "sweep", self.out if self.resume else None)
             return
-        sweep_job(job.with_weights(self.load()), self.out, self.resume)
+        ranked = sweep_job(job.with_weights(self.load()), self.out, self.resume)
         write_report([self.out], self.out / "report.html")
-        show.top_units(self.out)
+        show.top_units(self.out, ranked)
 
 
 def show_plan(job: Any, title: str, out: Path | None = None) -> float:
@@ -119,8 +122,8 @@ def show_plan(job: Any, title: str, out: Path | None = None) -> float:
     return rate
 
 
-def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> None:
-    """Prints the plan of a job, then runs and summarises it."""
+def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> str:
+    """Prints the plan of a job, then runs and summarises it; returns what its units are ranked by."""
     from jaxmed.effects.cost import progress_total
     from jaxmed.effects.summary import summarise
     from jaxmed.effects.sweep import run_sweep
@@ -128,4 +131,5 @@ def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> None:
     rate = show_plan(job, title, out if resume else None)
     with show.progress(title, progress_total(job)) as report:
         run_sweep(job, out, resume, report, rate)
-    summarise(out, job.model, job.request.top, job.request.seed)
+    table = summarise(out, job.model, job.request.top, job.request.seed, job.request.by)
+    return next(str(one.attrs["ranked"]) for one in table.data_vars.values() if "ranked" in one.attrs)

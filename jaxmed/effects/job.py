@@ -24,6 +24,9 @@ from jaxmed.tokens import DATE, WINDOW_BUCKETS, bucket
 
 DIRECTIONS = ("forward", "reverse")
 
+BY = ("", "category")
+"""What statistics may be split by."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,6 +46,7 @@ class Request:
         direction: "reverse": base and source change places.
         method: a key of `ESTIMATORS`.
         sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
+        by: what statistics are split by too, of `BY`.
     """
 
     outcomes: tuple[OutcomeName, ...] = ("log-odds",)
@@ -59,6 +63,7 @@ class Request:
     method: str = "exact"
     sets: tuple[UnitSet, ...] = ()
     paths: tuple[UnitPath, ...] = ()
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,8 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     check_sets(model.config, request.sets, request.window)
     check_paths(model.config, request.paths, request.window)
     _check_words(request, source_model)
+    if request.by and not any(pair.category for pair in pairs):
+        raise UserError("No pair has a category, so there is nothing to split by. Give the column 'category', or leave --by out.")
     layers = _check_layers(model.config, request.layers)
     if any(MEDIATORS[unit].windowed for unit in units):
         _check_window(model.config, request.window)
@@ -165,6 +172,8 @@ def _check_words(request: Request, source_model: Model | None) -> None:
     _check_together(request)
     if request.direction not in DIRECTIONS:
         raise unknown("direction", request.direction, DIRECTIONS)
+    if request.by not in BY:
+        raise unknown("way to split statistics", request.by, BY)
     if (request.contrast == "model") != (source_model is not None):
         raise UserError('The contrast "model" compares two models on the same tokens: give it a source model, and no other contrast one.')
 
@@ -230,7 +239,7 @@ def manifest(job: Job) -> dict[str, Any]:
     """What must agree for a run to be resumed; stored in run.json."""
     request, model = job.request, job.model
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
-    settings.pop("top")
+    del settings["top"], settings["by"]
     return {
         "request": settings,
         **({"history": list(model.history)} if model.history else {}),

@@ -139,6 +139,7 @@ def sweep(
     method: str = "exact",
     sets: Mapping[str, Sequence[Sequence[Any]]] | None = None,
     paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
+    by: str = "",
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
@@ -163,6 +164,7 @@ def sweep(
         method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
         sets: name -> units (mediator, layer, index) that are patched together; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
+        by: "category": statistics and top.csv of every category of pairs too.
         watch: called with (FLOPs done, effects done, pair id) after every item.
 
     Returns:
@@ -178,10 +180,10 @@ def sweep(
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    how = (estimands, contrast, direction, method, joint, routes)
+    how = (estimands, contrast, direction, method, joint, routes, by)
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)
         run_sweep(job, folder, resume, watch)
-        return summarise(folder, model, top, seed)
+        return summarise(folder, model, top, seed, by)

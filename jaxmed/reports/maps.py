@@ -108,16 +108,18 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
 
 
 def head_map(record: Record, unit: str, outcome: str) -> Figure:
-    """Layer by head: the mean effect, with share and p on hover."""
+    """Layer by head: the mean effect, with share and both p on hover."""
     mean = swept(mean_effect(record, unit, outcome)).transpose("layer", "head_index")
-    p = statistic(record, unit, outcome, "p")
+    stored = [statistic(record, unit, outcome, field) for field in ("p", "p_adjusted")]
     total = mean_total(record, outcome)
-    ps = np.full(mean.shape, np.nan) if p is None else p.sel(layer=mean["layer"]).transpose("layer", "head_index").values
-    notes = [
-        [[percent(v / total) if total else MISSING, number(q)] for v, q in zip(*row, strict=True)]
-        for row in zip(mean.values, ps, strict=True)
+    tests = [
+        np.full(mean.shape, np.nan) if p is None else p.sel(layer=mean["layer"]).transpose("layer", "head_index").values for p in stored
     ]
-    hover = "layer %{y}<br>head %{x}<br>mean effect %{z:.3g}<br>share %{customdata[0]}<br>p %{customdata[1]}"
+    notes = [
+        [[percent(v / total) if total else MISSING, number(p), number(adjusted)] for v, p, adjusted in zip(*row, strict=True)]
+        for row in zip(mean.values, *tests, strict=True)
+    ]
+    hover = "layer %{y}<br>head %{x}<br>mean effect %{z:.3g}<br>share %{customdata[0]}<br>p %{customdata[1]}<br>p_adjusted %{customdata[2]}"
     plot = heat(mean.values, mean["layer"].values, mean["head_index"].values, "head", hover, "mean effect", np.asarray(notes))
     plot.update_xaxes(dtick=1 if mean.sizes["head_index"] <= 32 else None)
     caption = f"Mean effect on {outcome} of swapping one head's output; colours saturate at ±{number(limit(mean.values))}."

@@ -16,7 +16,7 @@ from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
 from jaxmed.reports.record import Record, read
 from jaxmed.reports.style import Figure
-from jaxmed.reports.tables import facts, provenance, top_tables
+from jaxmed.reports.tables import facts, provenance, ranked_by, top_tables
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -73,6 +73,7 @@ def section(record: Record, columns: int, name: str) -> dict[str, Any]:
         "cautions": cautions(record),
         "parts": parts,
         "tables": top_tables(record),
+        "ranked": "; ".join(ranked_by(record)),
         "has_top": record.top is not None,
         **provenance(record),
     }

@@ -76,7 +76,13 @@ def read(folder: Path) -> Record:
     """
     table, run, file = results.open_results(folder), read_run(folder), folder / results.TOP
     table = table.load() if table.nbytes < HELD else table
-    return Record(folder, table, run, read_csv(file) if file.is_file() else None)
+    top = read_csv(file) if file.is_file() else None
+    return Record(folder, table, run, [_renamed(row) for row in top] if top is not None else None)
+
+
+def _renamed(row: dict[str, str]) -> dict[str, str]:
+    """A row of top.csv; what earlier versions called p was adjusted over all units."""
+    return row if "p_adjusted" in row or "p" not in row else {**row, "p_adjusted": row["p"], "p": ""}
 
 
 def labels(record: Record, name: str) -> np.ndarray:
@@ -119,6 +125,8 @@ def select(array: xr.DataArray, outcome: str) -> xr.DataArray:
 
 def statistic(record: Record, unit: str, outcome: str, field: str) -> xr.DataArray | None:
     """A stored statistic [layer, ...], or None where there is none (partial runs have none to trust)."""
+    if f"{unit}_p_adjusted" not in record.table:  # what earlier versions called p was adjusted over all units
+        field = {"p_adjusted": "p", "p": "p_adjusted"}.get(field, field)
     name = f"{unit}_{field}"
     if name not in record.table or is_partial(record):
         return None

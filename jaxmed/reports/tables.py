@@ -19,9 +19,10 @@ MOST_CATEGORIES = 8
 
 @dataclass(frozen=True)
 class Table:
-    """Top units of one kind; cells are text, `texts` names the columns set as text rather than as numbers."""
+    """Top units of one kind, of one category of pairs or of all ("")."""
 
     unit: str
+    category: str
     columns: list[str]
     rows: list[list[str]]
     total: int
@@ -32,20 +33,28 @@ class Table:
 
 
 _TEXTS = ("promotes", "suppresses")
+_SOME = ("index", "expert", "t", "weakest in", *_TEXTS)
+"""Columns that are left out where they are empty."""
 
 
 def top_tables(record: Record) -> list[Table]:
-    """One table per kind of unit, from top.csv; columns that hold nothing for a kind are left out."""
+    """One table per kind of unit and category, from top.csv; columns that hold nothing for a kind are left out."""
+    parts: dict[tuple[str, str], list[dict[str, str]]] = {(unit, ""): [] for unit in record.units}
+    for row in record.top or []:
+        parts.setdefault((row.get("unit", ""), row.get("category", "")), []).append(row)
     found = []
-    kinds = dict.fromkeys([*record.units, *(row.get("unit", "") for row in record.top or [])])
-    for unit in kinds:
-        rows = [row for row in record.top or [] if row.get("unit") == unit]
+    for (unit, category), rows in parts.items():
         if not rows:
             continue
         cells = [_cells(row) for row in rows[: MOST_ROWS * len(record.outcomes)]]
-        names = [name for name in cells[0] if name not in ("index", "expert", *_TEXTS) or any(cell[name] for cell in cells)]
-        found.append(Table(unit, names, [[cell[name] for name in names] for cell in cells], len(rows)))
+        names = [name for name in cells[0] if name not in _SOME or any(cell[name] for cell in cells)]
+        found.append(Table(unit, category, names, [[cell[name] for name in names] for cell in cells], len(rows)))
     return found
+
+
+def ranked_by(record: Record) -> list[str]:
+    """What the units are ranked by; one entry for every answer among the kinds of units."""
+    return list(dict.fromkeys(str(one.attrs["ranked"]) for one in record.table.data_vars.values() if "ranked" in one.attrs)) or ["|mean|"]
 
 
 def _cells(row: dict[str, str]) -> dict[str, str]:
@@ -59,9 +68,12 @@ def _cells(row: dict[str, str]) -> dict[str, str]:
         "mean": number(row.get("mean")),
         "share": percent(row.get("share")),
         "95 % interval": f"[{low}, {high}]" if low and high else MISSING,
+        "t": number(row.get("t"), ""),
         "p": number(row.get("p")),
+        "p_adjusted": number(row.get("p_adjusted")),
         "q": number(row.get("q")),
         "pairs agreeing": row.get("pairs_agreeing") or MISSING,
+        "weakest in": f"{row['weakest_category']}: {number(row.get('weakest_mean'))}" if row.get("weakest_category") else "",
         **{name: row.get(name) or "" for name in _TEXTS},
     }
 

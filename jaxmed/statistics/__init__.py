@@ -11,7 +11,7 @@ from jaxmed.statistics.intervals import (
     resample_weights,
     wilson,
 )
-from jaxmed.statistics.summary import Summary, group_means, share, summarise
+from jaxmed.statistics.summary import Summary, group_means, ranked_by, share, strongest, summarise
 
 __all__ = [
     "DISCOVERIES",
@@ -24,12 +24,14 @@ __all__ = [
     "max_t",
     "mean_interval",
     "percentile_interval",
+    "ranked_by",
     "ratio_interval",
     "replicate",
     "resample_weights",
     "share",
     "sign_flip",
     "smallest_p",
+    "strongest",
     "studentised",
     "summarise",
     "wilson",

@@ -77,6 +77,25 @@ def summarise(x: np.ndarray, groups: np.ndarray, splits: np.ndarray | None = Non
     return Summary(means.mean(axis=0), low, high, t, p, p_adjusted, q, smallest_p(count, flips), note)
 
 
+LEVEL = 0.05
+
+
+def ranked_by(smallest: float) -> str:
+    """What units are ranked by, given the smallest p that the number of groups can reach: "|t|", or "|mean|" with the reason.
+
+    Ranking by |t| puts no unit first that its own test refutes. Where no unit can be significant, t is that of a handful of groups, and
+    the largest of very many belong to units that do next to nothing.
+    """
+    return "|t|" if smallest <= LEVEL else f"|mean|, because no test of so few groups can reach p = {LEVEL}"
+
+
+def strongest(mean: np.ndarray, t: np.ndarray, smallest: float) -> np.ndarray:
+    """Flat indices of all units from the strongest to the weakest, as `ranked_by` says; those that are not known come last."""
+    by_mean = -np.abs(mean.astype(np.float64)).reshape(-1)
+    by_t = -np.abs(t.astype(np.float64)).reshape(-1) if ranked_by(smallest) == "|t|" else by_mean
+    return np.lexsort((np.nan_to_num(by_mean, nan=np.inf), np.nan_to_num(by_t, nan=np.inf, neginf=-np.inf)))
+
+
 def share(x: np.ndarray, total: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Mean effect over mean total [units] (never the mean of ratios), both as means over groups; x [pairs, units], total [pairs]."""
     means, _ = group_means(np.asarray(x, np.float64), groups)
