@@ -123,7 +123,8 @@ def test_the_sweep_finds_what_was_planted_at_any_position_and_nothing_else(name:
     _check_search(_plant(name), "each")
 
 
-@pytest.mark.parametrize("name", ["copy", pytest.param("path", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["copy", "path"])
 def test_nothing_has_an_effect_before_the_first_word_that_differs(name: str) -> None:
     planted = _plant(name)
     pairs = [pair for pair in planted.pairs if not pair.control][:2]
