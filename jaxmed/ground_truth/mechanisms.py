@@ -1,6 +1,6 @@
 """What can be planted by hand: one row of `MECHANISMS` each. A row's effects are closed forms, on logit-diff, without noise.
 
-Every prompt ends with a word that asks, with strength 0.75 in one half of the pairs and 1.25 in the other; effects are means over the pairs.
+Every prompt ends with a word that asks, with strength 0.75 in one half of the pairs and 1.25 in the other; effects are means over both.
 In most rows base has an alarm word, which makes the answer no, and source has a calm one in its place.
 """
 
