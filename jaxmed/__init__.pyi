@@ -2,6 +2,7 @@ from . import pruning, statistics, tokens
 from .distributed import make_mesh
 from .effects.patch import Patched, patch
 from .effects.sweep import sweep
+from .effects.trace import trace
 from .errors import UserError
 from .finetuning.run import finetune
 from .generation import generate
@@ -42,5 +43,6 @@ __all__ = [
     "statistics",
     "sweep",
     "tokens",
+    "trace",
 ]
 __version__: str

@@ -31,6 +31,7 @@ from jaxmed.cli.report import Report
 from jaxmed.cli.score import Score
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
+from jaxmed.cli.trace import Trace
 from jaxmed.errors import Notice, UserError
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type] = {
     "models": Models,
     "check": Check,
     "sweep": Sweep,
+    "trace": Trace,
     "report": Report,
     "generate": Generate,
     "evaluate": Evaluate,

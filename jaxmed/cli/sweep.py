@@ -19,7 +19,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     outcome: tuple[str, ...] = ("log-odds",)
     """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
     position: str = "last"
-    """Patched tokens: last, user_last, header, user, each, all, an index (negative counts from the end), or a substring."""
+    """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ()
     """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out. By
     default neuron, or none where --sets or --paths are given."""

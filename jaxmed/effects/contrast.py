@@ -91,7 +91,7 @@ def make_contrast(model: Model, pair: PromptPair, reading: Reading, source_model
     """
     read = CONTRASTS[reading.contrast](pair)
     base, source = (render(model.tokenizer, read, side, reading.form) for side in ("base", "source"))
-    patches = tuple(align(base, source, reading.position))
+    patches = tuple(align(base, source, reading.position, pair.spans))
     answers = encode_answers(model.tokenizer, read, reading.outcomes, reading.form)
     more = max(map(len, answers.ids), default=1) - 1
     for used in {id(one): one for one in (model, source_model or model)}.values():

@@ -35,7 +35,7 @@ class Request:
     Attributes:
         outcomes: names in `OUTCOMES`, or functions of the logits after the last prompt token.
         units: keys of `MEDIATORS`.
-        position: which tokens are patched (see `tokens.locate`), or "each".
+        position: which tokens are patched (see `tokens.locate`), "each" one by itself, or "spans": each named span by itself.
         window: neurons per window of the unit "window".
         layers: layers to sweep; None is all.
         form: how prompts are written; see `prompts.forms`.
@@ -160,6 +160,8 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
         _check_window(model.config, request.window)
     reading = Reading(request.contrast, request.position, request.form, outcomes)
     contrasts = make_contrasts(model, pairs, reading, source_model)
+    if request.position == "spans":
+        _check_spans(contrasts)
     if request.direction == "reverse":
         contrasts = tuple(contrast.turned() for contrast in contrasts)
     job = Job(model, tuple(pairs), request, layers, contrasts, source_model)
@@ -189,6 +191,17 @@ def _check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[
     if not found or not 0 <= found[0] <= found[-1] < config.layers:
         raise UserError(f"--layers names layer {found[-1] if found else 'none'}; this model has layers 0 to {config.layers - 1}.")
     return found
+
+
+def _check_spans(contrasts: Sequence[Contrast]) -> None:
+    """Means over pairs are taken span by span, so all pairs have the same ones."""
+    labels = [[patch.label for patch in contrast.patches] for contrast in contrasts]
+    for contrast, own in zip(contrasts, labels, strict=True):
+        if own != labels[0]:
+            first = contrasts[0].pair.id
+            raise UserError(
+                f"pair {contrast.pair.id!r} has the spans {own}, and pair {first!r} has {labels[0]}. Give all pairs the same columns."
+            )
 
 
 def _check_window(config: ModelConfig, window: int) -> None:

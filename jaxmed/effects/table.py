@@ -17,11 +17,12 @@ from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.files import simple
+from jaxmed.tokens import BY_POSITION
 
 TOGETHER = {"joint": ("set", "units that are patched together"), "path": ("route", "a sender whose change reaches some receivers alone")}
 """Variable -> (its dimension, what one of it is)."""
 _OTHERS = (
-    *("layer", "outcome", "position", "noise_floor", *EXPERT),
+    *("layer", "outcome", "position", "token", "noise_floor", *EXPERT),
     *(one.coordinate for one in MEDIATORS.values()),
     *(name for variable, (dim, _) in TOGETHER.items() for name in (variable, dim, f"{dim}_units")),
 )
@@ -37,7 +38,7 @@ def _several(job: Job) -> tuple[str, ...]:
 
 def _dims(job: Job, unit: str) -> tuple[str, ...]:
     index = (MEDIATORS[unit].coordinate,) if MEDIATORS[unit].coordinate else ()
-    return (*_several(job), "pair", "layer", *index, *(("position",) if job.request.position == "each" else ()))
+    return (*_several(job), "pair", "layer", *index, *(("position",) if job.request.position in BY_POSITION else ()))
 
 
 def _together(job: Job) -> dict[str, tuple[UnitSet | UnitPath, ...]]:
@@ -68,7 +69,20 @@ def coordinates(job: Job) -> dict[str, Any]:
             found[name] = (MEDIATORS["neuron"].coordinate, values)
     if request.position == "each":
         found["position"] = np.arange(-max(len(contrast.patches) for contrast in job.contrasts), 0)
+        found["token"] = (("pair", "position"), _tokens(job, len(found["position"])))
+    if request.position == "spans":
+        found["position"] = [patch.label for patch in job.contrasts[0].patches]
     return found
+
+
+def _tokens(job: Job, width: int) -> np.ndarray:
+    """Texts of the base prompts' tokens, str [pair, position]; empty where a prompt is shorter."""
+    rows = []
+    for contrast in job.contrasts:
+        decode = contrast.base.model.tokenizer.decode
+        texts = [decode([int(contrast.base.ids[patch.base[0]])]) for patch in contrast.patches]
+        rows.append([""] * (width - len(texts)) + texts)
+    return np.asarray(rows, str)
 
 
 def _extra_names(job: Job, taken: Iterable[str]) -> dict[Any, str]:
@@ -91,7 +105,7 @@ def variables(job: Job) -> list[results.Variable]:
         for unit in job.request.units
         for estimand in job.request.estimands
     ]
-    outcome, position = _several(job), ("position",) if job.request.position == "each" else ()
+    outcome, position = _several(job), ("position",) if job.request.position in BY_POSITION else ()
     table += [
         results.Variable(
             variable(name, estimand), (*outcome, "pair", TOGETHER[name][0], *position), attributes=_told_together(name, estimand)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmed.effects.engine import PreparedContrast, Window
 from jaxmed.effects.job import Job
+from jaxmed.tokens import BY_POSITION
 
 Chunk = tuple[str, dict[str, int], np.ndarray]
 """(variable, {dimension: index}, values): what an item leaves in the table."""
@@ -69,7 +70,7 @@ def one_outcome(job: Job, values: np.ndarray) -> np.ndarray:
 
 def in_table(job: Job, effect: np.ndarray) -> np.ndarray:
     """Effects [outcome, ..., patches] as the table has them: patches on its position axis, right-aligned, or without one."""
-    if job.request.position != "each":
+    if job.request.position not in BY_POSITION:
         return one_outcome(job, effect[..., 0])
     width = max(len(contrast.patches) for contrast in job.contrasts)
     padded = np.full((*effect.shape[:-1], width), np.nan, np.float32)

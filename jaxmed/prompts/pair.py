@@ -19,6 +19,10 @@ KINDS: dict[str, tuple[type, ...]] = {
 """What a field of a pair may hold; the others hold texts."""
 
 
+SPAN = "span_"
+"""Columns of a pairs file whose names begin so say where a named span stands."""
+
+
 def expected(name: str) -> str:
     """The types that a field of a pair may have, in words."""
     return " or ".join(kind.__name__ for kind in KINDS.get(name, (str,)))
@@ -59,6 +63,19 @@ class PromptPair:
     split: str = ""
     control: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def spans(self) -> tuple[tuple[str, str, str], ...]:
+        """(name, text in base, text in source) of the columns `span_NAME`: a text, or two, as a list or with a bar between them."""
+        found = []
+        for column, given in self.extra.items():
+            if not str(column).startswith(SPAN) or not given:
+                continue
+            texts = [part.strip() for part in given.split("|")] if isinstance(given, str) else given
+            if not isinstance(texts, list | tuple) or len(texts) not in (1, 2) or not all(isinstance(text, str) and text for text in texts):
+                raise UserError(f"pair {quoted(self.id)}: {quoted(column)} is {quoted(given)}; a text, or one of base and one of source.")
+            found.append((str(column).removeprefix(SPAN), texts[0], texts[-1]))
+        return tuple(found)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

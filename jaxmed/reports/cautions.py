@@ -153,7 +153,7 @@ def _carrying(record: Record, outcome: str) -> Iterator[Caution]:
     last, total = int(record.table["layer"].values[-1]), mean_total(record, outcome)
     for unit in record.shown("carry"):
         mean = mean_effect(record, unit, outcome).sel(layer=last)
-        mean = mean.sel(position=-1) if "position" in mean.dims else mean
+        mean = mean.isel(position=-1) if "position" in mean.dims else mean
         share = float(mean) / total if total else float("nan")
         at_last = f"its share at the last layer is {number(share)} by identity"
         identity = at_last if abs(share - 1) < 0.01 else "its share grows with depth by construction"

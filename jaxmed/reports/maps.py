@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from jaxmed.reports.record import Record, index_axis, mean_effect, mean_total, statistic, swept
+from jaxmed.reports.record import Record, index_axis, mean_effect, mean_total, statistic, swept, used_pairs
 from jaxmed.reports.style import DIVERGING, EMPTY, MISSING, SEQUENTIAL, Figure, canvas, label, number, percent
 
 DOTS = 20
@@ -20,8 +22,21 @@ def limit(values: np.ndarray) -> float:
     return (float(np.percentile(sizes, 99.9)) or float(sizes.max()) or 1.0) if sizes.size else 1.0
 
 
-def heat(values: np.ndarray, layers: np.ndarray, x: Any, axis: str, hover: str, title: str, extra: np.ndarray | None = None) -> go.Figure:
-    """A heat map of values [layer, x]: diverging and centred at 0, or sequential where nothing is negative and `title` sums |effects|."""
+def heat(
+    values: np.ndarray,
+    layers: np.ndarray,
+    x: Any,
+    axis: str,
+    hover: str,
+    title: str,
+    extra: np.ndarray | None = None,
+    named: Sequence[str] = (),
+) -> go.Figure:
+    """A heat map of values [layer, x]: diverging and centred at 0, or sequential where nothing is negative and `title` sums |effects|.
+
+    Args:
+        named: texts of the columns.
+    """
     top, signed = limit(values), not title.startswith("Σ")
     plot = canvas(int(np.clip(17 * len(layers), 110, 560)) + 84, axis, "layer")
     names = [str(layer) for layer in layers]
@@ -40,6 +55,10 @@ def heat(values: np.ndarray, layers: np.ndarray, x: Any, axis: str, hover: str, 
     plot.update_layout(plot_bgcolor=EMPTY, margin={"r": 10, "t": 32})
     step = x[1] - x[0] if len(x) > 1 else 1
     plot.update_xaxes(showgrid=False, range=[x[0] - step / 2, x[-1] + step / 2])
+    if named:
+        plot.update_xaxes(
+            tickmode="array", tickvals=list(x), ticktext=[escape(name) for name in named], tickangle=-60 if len(named) > 8 else 0
+        )
     order = {"type": "category", "categoryorder": "array", "categoryarray": names}
     plot.update_yaxes(showgrid=False, nticks=20, range=[-0.5, len(names) - 0.5], **order)
     return plot
@@ -134,7 +153,22 @@ def position_map(record: Record, unit: str, outcome: str) -> Figure:
     values = values.transpose("layer", "position")
     title = "Σ |mean effect|" if axis else "mean effect"
     hover = f"layer %{{y}}<br>position %{{x}}<br>{title} %{{z:.3g}}"
-    plot = heat(values.values, values["layer"].values, values["position"].values, "position, counted from the right", hover, title)
+    places, named = _places(record)
+    axis_title = "token" if "token" in record.table.coords and named else "span" if named else "position, counted from the right"
+    plot = heat(values.values, values["layer"].values, places, axis_title, hover, title, named=named)
     what = f"Sum over the {mean.sizes[axis]:,} units of a layer of |mean effect|" if axis else "Mean effect"
-    caption = f"{what} on {outcome}, one position at a time; -1 is the last prompt token. Grey: not every group of pairs has that position."
+    where = "the tokens of one span together" if axis_title == "span" else "one position at a time; -1 is the last prompt token"
+    caption = f"{what} on {outcome}, {where}. Grey: not every group of pairs has that position."
     return Figure(f"{label(unit)} by layer and position", caption, plot)
+
+
+def _places(record: Record) -> tuple[np.ndarray, list[str]]:
+    """Where positions are drawn, and their names: spans by theirs, tokens by their text where one pair is shown."""
+    positions = record.table["position"].values
+    if positions.dtype.kind not in "iuf":
+        return np.arange(len(positions)), [str(name) for name in positions]
+    pairs = used_pairs(record)
+    if len(pairs) != 1 or "token" not in record.table.coords:
+        return positions, []
+    texts = record.table["token"].values[pairs[0]]
+    return positions, [str(text).replace("\n", "⏎") or " " for text in texts]

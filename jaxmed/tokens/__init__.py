@@ -9,12 +9,13 @@ from jaxmed.tokens.encode import has_text, show_tokens, text_ids
 from jaxmed.tokens.ends import end_tokens
 from jaxmed.tokens.limits import check_length, check_tokens
 from jaxmed.tokens.packing import BUCKETS, WINDOW_BUCKETS, PackedPrompt, bucket, pack
-from jaxmed.tokens.positions import WORDS, Patch, align, locate
+from jaxmed.tokens.positions import BY_POSITION, WORDS, Patch, align, locate
 from jaxmed.tokens.prompt import Prompt, answer_ids, prompt_ids, render, written_text
 from jaxmed.tokens.template import DATE, need_tokenizer, render_chat
 
 __all__ = [
     "BUCKETS",
+    "BY_POSITION",
     "DATE",
     "WINDOW_BUCKETS",
     "WORDS",
