@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 from tyro._docstrings import get_field_docstring
 
+import jaxmed as jm
 from jaxmed.cli.flags import LoadFlags, ModelFlags, SourceFlags
 from jaxmed.cli.main import COMMANDS, main
 from jaxmed.cli.parser import flags_of
@@ -132,3 +133,29 @@ def test_a_mask_or_adapter_that_cannot_be_read_is_refused_by_name(
     assert main([command, *more[command], *adapted[0][:2], flag, str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_source_values_come_from_a_sibling_model(
+    adapted: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--source-adapter` alone: the same model with the adapter. The residual stream carries the whole difference."""
+    loads, _ = adapted
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "run"
+    pairs.write_text(json.dumps({"id": "a", "base": "how to", "source": "how not to", "target": ["S"], "foil": ["N"]}) + "\n")
+    asked = ["sweep", *loads[:2], "--pairs", str(pairs), "--unit", "residual_out", "--out", str(out)]
+    assert main(["check", str(pairs), *loads[:2], "--source-adapter", loads[3]]) == 0
+    assert main([*asked, "--source-adapter", loads[3]]) == 0
+    table = jm.open_results(out).load()
+    total = float(table.source_outcome[0] - table.base_outcome[0])
+    assert abs(total) > 1e-3
+    assert float(table.residual_out[0, -1]) == pytest.approx(total, abs=1e-4)
+    assert table.attrs["contrast"] == "model"
+    assert table.attrs["source_model"]
+    assert main([*asked, "--resume"]) == 2  # without its source model it is another run
+    assert main([*asked, "--contrast", "model", "--out", str(tmp_path / "none")]) == 2
+    tiny.write_checkpoint(tmp_path / "wide", hidden_size=24)
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    capsys.readouterr()
+    assert main([*asked, "--out", str(tmp_path / "none"), "--source-model", str(tmp_path / "wide")]) == 2
+    assert "has width 24" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -26,8 +26,8 @@ class Check(SweepFlags, ConfigFlags):
     def run(self) -> None:
         """Reads, tokenises, counts."""
         pairs = self.pairs_of(self.pairs)
-        model = self.describe()
-        job = self.job(model, pairs)
+        model, source = self.describe(), self.source()
+        job = self.job(model, pairs, source_model=None if source is None else source.describe())
         tokens = [len(one.base.ids) for one in job.contrasts]
         shorter = sum(len(one.base.ids) != len(one.source.ids) for one in job.contrasts)
         groups = ", ".join(f"{count} {name or 'without a category'}" for name, count in Counter(pair.category for pair in pairs).items())

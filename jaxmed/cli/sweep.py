@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +34,29 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     """JSON list of units that are patched together: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]]}]."""
     paths: Path | None = None
     """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
-    contrast: Literal["pair", "prefill"] = "pair"
-    """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer."""
+    contrast: Literal["pair", "prefill", "model"] | None = None
+    """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer; model, base's
+    prompt in two models. Default: pair, or model where a source model is given."""
+    source_model: str | None = None
+    """Model that values come from, on the same tokens: a more (or less) aligned sibling of --model, of the same sizes and vocabulary."""
+    source_revision: str | None = None
+    """Branch, tag or commit of the source model, such as a training stage."""
+    source_adapter: Path | None = None
+    """LoRA adapter of the source model, as the folder that PEFT saves. Alone: the source model is --model with it."""
+    source_mask: Path | None = None
+    """Mask file of `jaxmed prune` for the source model. Alone: the source model is --model with these weights set to zero."""
     direction: Literal["forward", "reverse"] = "forward"
     """Which run is patched: forward, the base; reverse, the source, with base's values."""
 
-    def job(self, model: Any, pairs: Sequence[Any], seed: int = 0, top: int = 50, by: str = "") -> Any:
+    def source(self) -> SweepFlags | None:
+        """The flags of the source model, or None where values come from the same one."""
+        given = self.source_model, self.source_revision, self.source_adapter, self.source_mask
+        if not any(given):
+            return None
+        name = self.source_model or self.model
+        return replace(self, model=name, revision=self.source_revision, adapter=self.source_adapter, mask=self.source_mask)
+
+    def job(self, model: Any, pairs: Sequence[Any], source_model: Any = None, **summary: Any) -> Any:
         """The checked job on a model, which needs no weights.
 
         Raises:
@@ -62,13 +79,12 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
                 window=self.window,
                 layers=self.layers or None,
                 form=self.form,
-                seed=seed,
-                top=top,
                 estimands=self.estimand,
-                contrast=self.contrast,
+                contrast=self.contrast or ("pair" if source_model is None else "model"),
                 direction=self.direction,
-                by=by,
+                **summary,
             ),
+            source_model,
         )
 
     def pairs_of(self, source: str) -> Sequence[Any]:
@@ -102,11 +118,13 @@ class Sweep(SweepFlags, RunFlags):
 
         pairs = self.pairs_of(self.pairs)
         check_folder(self.out, self.resume, LEGAL)
-        job = self.job(self.describe(), pairs, self.seed, self.top, self.by)
+        source = self.source()
+        summary = {"seed": self.seed, "top": self.top, "by": self.by}
+        job = self.job(self.describe(), pairs, None if source is None else source.describe(), **summary)
         if self.dry_run:
             show_plan(job, "sweep", self.out if self.resume else None)
             return
-        ranked = sweep_job(job.with_weights(self.load()), self.out, self.resume)
+        ranked = sweep_job(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume)
         write_report([self.out], self.out / "report.html")
         show.top_units(self.out, ranked)
 

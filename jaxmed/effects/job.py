@@ -152,7 +152,7 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     request = replace(request, outcomes=outcomes, units=units, estimands=check_estimands(tuple(request.estimands)))
     check_sets(model.config, request.sets, request.window)
     check_paths(model.config, request.paths, request.window)
-    _check_words(request, source_model)
+    _check_words(request, model, source_model)
     if request.by and not any(pair.category for pair in pairs):
         raise UserError("No pair has a category, so there is nothing to split by. Give the column 'category', or leave --by out.")
     layers = _check_layers(model.config, request.layers)
@@ -168,7 +168,18 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     return replace(job, chunk=_chunks(job))
 
 
-def _check_words(request: Request, source_model: Model | None) -> None:
+def _check_siblings(model: Model, source_model: Model) -> None:
+    """Two models are compared activation by activation on the same token ids."""
+    for name in ("layers", "width", "heads", "kv_heads", "head_width", "neurons", "experts", "vocabulary"):
+        ours, theirs = getattr(model.config, name), getattr(source_model.config, name)
+        if ours != theirs:
+            raise UserError(f"{source_model.name} has {name} {theirs} and {model.name} has {ours}: values cannot be copied between them.")
+    tokenizers = model.tokenizer, source_model.tokenizer
+    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise UserError(f"{source_model.name} and {model.name} have different vocabularies: the same token ids are other texts.")
+
+
+def _check_words(request: Request, model: Model, source_model: Model | None) -> None:
     if request.contrast not in CONTRASTS:
         raise unknown("contrast", request.contrast, CONTRASTS)
     _check_together(request)
@@ -176,6 +187,8 @@ def _check_words(request: Request, source_model: Model | None) -> None:
         raise unknown("direction", request.direction, DIRECTIONS)
     if request.by not in BY:
         raise unknown("way to split statistics", request.by, BY)
+    if source_model is not None:
+        _check_siblings(model, source_model)
     if (request.contrast == "model") != (source_model is not None):
         raise UserError('The contrast "model" compares two models on the same tokens: give it a source model, and no other contrast one.')
 
