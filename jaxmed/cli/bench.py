@@ -1,4 +1,4 @@
-"""The commands `bench` and `bench load`."""
+"""The commands `bench`, `bench generate` and `bench load`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,24 @@ class Bench(RowFlags, ModelFlags, ConfigFlags):
         if not self.shape:
             check_layers(self.layers, self.describe().config)
         bench(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerate(RowFlags, ModelFlags, ConfigFlags):
+    """Measures greedy text against the bare matmuls of its tokens and against `generate` of transformers, in one run."""
+
+    rows: tuple[int, ...] = (1, 16)
+    """Prompts at once, one measurement for each, such as 1 16."""
+    tokens: int = 128
+    """Tokens written behind every prompt."""
+    rounds: int = 3
+    """Rounds; the contestants alternate within each, and medians are reported."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        from jaxmed.bench.generate import measure_generate
+
+        measure_generate(self.load(), self.rows, self.tokens, self.rounds, self.append)
 
 
 @dataclass(frozen=True, kw_only=True)

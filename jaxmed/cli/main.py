@@ -13,7 +13,7 @@ from typing import Any
 from jaxmed.cli import show
 from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
-from jaxmed.cli.bench import Bench, BenchLoad
+from jaxmed.cli.bench import Bench, BenchGenerate, BenchLoad
 from jaxmed.cli.check import Check
 from jaxmed.cli.compression import Compression
 from jaxmed.cli.convert import Convert
@@ -62,6 +62,7 @@ COMMANDS: dict[str, type] = {
     "study pruning": Pruning,
     "parity": Parity,
     "convert": Convert,
+    "bench generate": BenchGenerate,
     "bench load": BenchLoad,
     "bench": Bench,
 }

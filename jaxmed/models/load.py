@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family
 from jaxmed.models.families.wrappers import unwrapped
 from jaxmed.models.fetch import hub_shapes, is_hub_name
-from jaxmed.models.model import Model
+from jaxmed.models.model import Later, Model
 from jaxmed.models.transformer import Params
 
 DTYPES = ("float32", "bfloat16")
@@ -59,16 +58,15 @@ def load(
     keep_compiled_programs(cache_folder() / "compiled")
     model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, adapter)
     restore = checkpoint.restore or partial(read_params, checkpoint, family)
-    with ThreadPoolExecutor(1) as aside:  # a large vocabulary takes as long as the weights
-        tokenizer = aside.submit(checkpoint.tokenizer)
-        try:
-            model.params = restore(model.config, model.mesh)
-        except decoded.Damage:  # found before anything was computed with it
-            decoded.drop(checkpoint.files[0], model.config.dtype)
-            return load(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
-    model.tokenizer = tokenizer.result()
-    if checkpoint.restore is None and _is_decoded(model.source, int8, adapter):
-        decoded.keep(checkpoint.files[0], checkpoint, model.config, model.params, model.tokenizer)
+    kept = _is_decoded(model.source, int8, adapter)
+    model.tokenizer = _tokenizer(checkpoint, model.config.dtype, kept)
+    try:
+        model.params = restore(model.config, model.mesh)
+    except decoded.Damage:  # found before anything was computed with it
+        decoded.drop(checkpoint.files[0], model.config.dtype)
+        return load(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    if checkpoint.restore is None and kept:
+        decoded.keep(checkpoint.files[0], checkpoint, model.config, model.params)
     if template_from is not None:
         model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)
     return model.describe_params()
@@ -85,10 +83,17 @@ def describe(
 ) -> Model:
     """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Takes and raises what `load` does."""
     model, checkpoint, _ = _open(name_or_path, dtype, revision, mesh, int8, adapter, weights=False)
-    model.tokenizer = checkpoint.tokenizer()
+    model.tokenizer = _tokenizer(checkpoint, model.config.dtype, _is_decoded(model.source, int8, adapter))
     if template_from is not None:
         model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)
     return model
+
+
+def _tokenizer(checkpoint: Checkpoint, dtype: str, kept: bool) -> Any:
+    """The tokenizer; of weights that are kept decoded one that is built when it is asked for: that takes longer than to map the weights."""
+    if not kept:
+        return checkpoint.tokenizer()
+    return Later(partial(decoded.tokenizer, checkpoint.files[0], dtype, checkpoint.tokenizer))
 
 
 def _open(

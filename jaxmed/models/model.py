@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,29 @@ Arrays = tuple[weakref.ref, ...]
 """Arrays of parameters, in the order of their tree, none of them kept alive."""
 
 
+class Later:
+    """A value that is made when it is first asked for, once for all that hold it."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.value = cache(make)
+
+
+class _MadeLater:
+    """An attribute whose value is given as it is, or as `Later`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:  # the dataclass asks for a default: there is none
+            raise AttributeError(self.name)
+        held = model.__dict__[self.name]
+        return held.value() if isinstance(held, Later) else held
+
+    def __set__(self, model: Any, value: Any) -> None:
+        model.__dict__[self.name] = value
+
+
 @dataclass
 class Model:
     """A loaded model.
@@ -31,7 +55,7 @@ class Model:
     Attributes:
         config: shape and arithmetic.
         params: nested dict of arrays; blocks are stacked on a leading layer axis.
-        tokenizer: a transformers tokenizer, or None where the checkpoint has none.
+        tokenizer: a transformers tokenizer, or None where the checkpoint has none; that of a quantised file is built at first use.
         mesh: the device mesh the parameters live on, axes "data" and "model".
         name, revision: as asked for.
         files: the weight files.
@@ -44,7 +68,7 @@ class Model:
 
     config: ModelConfig
     params: Params
-    tokenizer: Any
+    tokenizer: Any = _MadeLater()
     mesh: jax.sharding.Mesh
     name: str
     revision: str | None = None
@@ -148,7 +172,7 @@ class _Beside:
 
     def _key(self) -> tuple[Any, ...]:
         model = self.model
-        return model.config, model.mesh, model.name, model.revision, id(model.tokenizer)
+        return model.config, model.mesh, model.name, model.revision, id(model.__dict__["tokenizer"])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Beside) and self._key() == other._key()

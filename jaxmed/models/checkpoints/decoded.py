@@ -1,7 +1,7 @@
 """Decoded weights of quantised files, kept in the cache folder: a second load maps them into memory and decodes nothing.
 
-FOLDER/decoded/KEY holds one file per parameter as it lies in memory, the tokenizer's files, and `decoded.json`. The key changes with the
-file, the dtype and the code that reads it. Every piece has a checksum, which is verified on the way in.
+FOLDER/decoded/KEY holds one file per parameter as it lies in memory, `decoded.json`, and the tokenizer, once it has been built. The key
+changes with the file, the dtype and the code that reads it. Every piece has a checksum, which is verified on the way in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ import jax
 import numpy as np
 
 from jaxmed.errors import UserError
+from jaxmed.files import write_json
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import in_threads
+from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import code_digest, known_digest
 from jaxmed.models.folders import cache_folder
@@ -60,10 +62,10 @@ def find(file: Path, dtype: str) -> Checkpoint | None:
     def restore(wanted: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
         return _restore(folder, arrays, wanted, mesh)
 
-    return Checkpoint(config, shapes, read, (file,), lambda: _tokenizer(folder, card["tokenizer"]), restore)
+    return Checkpoint(config, shapes, read, (file,), lambda: open_gguf(file).tokenizer(), restore)
 
 
-def keep(file: Path, checkpoint: Checkpoint, config: ModelConfig, params: Params, tokenizer: Any) -> None:
+def keep(file: Path, checkpoint: Checkpoint, config: ModelConfig, params: Params) -> None:
     """Keeps decoded weights for the next load, where there is room, and says so once on stderr; else does nothing."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     root = cache_folder() / "decoded"
@@ -78,7 +80,7 @@ def keep(file: Path, checkpoint: Checkpoint, config: ModelConfig, params: Params
         with tempfile.TemporaryDirectory(prefix="part-", dir=root, ignore_cleanup_errors=True) as held:
             scratch = Path(held) / "whole"
             scratch.mkdir()
-            _write(scratch, checkpoint, params, tokenizer)
+            _write(scratch, checkpoint, params)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         print(f"Decoded weights of {file.name} are kept in {root} ({size / 1e9:.2f} GB; {LIMIT}=0 turns this off).", file=sys.stderr)
@@ -115,22 +117,15 @@ def _pieces(content: np.ndarray) -> Iterator[memoryview]:
     yield from (content[at : at + PIECE].data for at in range(0, len(content), PIECE))
 
 
-def _write(folder: Path, checkpoint: Checkpoint, params: Params, tokenizer: Any) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, params: Params) -> None:
     arrays = {}
     for name, leaf in _leaves(params).items():
         content = np.asarray(leaf).reshape(-1).view(np.uint8)
         with (folder / name).open("wb") as handle:
             handle.write(content.data)
         arrays[name] = {"size": content.nbytes, "sums": [zlib.crc32(piece) for piece in _pieces(content)]}
-    if tokenizer is not None:
-        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     shapes = {name: list(shape) for name, shape in checkpoint.shapes.items()}
-    card = {
-        "config": dict(checkpoint.config),
-        "arrays": arrays,
-        "shapes": shapes,
-        "tokenizer": dict(tokenizer.init_kwargs) if tokenizer is not None else None,
-    }
+    card = {"config": dict(checkpoint.config), "arrays": arrays, "shapes": shapes}
     (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
 
 
@@ -162,10 +157,26 @@ def _restore(folder: Path, arrays: Mapping[str, Any], config: ModelConfig, mesh:
     return params
 
 
-def _tokenizer(folder: Path, settings: Mapping[str, Any] | None) -> Any:
+def tokenizer(file: Path, dtype: str, build: Callable[[], Any]) -> Any:
+    """The tokenizer that `build` builds, from where it is kept beside the decoded weights; it is kept there now if it is not yet."""
+    held = _folder(file, dtype) / TOKENIZER
+    with contextlib.suppress(Exception):  # the tokenizers library raises many types on what it did not write
+        return _read_tokenizer(json.loads(held.read_text(encoding="utf-8")))
+    made = build()
+    if held.parent.is_dir():
+        with contextlib.suppress(OSError):
+            described = None if made is None else {"backend": made.backend_tokenizer.to_str(), "settings": dict(made.init_kwargs)}
+            write_json(held, described)
+    return made
+
+
+def _read_tokenizer(described: Mapping[str, Any] | None) -> Any:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    return None if settings is None else PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **settings)
+    if described is None:
+        return None
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(described["backend"]), **described["settings"])
 
 
 def _make_room(root: Path, size: int) -> None:
