@@ -1,4 +1,5 @@
 from . import pruning, statistics, tokens
+from .activation_table import activations, mean_difference
 from .distributed import make_mesh
 from .effects.patch import Patched, patch
 from .effects.sweep import sweep
@@ -25,6 +26,7 @@ __all__ = [
     "Patched",
     "PromptPair",
     "UserError",
+    "activations",
     "edits",
     "export_folder",
     "finetune",
@@ -33,6 +35,7 @@ __all__ = [
     "keep_freed_memory",
     "load",
     "make_mesh",
+    "mean_difference",
     "open_results",
     "patch",
     "planted",

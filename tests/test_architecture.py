@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "files", "axes", "distributed", "interventions"},
     "attention": {"models"},
     "runner": {"errors", "tokens", "attention", "interventions", "models"},
+    "activation_table": {"errors", "tokens", "interventions", "models", "runner"},
     "generation": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "runs": {"errors", "files", "models"},
     "results": {"errors", "files", "runs"},
