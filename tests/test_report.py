@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ from plotly.offline import get_plotlyjs
 from jaxmed import results
 from jaxmed.errors import UserError, visible
 from jaxmed.files import write_json
+from jaxmed.reports.curves import write_loss_curve
 from jaxmed.reports.maps import binned
 from jaxmed.reports.page import write_report
 from jaxmed.reports.record import mean_effect, read
@@ -108,8 +112,9 @@ def _write_records(folder: Path, units: Any, outcomes: Any, layers: int, positio
 def page(folder: Path, *more: Path) -> str:
     """The page without plotly.js."""
     html = write_report([folder, *more], folder / results.REPORT).read_text(encoding="utf-8")
-    assert html.count(get_plotlyjs()) == 1
-    return html.replace(get_plotlyjs(), "")
+    packed = re.findall(r'<script type="text/plain" id="plotly">(.*?)</script>', html)
+    assert [gzip.decompress(base64.b64decode(one)).decode() for one in packed] == [get_plotlyjs()]
+    return html.replace(packed[0], "")
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +264,51 @@ def test_numbers_and_texts() -> None:
     assert number(float("nan")) == number("") == "\u2013"
     assert spans([0, 1, 2, 9]) == "0-2, 9"
     assert visible("a\x00\ud800b\nc") == "a\\x00\\ud800b\nc"
+
+
+MOST_BYTES = 3_000_000
+LARGE = {"neuron_index": 8192, "window_index": 256, "head_index": 32}
+PAGES: dict[str, dict[str, Any]] = {
+    "one outcome": {},
+    "two outcomes": {"outcomes": ("log-odds", "kl")},
+    "every position": {"positions": 40, "sizes": SIZES, "units": ("head_out", "mlp_out")},
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_page_has_three_megabytes_at_most(tmp_path: Path, kind: str) -> None:
+    folder = build(tmp_path / "run", **{"sizes": LARGE, "layers": 28, "pairs": 3, **PAGES[kind]})
+    assert write_report([folder], tmp_path / "page.html").stat().st_size < MOST_BYTES
+
+
+def test_figures_of_experiments_are_small_too(tmp_path: Path) -> None:
+    (tmp_path / "losses.csv").write_text("step,loss,heldout_loss\n" + "".join(f"{step},{1 / step},\n" for step in range(1, 2000)))
+    assert write_loss_curve(tmp_path / "losses.csv", tmp_path / "losses.html").stat().st_size < MOST_BYTES
+
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs a browser")
+def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
+    html = write_report([build(tmp_path / "run")], tmp_path / "page.html").read_text()
+    drawn = _dump(tmp_path / "page.html")
+    assert len(re.findall(r'class="main-svg"', drawn)) >= len(plots(html)) > 2
+    assert "cannot be drawn" not in re.sub(r"<script.*?</script>", "", drawn, flags=re.S)
+    old = html.replace("<script>\nasync function", "<script>\ndelete window.DecompressionStream;\nasync function")
+    (tmp_path / "old.html").write_text(old)
+    assert re.search(r'<div class="plot"[^>]*>The figures need a browser of 2023 or later', _dump(tmp_path / "old.html"))
+
+
+def _dump(page: Path) -> str:
+    """The page as a browser has it after its scripts."""
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        f"--user-data-dir={page.parent / 'b'}",
+    ]
+    return subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout

@@ -7,8 +7,11 @@ from math import exp, log
 from pathlib import Path
 
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxmed.files import atomic, read_csv
+from jaxmed.errors import visible
+from jaxmed.files import read_csv, write_text
+from jaxmed.reports.packed import embedded, packed_plotly
 from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas, label
 
 
@@ -26,8 +29,9 @@ def write_loss_curve(table: Path, out: Path) -> Path:
 
 
 def _write(figure: go.Figure, out: Path) -> Path:
-    with atomic(out) as partial:
-        figure.write_html(partial, include_plotlyjs=True)
+    environment = Environment(loader=PackageLoader("jaxmed.reports"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("figure.html.j2")
+    write_text(out, page.render(title=visible(out.stem), data=embedded(figure), plotly=packed_plotly()))
     return out
 
 

@@ -10,7 +10,7 @@ from jaxmed.reports.record import Record, mean_effect, totals
 from jaxmed.reports.style import Figure
 
 MOST_COLUMNS = 2048
-MOST_CELLS = 300_000  # of all neuron maps of a page: about 9 bytes each in the page, which stays under 8 MB
+MOST_CELLS = 60_000  # of all neuron maps of a page: about 9 bytes each, in pages of 3 MB at most, of which plotly.js is 2
 
 
 def columns(records: list[Record]) -> int:

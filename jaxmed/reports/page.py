@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from jaxmed.errors import UserError, visible
 from jaxmed.files import check_file, write_text
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
+from jaxmed.reports.packed import embedded, packed_plotly
 from jaxmed.reports.record import Record, read
-from jaxmed.reports.style import Figure
 from jaxmed.reports.tables import facts, provenance, ranked_by, top_tables
 
 
@@ -54,7 +52,7 @@ def render(records: Sequence[Record]) -> str:
     width = columns(list(records))
     sections = [section(record, width, f"run{number}") for number, record in enumerate(records, 1)]
     models = ", ".join(dict.fromkeys(str(record.manifest.get("model", {}).get("name", "a model")) for record in records))
-    return environment.get_template("report.html.j2").render(sections=sections, models=models, plotly=Markup(get_plotlyjs()))
+    return environment.get_template("report.html.j2").render(sections=sections, models=models, plotly=packed_plotly())
 
 
 def section(record: Record, columns: int, name: str) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def section(record: Record, columns: int, name: str) -> dict[str, Any]:
     parts = []
     for at, outcome in enumerate(record.outcomes):
         drawn = [
-            {"id": f"{name}-{at}-{number}", "title": figure.title, "caption": figure.caption, "data": embedded(figure)}
+            {"id": f"{name}-{at}-{number}", "title": figure.title, "caption": figure.caption, "data": embedded(figure.plot)}
             for number, figure in enumerate(figures(record, outcome, columns))
         ]
         parts.append({"outcome": outcome, "figures": drawn})
@@ -77,11 +75,6 @@ def section(record: Record, columns: int, name: str) -> dict[str, Any]:
         "has_top": record.top is not None,
         **provenance(record),
     }
-
-
-def embedded(figure: Figure) -> Markup:
-    """A figure as JSON that cannot end its script element."""
-    return Markup((figure.plot.to_json() or "{}").replace("<", "\\u003c"))
 
 
 def _shown(value: Any) -> Any:

@@ -11,13 +11,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from jaxmed.errors import UserError, visible
 from jaxmed.files import NAME_COLUMNS, check_file, read_csv, write_text
 from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer
-from jaxmed.reports.page import embedded
+from jaxmed.reports.packed import embedded, packed_plotly
 from jaxmed.reports.style import Figure, number
 from jaxmed.runs.folder import last_versions, read_run, seconds_spent
 
@@ -80,7 +78,7 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
         versions=", ".join(f"{name} {version}" for name, version in last_versions(run).items()),
         redraw=f"jaxmed report {shlex.quote(str(folder))}",
-        plotly=Markup(get_plotlyjs()),
+        plotly=packed_plotly(),
     )
     out = out or folder / "report.html"
     write_text(out, page)
