@@ -30,6 +30,9 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     estimand: tuple[str, ...] = ("indirect",)
     """One or several of: indirect, direct, total, interaction (natural effects; those but indirect run the turned pair too), to_logits
     (what the unit writes into the logits itself), via_later (what later layers make of it), both_ways (the rest of the indirect effect)."""
+    patch: Literal["resample", "zero", "mean"] = "resample"
+    """What is written in the place of a unit's base value: resample, its value in source; zero; mean, its mean over the source runs of all
+    pairs, at their patched tokens."""
     sets: Path | None = None
     """JSON list of units that are patched together: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]]}]."""
     paths: Path | None = None
@@ -73,6 +76,7 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
             Request(
                 outcomes=self.outcome,
                 units=self.unit or (() if sets or paths else ("neuron",)),
+                patch=self.patch,
                 sets=sets,
                 paths=paths,
                 position=self.position,

@@ -89,6 +89,14 @@ def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[
     return PreparedContrast(contrast, packed, start, here, there, key, value, target, *ends, margin)
 
 
+def source_values(contrast: Contrast, units: tuple[str, ...]) -> Record:
+    """The source run's values [L, P, ...] at all tokens that the contrast patches."""
+    source, packed = contrast.source, contrast.packed(contrast.source)
+    columns = np.asarray(sorted({column for patch in contrast.patches for column in patch.source}), np.int32)
+    taps = tuple(site for site in recorded_sites(source.model.config, units)[1] if site != "router_logits")
+    return record(source.model.config, source.model.params, *_fed(packed), columns, columns[:1], taps)[0]
+
+
 def _routing_margin(config: ModelConfig, base: Record, source: Record, used: int, patched: list[int]) -> np.ndarray:
     """By how many logits the last used expert leads the first unused one, at the least over tokens: float32 [L].
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxmed.effects.contrast import CONTRASTS, Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
-from jaxmed.effects.mediators import MEDIATORS, check_units
+from jaxmed.effects.mediators import MEDIATORS, Record, check_units
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes, outcome_name
+from jaxmed.effects.patches import PATCHES
 from jaxmed.effects.readout import READ_BUCKETS, read_columns
 from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, sites_of
 from jaxmed.errors import UserError, unknown
@@ -46,6 +47,7 @@ class Request:
         direction: "reverse": base and source change places.
         method: a key of `ESTIMATORS`.
         sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
+        patch: a key of `PATCHES`: what is written in the place of base values.
         by: what statistics are split by too, of `BY`.
     """
 
@@ -64,6 +66,7 @@ class Request:
     sets: tuple[UnitSet, ...] = ()
     paths: tuple[UnitPath, ...] = ()
     by: str = ""
+    patch: str = "resample"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Job:
 
     Attributes:
         chunk: rows per device of every program, by `chunk_key`; a resumed run takes those it began with.
+        means: of source runs, for patches that need them; made when the job runs.
     """
 
     model: Model
@@ -81,6 +85,7 @@ class Job:
     contrasts: tuple[Contrast, ...]
     source_model: Model | None = None
     chunk: dict[str, int] = field(default_factory=dict)
+    means: Record | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -183,6 +188,11 @@ def _check_words(request: Request, model: Model, source_model: Model | None) -> 
     if request.contrast not in CONTRASTS:
         raise unknown("contrast", request.contrast, CONTRASTS)
     _check_together(request)
+    if request.patch not in PATCHES:
+        raise unknown("patch", request.patch, PATCHES)
+    other = [name for name in request.estimands if any(PASSES[need].turned for need in ESTIMANDS[name].needs - {"total"})]
+    if request.patch != "resample" and other:
+        raise UserError(f"The estimand {other[0]!r} patches the source run with base's values; it goes with --patch resample alone.")
     if request.direction not in DIRECTIONS:
         raise unknown("direction", request.direction, DIRECTIONS)
     if request.by not in BY:

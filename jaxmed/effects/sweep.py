@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import xarray as xr
 
 from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
-from jaxmed.effects.engine import PreparedContrast
+from jaxmed.effects.engine import PreparedContrast, source_values
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, Request, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.patches import PATCHES, mean_records
 from jaxmed.effects.sets import UnitPath, UnitSet, as_unit
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
@@ -58,6 +60,8 @@ def with_chunk(job: Job, stored: Mapping[str, int]) -> Job:
 def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[str, int]]:
     """Runs what is not done yet; yields what was done after every item. One item is computed while the one before is written."""
     estimator, done = find_estimator(job.request.method), table.done().astype(bool)
+    if PATCHES[job.request.patch].means:
+        job = replace(job, means=mean_records(job.contrasts, partial(source_values, units=job.kinds)))
     todo = open_items(job, done)
     for item in _difference(estimator.items(job), todo):
         work = estimator.work(job, item)
@@ -140,6 +144,7 @@ def sweep(
     sets: Mapping[str, Sequence[Sequence[Any]]] | None = None,
     paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
     by: str = "",
+    patch: str = "resample",
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
@@ -164,6 +169,8 @@ def sweep(
         method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
         sets: name -> units (mediator, layer, index) that are patched together; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
+        patch: what is written in the place of a unit's base value: "resample", its value in source; "zero"; "mean", its mean over the
+            source runs of all pairs, at their patched tokens.
         by: "category": statistics and top.csv of every category of pairs too.
         watch: called with (FLOPs done, effects done, pair id) after every item.
 
@@ -180,7 +187,7 @@ def sweep(
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    how = (estimands, contrast, direction, method, joint, routes, by)
+    how = (estimands, contrast, direction, method, joint, routes, by, patch)
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,6 +15,7 @@ from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
+from jaxmed.effects.patches import PATCHES
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.files import simple
 from jaxmed.tokens import BY_POSITION
@@ -108,7 +109,7 @@ def variables(job: Job) -> list[results.Variable]:
     outcome, position = _several(job), ("position",) if job.request.position in BY_POSITION else ()
     table += [
         results.Variable(
-            variable(name, estimand), (*outcome, "pair", TOGETHER[name][0], *position), attributes=_told_together(name, estimand)
+            variable(name, estimand), (*outcome, "pair", TOGETHER[name][0], *position), attributes=_told_together(job, name, estimand)
         )
         for name in _together(job)
         for estimand in job.request.estimands
@@ -124,12 +125,18 @@ def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
     mediator = MEDIATORS[unit]
     told = {"unit": unit, "told": mediator.told, "coordinate": mediator.coordinate, "show": mediator.show}
     told |= {"window": job.request.window} if mediator.windowed else {}
-    return {**told, "estimand": estimand, "formula": ESTIMANDS[estimand].formula}
+    return {**told, "estimand": estimand, "formula": _formula(job, estimand)}
 
 
-def _told_together(name: str, estimand: str) -> dict[str, Any]:
+def _formula(job: Job, estimand: str) -> str:
+    """What a variable holds, in words."""
+    formula = ESTIMANDS[estimand].formula
+    return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {PATCHES[job.request.patch].told}"
+
+
+def _told_together(job: Job, name: str, estimand: str) -> dict[str, Any]:
     dim, told = TOGETHER[name]
-    return {"unit": name, "told": told, "coordinate": dim, "show": name, "estimand": estimand, "formula": ESTIMANDS[estimand].formula}
+    return {"unit": name, "told": told, "coordinate": dim, "show": name, "estimand": estimand, "formula": _formula(job, estimand)}
 
 
 def variable_shapes(job: Job) -> dict[str, list[int]]:
@@ -147,6 +154,6 @@ def attributes(job: Job) -> dict[str, Any]:
     """Attributes of the whole table."""
     request = job.request
     found = {"position": str(request.position), "window": request.window, "model": job.model.name, "method": request.method}
-    found |= {"contrast": request.contrast, "direction": request.direction}
+    found |= {"contrast": request.contrast, "direction": request.direction, "patch": request.patch}
     found |= {"source_model": job.source_model.name} if job.source_model is not None else {}
     return {**found, "outcome": ", ".join(outcome_name(outcome) for outcome in request.outcomes)}
