@@ -53,15 +53,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for name, content in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    return {"model": model, **{name: folder / f"{name}.jsonl" for name in rows}}
+    paragraphs = [f"Paragraph {number} says that bread is made of {'rye ' * number}." for number in range(1, 13)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return {"model": model, "text": folder / "text.txt", **{name: folder / f"{name}.jsonl" for name in rows}}
 
 
 COMMANDS = {
     "sweep": "sweep --model {model} --pairs {pairs} --unit neuron mlp_out head_out",
     "score": "prune score --model {model} --behaviour {red} --preserve {blue} --layers-per-pass 1 --rows 1 --split",
+    "evaluate": "evaluate --model {model} --against {model} --examples {red} --text {text} --tokens 12 --save-text --by kind",
     "finetune": "finetune --model {model} --data {red} --rank 2 --batch 4 --steps 12 --save-every 5",
 }
-"""Commands whose items are layers, batches and steps."""
+"""Commands whose items are layers, batches, parts and steps."""
 
 
 def _command(name: str, inputs: dict[str, Path], out: Path) -> list[str]:
@@ -95,10 +98,17 @@ def _finish(command: list[str]) -> None:
 
 
 def _contents(name: str, out: Path) -> dict[str, Any]:
-    """What a command leaves, without its record."""
+    """What a command leaves, without what its record says of sessions."""
+    if name == "evaluate":
+        return {key: value for key, value in _record(out).items() if key not in ("sessions", "status")}
     kept = {"sweep": "effects.zarr/*/c/**/*", "score": "scores/**/c/**/*", "finetune": "adapter/*.safetensors"}[name]
     found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.glob(kept)) if path.is_file()}
     return found | ({"losses": (out / "losses.csv").read_text()} if name == "finetune" else {})
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """The record of a run: a file of its own, or in a folder."""
+    return read_run(out) if out.is_dir() else json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +158,27 @@ def test_a_second_signal_ends_a_command_at_once(inputs: dict[str, Path], tmp_pat
     assert time.monotonic() - begun < 25  # the item alone lasts thirty seconds
 
 
-@pytest.mark.parametrize("name", ["score"])  # of sweeps and fine-tuning: test_resume, test_finetuning
+MOMENTS = {"score": (1, 6), "evaluate": (0, 3)}
+"""Items after which a command is killed: the least, and one more than the most."""
+
+
+@pytest.mark.parametrize("name", MOMENTS)  # of sweeps and fine-tuning: test_resume, test_finetuning
 def test_kills_at_random_moments_lose_no_finished_item(
     name: str, inputs: dict[str, Path], whole: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     command, rng = [*_command(name, inputs, tmp_path / "out"), "--resume"], np.random.default_rng(len(name))
-    for items in rng.integers(1, 6, 3):
+    for items in rng.integers(*MOMENTS[name], 3):
         child = _start(command, 0.05)
         _after_items(child, int(items))
-        time.sleep(float(rng.uniform(0, 0.2)))
+        time.sleep(float(rng.uniform(0, 0.2 if items else 6)))
         child.kill()
         child.communicate()
     _finish(command)
     assert _contents(name, tmp_path / "out") == whole[name]
-    statuses = [session["status"] for session in read_run(tmp_path / "out")["sessions"]]
+    statuses = [session["status"] for session in _record(tmp_path / "out")["sessions"]]
     assert statuses[-1] in ("finished", "trained")
     assert set(statuses[:-1]) <= {"killed", "finished", "trained"}
+    assert "killed" in statuses
 
 
 def test_two_commands_in_one_folder_do_not_disturb_each_other(
