@@ -16,7 +16,7 @@ from jaxmed.cli.evaluate import Evaluate
 from jaxmed.cli.main import main
 from jaxmed.errors import UserError
 from jaxmed.files import read_json
-from jaxmed.runs import signals
+from jaxmed.runs import provenance, signals
 from jaxmed.runs.folder import Legal, RunFolder, check_folder, hold, last_versions, open_file, read_run, seconds_spent
 from tests import tiny
 
@@ -195,7 +195,7 @@ def test_a_record_is_written_before_a_signal_counts() -> None:
 
 SECOND = """
 import os, signal, sys, time
-from jaxmed.runs import signals
+from jaxmed.runs import provenance, signals
 with signals.handled():
     try:
         os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
@@ -271,3 +271,12 @@ def test_an_evaluation_resumes_part_by_part(tmp_path: Path, monkeypatch: pytest.
     for record in (whole, cut):
         del record["sessions"]
     assert whole == cut
+
+
+def test_a_checkout_says_its_commit() -> None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(provenance.commit()).removesuffix("+") == head
+    assert provenance.short_commit().startswith(head[:12])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def commit() -> str | None:
     """The git commit of a source checkout of this package, with "+" where files are changed; None for an installed package."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     git = lambda *arguments: subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True).stdout.strip()  # noqa: E731
