@@ -120,6 +120,12 @@ LLAMAS: dict[str, Family] = {
         | WINDOWED
         | {"attention_bias", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"},
         {**QWEN_DEFAULTS, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False},
-        {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+        {
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),
+            "qkv_bias": (False,),
+            "shared_expert_intermediate_size": (0,),
+            "use_qk_norm": (True,),
+        },
     ),
 }

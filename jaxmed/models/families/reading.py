@@ -31,7 +31,7 @@ INERT = frozenset(
         "cache_implementation chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type "
         "_attn_implementation_autoset _attn_implementation use_bfloat16 summary_type summary_use_proj summary_activation "
         "summary_proj_to_labels summary_first_dropout n_ctx gradient_checkpointing hidden_dropout interpolate_factor "
-        "sep_token_id tf_legacy_loss embedding_dropout"
+        "sep_token_id tf_legacy_loss embedding_dropout n_special predict_special_tokens max_sequence_length"
     ).split()
 )
 """Config keys that do not change what a forward pass computes."""

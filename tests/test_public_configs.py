@@ -1,0 +1,75 @@
+"""Configs of public models, as they are published: all are read, and their keys are the ones that a family knows.
+
+`data/public_configs.json` holds facts: model -> the entries of its config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jaxmed as jm
+from jaxmed.models.families import FAMILIES, read_config
+from jaxmed.models.transformer import param_shapes
+
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "public_configs.json").read_text(encoding="utf-8"))
+SIZES = {"layers": ("num_hidden_layers", "n_layer"), "width": ("hidden_size", "n_embd"), "vocabulary": ("vocab_size",)}
+WEIGHTS = {  # billions, from the models' names and cards
+    "meta-llama/Llama-2-7b-hf": 6.74,
+    "meta-llama/Llama-3.2-1B": 1.24,
+    "meta-llama/Llama-3.1-405B": 405.9,
+    "Qwen/Qwen3-0.6B": 0.60,
+    "Qwen/Qwen3-30B-A3B": 30.5,
+    "mistralai/Mixtral-8x7B-v0.1": 46.7,
+    "google/gemma-2-2b": 2.61,
+    "gpt2": 0.124,
+    "microsoft/Phi-3.5-mini-instruct": 3.82,
+    "HuggingFaceTB/SmolLM2-135M": 0.1345,
+}
+
+
+def _count(shapes: Any) -> int:
+    if isinstance(shapes, dict):
+        return sum(map(_count, shapes.values()))
+    size = 1
+    for length in getattr(shapes, "shape", shapes):
+        size *= length
+    return size
+
+
+def test_there_are_many_of_many_families() -> None:
+    assert len(PUBLISHED) >= 60
+    families = Counter(raw["model_type"] for raw in PUBLISHED.values())
+    assert len(families) >= 10
+    assert set(families) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_read(name: str) -> None:
+    raw = PUBLISHED[name]
+    config = read_config(raw)[1]
+    for field, keys in SIZES.items():
+        assert getattr(config, field) == next(raw[key] for key in keys if key in raw)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_published_model_has_as_many_weights_as_it_says(name: str) -> None:
+    count = _count(param_shapes(read_config(PUBLISHED[name])[1]))
+    assert count / 1e9 == pytest.approx(WEIGHTS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "Qwen/Qwen3-8B", "google/gemma-2-9b", "allenai/OLMo-2-1124-7B"])
+@pytest.mark.parametrize("key", ["residual_scale", "use_alibi", "logit_bias"])
+def test_keys_that_nobody_knows_are_still_refused(name: str, key: str) -> None:
+    with pytest.raises(jm.UserError, match=key):
+        read_config({**PUBLISHED[name], key: True})
+
+
+@pytest.mark.parametrize(("key", "value"), [("qkv_bias", True), ("shared_expert_intermediate_size", 512), ("use_qk_norm", False)])
+def test_known_keys_are_refused_with_values_that_change_the_model(key: str, value: Any) -> None:
+    with pytest.raises(jm.UserError, match=key):
+        read_config({**PUBLISHED["Qwen/Qwen3-Coder-480B-A35B-Instruct"], key: value})
