@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"models"},
     "runner": {"errors", "tokens", "attention", "interventions", "models"},
     "activation_table": {"errors", "tokens", "interventions", "models", "runner"},
-    "generation": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
+    "generation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner"},
     "runs": {"errors", "files", "models"},
     "results": {"errors", "files", "runs"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},

@@ -130,6 +130,7 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"max_tokens": 600}, "exceed what this model takes"),
         ({"where": "answer"}, "generated"),
+        ({"stop_texts": ["fine", "half \ud800"]}, "half of a surrogate pair"),
         ({"edits": {"attention_pattern": jm.Edit(1.0, 0.0)}}, "grow with it"),
         ({"edits": {"mlp_out": jm.Edit(1.0, np.zeros((3, 1, 5, 16)))}}, "single entries"),
     ],

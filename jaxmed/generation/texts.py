@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.files import odd_text
 from jaxmed.generation.sampling import Sampling
 from jaxmed.generation.writers import Batch, write_by_layer, writer
 from jaxmed.interventions.checks import Extent, check_edits
@@ -70,6 +71,8 @@ def generate_ids(
         raise UserError("There is no prompt to continue." if not prompts else "A prompt has no tokens.")
     if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"Tokens ({max_tokens}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
+    if said := odd_text(list(stop_texts), "stop_texts"):
+        raise UserError(f"{said}.")
     if where not in WHERE:
         raise unknown("where", where, WHERE)
     check_tokens(config, prompts, "A prompt", model.tokenizer)
