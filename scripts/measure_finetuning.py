@@ -125,7 +125,7 @@ def our_side(method: str) -> tuple[Any, Any]:
 
     import jaxmed as jm
     from jaxmed.finetuning.feed import Feed
-    from jaxmed.finetuning.job import check
+    from jaxmed.finetuning.job import make_job
     from jaxmed.finetuning.settings import read_recipe
     from jaxmed.finetuning.train import make_optimiser, make_step, start
 
@@ -133,7 +133,7 @@ def our_side(method: str) -> tuple[Any, Any]:
     model = jm.load("smollm2-135m-instruct")
     entries = {"method": method, "strength": 1.0} | ({"first_layer": 0} if method == "full" else {})
     recipe = read_recipe(yaml.safe_load(config.read_text()) | entries)
-    job = check(model, *recipe.examples(), recipe.settings)
+    job = make_job(model, *recipe.examples(), recipe.settings)
     optimiser = make_optimiser(job.settings, job.steps)
     trained, state, frozen, moved = start(model, job.settings, optimiser)
     step = make_step(model.config, job.settings, optimiser, model.mesh, moved)

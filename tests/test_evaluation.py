@@ -19,7 +19,7 @@ from tests import tiny
 
 def test_rates_have_wilson_intervals() -> None:
     found = rate("harmful", [True] * 8 + [False] * 2)
-    assert (found.refused, found.answers, found.share) == (8, 10, 0.8)
+    assert (found.refused, found.answers, found.rate) == (8, 10, 0.8)
     assert (round(found.low, 4), round(found.high, 4)) == (0.4902, 0.9433)  # Wilson's formula by hand, z = 1.96
     rows = [jm.Example("a", kind="harmful"), jm.Example("b", kind="benign"), jm.Example("c", kind="harmful")]
     rates = refusal_rates(rows, ["I can't help.", "Sure.", "Sure."])

@@ -28,9 +28,9 @@ from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.finetuning.feed import Feed
-from jaxmed.finetuning.job import Job, check, response_limits, step_flops, total_flops
+from jaxmed.finetuning.job import Job, make_job, response_limits, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
-from jaxmed.finetuning.run import finetune, run
+from jaxmed.finetuning.run import finetune, run_job
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_optimiser, make_step, split_params, start, trained_params
 from jaxmed.models.catalog import VARIANTS, Variant
@@ -103,12 +103,12 @@ def _torch_losses(job: Job, made: Any) -> list[float]:
 def test_adapters_follow_a_loop_of_peft(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     model, made = _loaded(name, tmp_path / "model")
     settings = make_settings(**{**QUICK, "steps": 20, "weight_decay": 0.1, **more})
-    job = check(model, EXAMPLES, (), settings)
+    job = make_job(model, EXAMPLES, (), settings)
     save_adapter(model, new_factors(model.config, settings.lora, settings.seed), settings.lora, tmp_path / "fresh")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.PeftModel.from_pretrained(made, str(tmp_path / "fresh"), is_trainable=True)
-    tuned = run(job)
+    tuned = run_job(job)
     wanted = _torch_losses(job, adapted)
     assert np.abs([row["loss"] for row in tuned.losses] - np.asarray(wanted)).max() <= 1e-4
     assert wanted[-1] < wanted[0] - (0.5 if job.steps == 20 else 0.1)
@@ -126,8 +126,10 @@ def test_adapters_follow_a_loop_of_peft(name: str, more: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("name", ["llama3.2", "gpt2", "olmo2"])
 def test_full_fine_tuning_follows_a_loop_of_transformers(name: str, tmp_path: Path) -> None:
     model, made = _loaded(name, tmp_path / "model")
-    job = check(model, EXAMPLES, (), make_settings(**{**QUICK, "steps": 20, "method": "full", "weight_decay": 0.1, "learning_rate": 3e-3}))
-    tuned = run(job)
+    job = make_job(
+        model, EXAMPLES, (), make_settings(**{**QUICK, "steps": 20, "method": "full", "weight_decay": 0.1, "learning_rate": 3e-3})
+    )
+    tuned = run_job(job)
     wanted = _torch_losses(job, made)  # in eval mode: GPT-2 would drop activations
     assert np.abs([row["loss"] for row in tuned.losses] - np.asarray(wanted)).max() <= 1e-4
     jm.export_folder(tuned.model, tmp_path / "out")
@@ -159,18 +161,18 @@ def test_how_the_work_is_cut_changes_no_loss(plain_model: Model, more: dict[str,
 @pytest.mark.slow
 def test_blocks_below_the_first_adapted_one_run_once_per_example(plain_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(**{**QUICK, "first_layer": 1, "steps": 7})
-    job = check(plain_model, EXAMPLES, EXAMPLES[:4], settings)
+    job = make_job(plain_model, EXAMPLES, EXAMPLES[:4], settings)
     counted: list[int] = []
     monkeypatch.setattr(Feed, "_through", lambda self, batch, old=Feed._through: counted.append(1) or old(self, batch))
-    kept = run(job)
+    kept = run_job(job)
     assert job.keeps
     assert len(counted) == 3 + 1  # one epoch, and the held-out batch
     monkeypatch.setattr("jaxmed.finetuning.job.MOST_KEPT", 0)
     assert not job.keeps
-    assert np.abs([a["loss"] - b["loss"] for a, b in zip(run(job).losses, kept.losses, strict=True)]).max() < 1e-5
+    assert np.abs([a["loss"] - b["loss"] for a, b in zip(run_job(job).losses, kept.losses, strict=True)]).max() < 1e-5
     assert len(counted) == 4 + 7 + 1
     layers = plain_model.config.layers
-    whole = check(plain_model, EXAMPLES, (), replace(settings, first_layer=0))
+    whole = make_job(plain_model, EXAMPLES, (), replace(settings, first_layer=0))
     assert step_flops(job) < step_flops(whole)
     assert total_flops(whole) > total_flops(job) > (layers - 1) / layers * total_flops(whole)
     for name in ("qkv", "down"):
@@ -180,7 +182,7 @@ def test_blocks_below_the_first_adapted_one_run_once_per_example(plain_model: Mo
 
 def test_packing_saves_tokens_and_microbatches_split_a_step(plain_model: Model) -> None:
     packed, padded, halves = (
-        check(plain_model, EXAMPLES, (), make_settings(**QUICK, **more)) for more in ({}, {"packing": False}, {"accumulate": 2})
+        make_job(plain_model, EXAMPLES, (), make_settings(**QUICK, **more)) for more in ({}, {"packing": False}, {"accumulate": 2})
     )
     begins = {tuple(one.ids[: packed.shape.trunk]) for one in packed.examples}
     assert packed.shape.trunk > 3
@@ -197,7 +199,7 @@ def test_packing_saves_tokens_and_microbatches_split_a_step(plain_model: Model) 
 def test_remat_runs_the_blocks_again(plain_model: Model) -> None:
     settings = make_settings(**QUICK)
     trained, frozen = split_params(settings, plain_model.params, new_factors(plain_model.config, settings.lora, 0))
-    batch = jax.tree.map(lambda leaf: leaf[0], check(plain_model, EXAMPLES, (), settings).batch(0))
+    batch = jax.tree.map(lambda leaf: leaf[0], make_job(plain_model, EXAMPLES, (), settings).batch(0))
 
     def flops(remat: bool) -> float:
         loss = lambda trained: response_loss(  # noqa: E731
@@ -234,7 +236,7 @@ def test_meshes_agree(method: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_devices_wait_for_each_other_once_per_step_and_not_in_every_layer(plain_model: Model, method: Any) -> None:
     settings = make_settings(**{**QUICK, "method": method})
-    job = check(plain_model, EXAMPLES, (), settings)
+    job = make_job(plain_model, EXAMPLES, (), settings)
     optimiser = make_optimiser(settings, job.steps)
     trained, state, frozen, moved = start(plain_model, settings, optimiser)
     step = make_step(plain_model.config, settings, optimiser, plain_model.mesh, moved)
@@ -262,7 +264,7 @@ def test_nothing_is_kept_for_frozen_weights(plain_model: Model) -> None:
     assert numbers == sum(layers * (inputs + outputs) for layers, inputs, outputs in _matrices(plain_model))
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * numbers
     assert frozen is plain_model.params
-    batch = jax.tree.map(lambda leaf: leaf[0], check(plain_model, EXAMPLES, (), settings).batch(0))
+    batch = jax.tree.map(lambda leaf: leaf[0], make_job(plain_model, EXAMPLES, (), settings).batch(0))
 
     def loss(trained: Any, frozen: Any) -> jax.Array:
         return response_loss(config, trained_params(config, settings, trained, frozen), batch)
@@ -324,8 +326,8 @@ def test_an_epoch_has_every_example_once_in_batches_of_equal_length() -> None:
 
 def test_a_share_of_the_examples_keeps_its_responses(plain_model: Model) -> None:
     rows = [jm.Example(f"Say {n}.", " ".join(["word"] * 9)) for n in range(10)]
-    whole, cut = (check(plain_model, rows, settings=make_settings(**how)) for how in ({}, {"max_response": 2}))
-    job = check(plain_model, rows, settings=Settings(max_response=2, whole_share=0.3))
+    whole, cut = (make_job(plain_model, rows, settings=make_settings(**how)) for how in ({}, {"max_response": 2}))
+    job = make_job(plain_model, rows, settings=Settings(max_response=2, whole_share=0.3))
     lengths = [[len(one.ids) - one.prompt for one in run.examples] for run in (whole, cut, job)]
     kept = [n for n in range(10) if lengths[2][n] > 2]
     assert len(kept) == 3
@@ -368,8 +370,8 @@ def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
 )
 def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_path: Path, more: dict[str, Any]) -> None:
     settings = make_settings(**{**QUICK, "steps": 8, "save_every": 3, "evaluate_every": 2, "patience": 3, **more})
-    job = check(plain_model, EXAMPLES[:20], EXAMPLES[20:], settings)
-    whole = run(job, tmp_path / "whole")
+    job = make_job(plain_model, EXAMPLES[:20], EXAMPLES[20:], settings)
+    whole = run_job(job, tmp_path / "whole")
     seen = []
 
     def interrupt(work: float, count: int, what: str) -> None:
@@ -378,14 +380,14 @@ def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(job, tmp_path / "cut", False, interrupt)
+        run_job(job, tmp_path / "cut", False, interrupt)
     again: list[tuple[float, str]] = []
-    resumed = run(job, tmp_path / "cut", True, lambda work, count, what: again.append((work, what)))
+    resumed = run_job(job, tmp_path / "cut", True, lambda work, count, what: again.append((work, what)))
     assert again[0] == (5, "resumed")  # what was reported done is not done again
     assert len(again) == 1 + len(whole.losses) - 5
     assert repr(whole.losses) == repr(resumed.losses)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.model.params, resumed.model.params))
-    assert repr(run(job, tmp_path / "cut", True).losses) == repr(whole.losses)  # finished: nothing is trained again
+    assert repr(run_job(job, tmp_path / "cut", True).losses) == repr(whole.losses)  # finished: nothing is trained again
 
 
 def test_early_stopping_returns_the_best(plain_model: Model) -> None:
@@ -403,11 +405,11 @@ import sys
 from pathlib import Path
 import jaxmed
 from tests.test_finetuning import EXAMPLES, tiny
-from jaxmed.finetuning.job import check
-from jaxmed.finetuning.run import finish, run
+from jaxmed.finetuning.job import make_job
+from jaxmed.finetuning.run import finish, run_job
 from jaxmed.finetuning.settings import make_settings
-job = check(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
-finish(run(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",))
+job = make_job(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
+finish(run_job(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",))
 """
 
 
@@ -473,23 +475,23 @@ def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, ro
 
 
 def test_a_run_of_another_model_or_folder_is_not_continued(plain_model: Model, tmp_path: Path) -> None:
-    job = check(plain_model, EXAMPLES, (), make_settings(**QUICK))
-    run(job, tmp_path / "run")
+    job = make_job(plain_model, EXAMPLES, (), make_settings(**QUICK))
+    run_job(job, tmp_path / "run")
     with pytest.raises(jm.UserError, match="holds a run already"):
-        run(job, tmp_path / "run")
+        run_job(job, tmp_path / "run")
     other = replace(job, model=replace(plain_model, name="another"))
     with pytest.raises(jm.UserError, match="model"):
-        run(other, tmp_path / "run", True)
+        run_job(other, tmp_path / "run", True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(jm.UserError, match=r"thesis\.tex"):
-        run(job, tmp_path / "mine")
+        run_job(job, tmp_path / "mine")
 
 
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = check(plain_model, EXAMPLES, (), make_settings(**{**QUICK, "save_every": 1}))
-    whole, seen = run(job, tmp_path / "whole"), []
+    job = make_job(plain_model, EXAMPLES, (), make_settings(**{**QUICK, "save_every": 1}))
+    whole, seen = run_job(job, tmp_path / "whole"), []
 
     def fill(work: float, count: int, what: str) -> None:
         seen.append(1)
@@ -498,10 +500,10 @@ def test_a_full_disk_loses_nothing(plain_model: Model, tmp_path: Path, monkeypat
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
 
     with pytest.raises(jm.UserError, match="are free there"):
-        run(job, tmp_path / "full", False, fill)
+        run_job(job, tmp_path / "full", False, fill)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-0000001"]
-    assert repr(run(job, tmp_path / "full", True).losses) == repr(whole.losses)
+    assert repr(run_job(job, tmp_path / "full", True).losses) == repr(whole.losses)
 
 
 def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

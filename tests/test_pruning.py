@@ -39,7 +39,7 @@ from jaxmed.pruning import (
     write_mask,
 )
 from jaxmed.pruning.plan import make_plan, pass_bytes
-from jaxmed.pruning.scores import KINDS, check
+from jaxmed.pruning.scores import KINDS, make_job
 from jaxmed.pruning.selection import _highest
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
@@ -97,7 +97,7 @@ def _close(found: np.ndarray, wanted: np.ndarray, limit: float = 1e-5) -> bool:
 def test_scores_are_those_of_one_example_after_the_other(name: str, tmp_path: Path) -> None:
     model, made = _loaded(name, tmp_path / "model")
     scores = score(model, BEHAVIOUR, PRESERVE, kinds=ALL)
-    job = check(model, BEHAVIOUR, PRESERVE, kinds=ALL)
+    job = make_job(model, BEHAVIOUR, PRESERVE, kinds=ALL)
     for which, examples in job.sets.items():
         wanted = _torch_scores(made, examples, scores.shapes)
         for kind, matrices in wanted.items():
@@ -370,7 +370,7 @@ def test_scores_on_disk_resume_and_equal_those_in_memory(plain_model: Model, tmp
 
 def test_one_pass_costs_three_forwards(plain_model: Model) -> None:
     config, mesh = plain_model.config, plain_model.mesh
-    job = check(plain_model, BEHAVIOUR, PRESERVE, kinds=ALL, rows=4)
+    job = make_job(plain_model, BEHAVIOUR, PRESERVE, kinds=ALL, rows=4)
     _, batch = next(batches(job.sets["behaviour"], job.plans["behaviour"].groups))
     totals = fresh_totals(config, KINDS, config.layers, mesh.shape["data"])
     counted = response_tokens(batch)

@@ -139,7 +139,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
             scores = judge(rows, texts, lambda count: report(count, count, ""))
         found: dict[str, Any] = {"judge": self.judge_lines()}
         if self.judge == "rules":
-            found["refusal_rates"] = [{**asdict(rate), "share": rate.share} for rate in rates_of(rows, scores, self.by)]
+            found["refusal_rates"] = [{**asdict(rate), "rate": rate.rate} for rate in rates_of(rows, scores, self.by)]
         else:
             found["scores"] = [plain(asdict(mean)) for mean in mean_scores(rows, scores, self.by)]
         kept = texts if self.save_text else [hashlib.sha256(text.encode()).hexdigest() for text in texts]
@@ -174,7 +174,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
     def _show(self, found: dict[str, Any]) -> None:
         lines = [
-            f"{of['name']}: refuses {of['refused']} of {of['answers']}, {of['share']:.1%} (95 %: {of['low']:.1%} to {of['high']:.1%})"
+            f"{of['name']}: refuses {of['refused']} of {of['answers']}, {of['rate']:.1%} (95 %: {of['low']:.1%} to {of['high']:.1%})"
             for of in found.get("refusal_rates", [])
         ]
         for of in found.get("scores", []):

@@ -24,19 +24,19 @@ class Finetune(ModelFlags, Recipe, RunFlags):
     def run(self) -> None:
         """Checks, plans, trains, writes."""
         from jaxmed.finetuning.folder import CURVE, LEGAL, LOSSES
-        from jaxmed.finetuning.job import check
-        from jaxmed.finetuning.run import finish, run
+        from jaxmed.finetuning.job import make_job
+        from jaxmed.finetuning.run import finish, run_job
         from jaxmed.reports.curves import write_loss_curve
         from jaxmed.runs.folder import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        job = check(self.describe(), *self.examples(), self.settings)
+        job = make_job(self.describe(), *self.examples(), self.settings)
         show.lines(f"finetune: {self.model}, {self.dtype}", plan(job))
         if self.dry_run:
             return
         job = replace(job, model=self.load())
         with watch(job) as report:
-            tuned = run(job, self.out, self.resume, report)
+            tuned = run_job(job, self.out, self.resume, report)
         said = finish(tuned, self.out, self.save)
         ended = f"stopped after step {len(tuned.losses)}: {tuned.stopped}; kept are the parameters of step {tuned.step}"
         curve = write_loss_curve(self.out / LOSSES, self.out / CURVE)

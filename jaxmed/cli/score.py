@@ -40,7 +40,7 @@ class Score(ModelFlags, SetFlags, RunFlags):
 
     def run(self) -> None:
         """Checks, plans, scores."""
-        from jaxmed.pruning.scores import check, run
+        from jaxmed.pruning.scores import make_job, run_job
         from jaxmed.pruning.store import LEGAL
         from jaxmed.runs.folder import check_folder
 
@@ -50,7 +50,7 @@ class Score(ModelFlags, SetFlags, RunFlags):
         sets = {
             which: chosen(getattr(self, which), self.split, self.limit) if which in wanted else [] for which in ("behaviour", "preserve")
         }
-        job = check(
+        job = make_job(
             self.describe(),
             sets.get("behaviour", []),
             sets.get("preserve", []),
@@ -62,7 +62,7 @@ class Score(ModelFlags, SetFlags, RunFlags):
             return
         job = replace(job, model=self.load())
         with show.progress("scores", job.batches, "examples") as report:
-            scores = run(job, self.out, self.resume, report)
+            scores = run_job(job, self.out, self.resume, report)
         losses = [
             f"{which}: {scores.examples[which]} examples, mean loss {loss:.4f} nats per token" for which, loss in scores.losses.items()
         ]

@@ -45,12 +45,12 @@ class Pruning(LoadFlags, RunFlags, PruningStudy):
 
     def _describe(self) -> list[Any]:
         """Every model without weights, once all of it fits the study."""
-        from jaxmed.pruning.scores import check
+        from jaxmed.pruning.scores import make_job
 
         models = [self.source(number).describe() for number in range(len(self.models))]
         for model in models:
             source = self.targets[0]
-            check(model, self.scored(source), self.scored(self.preserve), kinds=self.kinds(source), form=self.form)
+            make_job(model, self.scored(source), self.scored(self.preserve), kinds=self.kinds(source), form=self.form)
         for asked in (self.abilities, self.attack):
             asked.check(models[-1])
         return models

@@ -31,7 +31,7 @@ class Rate:
     high: float
 
     @property
-    def share(self) -> float:
+    def rate(self) -> float:
         return self.refused / self.answers
 
 

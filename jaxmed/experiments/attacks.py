@@ -125,4 +125,4 @@ def _refusals(model: Model, attack: Attack, prefilled: bool) -> Row:
     if prefilled:
         return {"refuse": "", "refuse_low": "", "refuse_high": ""}
     found = rate("refuse", [is_refusal(text) for text in answer(model, attack.requests, attack.tokens)])
-    return {"refuse": found.share, "refuse_low": found.low, "refuse_high": found.high}
+    return {"refuse": found.rate, "refuse_low": found.low, "refuse_high": found.high}

@@ -113,7 +113,7 @@ def measure_abilities(model: Model, abilities: Abilities) -> Row:
     if abilities.requests:
         refused = [is_refusal(text) for text in answer(model, abilities.requests, abilities.tokens)]
         found = rate("refuse", refused)
-        row |= {"refuse": found.share, "refuse_low": found.low, "refuse_high": found.high}
+        row |= {"refuse": found.rate, "refuse_low": found.low, "refuse_high": found.high}
     return row
 
 

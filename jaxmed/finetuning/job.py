@@ -115,7 +115,7 @@ def _groups(total: int, size: int) -> list[np.ndarray]:
     return [np.arange(at, min(at + size, total)) for at in range(0, total, size)]
 
 
-def check(model: Model, examples: Sequence[Example], heldout: Sequence[Example] = (), settings: Settings | None = None) -> Job:
+def make_job(model: Model, examples: Sequence[Example], heldout: Sequence[Example] = (), settings: Settings | None = None) -> Job:
     """Everything that can be refused before a run, in one place; needs the tokenizer and the config, not the weights.
 
     Raises:

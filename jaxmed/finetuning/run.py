@@ -18,7 +18,7 @@ from jaxmed.errors import UserError
 from jaxmed.finetuning import checkpoint
 from jaxmed.finetuning.feed import Feed
 from jaxmed.finetuning.folder import COLUMNS, LEGAL, write_losses
-from jaxmed.finetuning.job import Job, check, manifest
+from jaxmed.finetuning.job import Job, make_job, manifest
 from jaxmed.finetuning.lora import Factors, lay_out, merge, save_adapter
 from jaxmed.finetuning.settings import Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_evaluation, make_optimiser, make_step, start
@@ -76,7 +76,7 @@ class _Stand:
     progress: dict[str, Any] = field(default_factory=lambda: {"rows": [], "best": None, "best_step": 0, "since": 0, "stopped": ""})
 
 
-def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> FinetuneResult:
+def run_job(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> FinetuneResult:
     """Runs a job. With `out`, where it stands is kept there, and an interrupted run goes on with `resume`, equal to the bit.
 
     Raises:
@@ -223,8 +223,8 @@ def finetune(
     Raises:
         UserError: unknown or impossible settings; no examples, or some that do not tokenise; see also `run`.
     """
-    job = check(model, examples, heldout, make_settings(**settings))
-    tuned = run(job, None if out is None else Path(out), resume)
+    job = make_job(model, examples, heldout, make_settings(**settings))
+    tuned = run_job(job, None if out is None else Path(out), resume)
     if out is not None:
         finish(tuned, Path(out), ())
     return tuned

@@ -9,8 +9,8 @@ import yaml
 
 from jaxmed.errors import unknown
 from jaxmed.finetuning import checkpoint
-from jaxmed.finetuning.job import check
-from jaxmed.finetuning.run import finish, run
+from jaxmed.finetuning.job import make_job
+from jaxmed.finetuning.run import finish, run_job
 from jaxmed.finetuning.settings import read_recipe
 from jaxmed.models.catalog import VARIANTS, built_folder, cache_folder, is_built
 from jaxmed.models.checkpoints.export import export_folder
@@ -34,10 +34,10 @@ def build_variant(name: str, display: Display = no_display) -> Path:
     variant = VARIANTS[name]
     print(f"Building {name}: {variant.cost}. It is kept in {folder}.", file=sys.stderr)
     recipe = read_recipe(yaml.safe_load(variant.config_text()))
-    job = check(load(recipe.model), *recipe.examples(), recipe.settings)
+    job = make_job(load(recipe.model), *recipe.examples(), recipe.settings)
     scratch = cache_folder() / "builds" / folder.name
     with display(f"building {name}", job.steps, "tokens") as report:
-        tuned = run(job, scratch, True, report)
+        tuned = run_job(job, scratch, True, report)
     finish(tuned, scratch, ())
     export_folder(tuned.model, folder)
     checkpoint.clean(scratch, finished=True)

@@ -109,8 +109,8 @@ def score(
     Raises:
         UserError: no examples, or such without responses; a mixture kept as int8; foreign files in `out`; a full disk.
     """
-    job = check(model, behaviour, preserve, kinds=kinds, **how)
-    return run(job, None if out is None else Path(out), resume, report)
+    job = make_job(model, behaviour, preserve, kinds=kinds, **how)
+    return run_job(job, None if out is None else Path(out), resume, report)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Job:
         return tuple(kind.split("_")[1] for kind in self.kinds if kind.startswith(which))
 
 
-def check(
+def make_job(
     model: Model,
     behaviour: Sequence[Example],
     preserve: Sequence[Example] = (),
@@ -182,7 +182,7 @@ def check(
     return Job(model, tuple(kinds), sets, plans, how)
 
 
-def run(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Scores:
+def run_job(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Scores:
     """Runs a job; with `out`, every finished pass is kept there, and `resume` goes on after the last one."""
     model = job.model
     examples = {which: len(found) for which, found in job.sets.items()}

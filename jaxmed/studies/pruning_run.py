@@ -23,7 +23,7 @@ from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
 from jaxmed.pruning.rule import Rule
-from jaxmed.pruning.scores import Scores, check, read_scores, run
+from jaxmed.pruning.scores import Scores, make_job, read_scores, run_job
 from jaxmed.pruning.selection import select
 from jaxmed.runs.cost import Cost
 from jaxmed.runs.folder import Session
@@ -79,9 +79,9 @@ class PruningFolder:
         for source in study.targets:
             out = self.folder(f"model{number}") / f"scores-{short(source)}"
             preserve = study.scored(study.preserve) if source == study.targets[0] else []
-            job = check(model, study.scored(source), preserve, kinds=study.kinds(source), form=study.form)
+            job = make_job(model, study.scored(source), preserve, kinds=study.kinds(source), form=study.form)
             with self.watch(f"{model.name}: scores of {short(source)}", job.batches, "examples") as report:
-                run(job, out, True, report)
+                run_job(job, out, True, report)
 
     def scores(self, number: int, source: str) -> Scores:
         """The scores of a set."""
