@@ -130,7 +130,10 @@ def test_edits_act_on_answers_alone(folder: Path, more: list[str], tmp_path: Pat
 @pytest.mark.parametrize("position", ["current", [0, "current"]])
 def test_a_file_may_name_tokens_as_they_are_written(tmp_path: Path, position: Any) -> None:
     found = read_edits(_write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out", "position": position}]))
-    np.testing.assert_array_equal(found["mlp_out"].where.position, edits.zero("mlp_out", position=position)["mlp_out"].where.position)
+    named, wanted = found["mlp_out"].where, edits.zero("mlp_out", position=position)["mlp_out"].where
+    assert named is not None
+    assert wanted is not None
+    np.testing.assert_array_equal(named.position, wanted.position)
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])

@@ -30,7 +30,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, head
-from jaxmed.prompts import read_pairs
+from jaxmed.prompts import Example, read_pairs
 from jaxmed.runs import watch
 from jaxmed.runs.provenance import short_commit
 from jaxmed.tokens import prompt_ids
@@ -56,7 +56,7 @@ def measure_generate(model: Model, rows: tuple[int, ...], tokens: int, rounds: i
     with _transformers(model) as theirs:
         for count in rows:
             pairs = read_pairs("harm")
-            prompts = [prompt_ids(model.tokenizer, pairs[i % len(pairs)].base) for i in range(count)]
+            prompts = [prompt_ids(model.tokenizer, Example(pairs[i % len(pairs)].base)) for i in range(count)]
             found.append(_measure(model, prompts, tokens, rounds, theirs) | {"memory rate": rate})
     lines = [line for one in found for line in _lines(one)]
     watch.lines("generation", lines)

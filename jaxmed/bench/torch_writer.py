@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -22,7 +23,7 @@ def main(folder: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         model.generation_config = transformers.GenerationConfig(do_sample=False)
         for line in sys.stdin:
             asked = json.loads(line)

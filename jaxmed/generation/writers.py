@@ -95,7 +95,7 @@ def writer(model: Model) -> Writer:
 @partial(jax.jit, static_argnames="config")
 def read_prompts(config: ModelConfig, params: Params, tokens: jax.Array, padding: jax.Array, edits: Edits) -> Ran:
     """Prompts int [B,S], padded at the left by `padding` int [B] -> their last residual streams [B,1,D], and keys and values."""
-    ran = run_tokens(config, params, tokens, causal_layout(*tokens.shape, padding), KEEP, edits=edits)
+    ran = run_tokens(config, params, tokens, causal_layout(tokens.shape[0], tokens.shape[1], padding), KEEP, edits=edits)
     return ran._replace(stream=ran.stream[:, -1:])
 
 
@@ -133,7 +133,7 @@ def _placed(batch: Batch, where: Any) -> Batch:
     )
 
 
-def _each_layer(blocks: Params, device: jax.Device) -> list[Params]:
+def _each_layer(blocks: Params, device: Any) -> list[Params]:
     """The stacked arrays [L, ...] of blocks as one tree of arrays [1, ...] per layer, without a copy where they are aligned."""
     held = jax.tree.map(np.asarray, blocks)
     count = len(jax.tree.leaves(held)[0])

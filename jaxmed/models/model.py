@@ -68,9 +68,9 @@ class Model:
 
     config: ModelConfig
     params: Params
-    tokenizer: Any = _MadeLater()
-    mesh: jax.sharding.Mesh
-    name: str
+    tokenizer: Any = _MadeLater()  # has no default: the descriptor raises where the class is asked
+    mesh: jax.sharding.Mesh  # pyright: ignore[reportGeneralTypeIssues]
+    name: str  # pyright: ignore[reportGeneralTypeIssues]
     revision: str | None = None
     files: tuple[Path, ...] = ()
     source: Path | None = None

@@ -116,7 +116,7 @@ def _part(at: int, title: str, caption: str, table: Path, draw: Draw) -> dict[st
         "id": f"part-{at}",
         "title": visible(title),
         "caption": visible(caption),
-        "data": embedded(figure),
+        "data": embedded(figure.plot),
         "file": f"{table.parent.name}/{table.name}" if table.name == "curve.csv" else table.name,
         "columns": columns,
         "texts": [number for number, name in enumerate(columns) if name in NAME_COLUMNS],
