@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +29,10 @@ from tests import tiny  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are kept between runs of the suite."""
+    """Compiled programs are kept between runs of the suite. A shell that starts it in the background has it ignore Ctrl-C; tests of signals
+    and the commands that they start may not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = config.cache.mkdir("compiled") if config.cache else None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

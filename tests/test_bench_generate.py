@@ -13,6 +13,7 @@ from jaxmed.models.transformer import MATRICES, head
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_transformers_writes_the_same_texts_and_the_row_says_so(tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "m")
     tiny.tokenizer().save_pretrained(folder)

@@ -61,7 +61,7 @@ def test_few_problems_are_shown_whole() -> None:
     assert str(all_problems("file", ["a", "b"])) == "file: 2 problems:\n  - a\n  - b"
 
 
-@pytest.mark.parametrize("count", [50_000, 200_000])
+@pytest.mark.parametrize("count", [50_000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_messages_about_very_large_files_are_short(tmp_path: Path, count: int) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n" * count)
     (tmp_path / "b.jsonl").write_text("".join(f'{{"id": "{at}", "base": "x"}}\n' for at in range(count)))

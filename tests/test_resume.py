@@ -50,7 +50,7 @@ def test_an_interrupted_run_resumes_to_the_same_table(plain_model: Model, tmp_pa
 
 def test_finished_layers_are_not_computed_again(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run")
-    monkeypatch.setattr("jaxmed.effects.estimators.prepare", lambda *_: pytest.fail("a finished pair was run again"))
+    monkeypatch.setattr("jaxmed.effects.exact.prepare", lambda *_: pytest.fail("a finished pair was run again"))
     table = jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run", resume=True)
     assert table.done.values.all()
 
