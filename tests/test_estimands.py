@@ -9,7 +9,8 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.effects.contrast import Reading, make_contrast
-from jaxmed.effects.job import Request, make_job
+from jaxmed.effects.job import make_job
+from jaxmed.effects.request import Request
 from jaxmed.effects.sweep import run_sweep
 from jaxmed.models.model import Model
 from jaxmed.results import open_results

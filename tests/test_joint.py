@@ -163,6 +163,7 @@ def test_sets_of_several_outcomes_positions_and_estimands(plain_model: Model) ->
         ({"sets": {"a": [("neuron", 99, 0)]}}, "layer 99; legal: 0 to 2"),
         ({"sets": {"a": [("neuron", 0, 9999)]}}, "index 9999"),
         ({"sets": {"a": []}}, "has no units"),
+        ({"sets": {"a": [("window", 0, 0)]}, "window": 0}, "out of range"),
         ({"sets": {"a": [("nueron", 0, 0)]}}, "neuron"),
         ({"sets": {"a": [("neuron", 0)]}}, "needs an index"),
         ({"paths": {"a": (("neuron", 1, 0), [("head_out", 1, 0)])}}, "does not come after"),

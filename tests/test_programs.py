@@ -16,9 +16,10 @@ from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.cost import plan
 from jaxmed.effects.engine import PreparedContrast, open_window
 from jaxmed.effects.engine import prepare as prepare_contrast
-from jaxmed.effects.job import Request, make_job, shapes_of
+from jaxmed.effects.job import make_job, shapes_of
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.request import Request
 from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
 from jaxmed.models.rope import frequencies

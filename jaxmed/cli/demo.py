@@ -27,7 +27,8 @@ class Demo(ModelFlags, PlanFlags):
 
     def run(self) -> None:
         """Two sweeps and one page."""
-        from jaxmed.effects.job import Request, make_job
+        from jaxmed.effects.job import make_job
+        from jaxmed.effects.request import Request
         from jaxmed.prompts import read_pairs
         from jaxmed.results import LEGAL
         from jaxmed.runs.folder import check_folder

@@ -65,7 +65,8 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
         Raises:
             UserError: what cannot be swept, of all pairs together.
         """
-        from jaxmed.effects.job import Request, make_job
+        from jaxmed.effects.job import make_job
+        from jaxmed.effects.request import Request
         from jaxmed.effects.sets import read_paths, read_sets
 
         sets = () if self.sets is None else read_sets(self.sets)

@@ -132,7 +132,7 @@ class Exact:
         """Runs base and source."""
         stream = bool(job.request.sets or job.request.paths)
         sides = job.sides(job.contrasts[pair])
-        prepared = {turned: prepare(side, job.request.outcomes, job.kinds, stream) for turned, side in sides.items()}
+        prepared = {turned: prepare(side, job.request.outcomes, job.request.kinds, stream) for turned, side in sides.items()}
         patch, means = PATCHES[job.request.patch], job.means or {}
         prepared = {turned: replace(one, source=patch.values(one.source, means)) for turned, one in prepared.items()}
         return OpenPair(prepared, {turned: [open_window(one, p) for p in one.contrast.patches] for turned, one in prepared.items()})

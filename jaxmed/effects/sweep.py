@@ -16,9 +16,10 @@ from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.engine import PreparedContrast, source_values
 from jaxmed.effects.estimators import find_estimator
-from jaxmed.effects.job import Job, Request, make_job, manifest
+from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.patches import PATCHES, mean_records
+from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitPath, UnitSet, as_unit
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
@@ -61,7 +62,7 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
     """Runs what is not done yet; yields what was done after every item. One item is computed while the one before is written."""
     estimator, done = find_estimator(job.request.method), table.done().astype(bool)
     if PATCHES[job.request.patch].means:
-        job = replace(job, means=mean_records(job.contrasts, partial(source_values, units=job.kinds)))
+        job = replace(job, means=mean_records(job.contrasts, partial(source_values, units=job.request.kinds)))
     todo = open_items(job, done)
     for item in _difference(estimator.items(job), todo):
         work = estimator.work(job, item)
