@@ -53,7 +53,7 @@ def _few_programs() -> Iterator[None]:
 
 @pytest.fixture(
     scope="session",
-    params=["post_norm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "four_norms", "windowed_biased"))],
+    params=["post_norm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_norms", "windowed_biased"))],
 )
 def tiny_model(request: pytest.FixtureRequest) -> Model:
     """A random model of a few thousand weights, one per kind of block."""

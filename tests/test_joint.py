@@ -23,6 +23,7 @@ SETS = {
     "a single neuron": [("neuron", 1, 5)],
     "twice": [("neuron", 1, 5), ("neuron", 1, 5)],
 }
+PLACES = [("llama", "last"), *(pytest.param(kind, "user", marks=pytest.mark.slow) for kind in ("llama", "four_norms", "mixture"))]
 FAMILIES = ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("four_norms", "mixture"))]
 SITES = ("neuron", "head_out", "attention_out", "mlp_out", "residual_out")
 
@@ -47,8 +48,7 @@ def _edits(model: Model, pair: jm.PromptPair, position: str, units: Any, window:
     return merge(*parts)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("position", ["last", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "position"), PLACES)
 def test_joint_effects_equal_full_forwards_with_all_edits(kind: str, position: str) -> None:
     model, pair = tiny.model(kind), tiny.PAIRS[0]
     table = jm.sweep(model, [pair], unit=("neuron",), position=position, window=4, sets=SETS)
@@ -77,8 +77,7 @@ def test_all_neurons_of_a_layer_together_are_what_its_mlp_adds(kind: str) -> Non
     assert np.abs(table.mlp_out.values).max() > 10 * tolerances.EFFECTS
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("position", ["last", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "position"), PLACES)
 def test_ways_to_the_logits_equal_full_forwards(kind: str, position: str) -> None:
     """`to_logits`: the unit's vector added to the last residual stream; `via_later`: the same taken out of a patched run."""
     model, pair = tiny.model(kind), tiny.PAIRS[0]
@@ -114,8 +113,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("position", ["last", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "position"), PLACES)
 def test_paths_equal_full_forwards_layer_by_layer(kind: str, position: str) -> None:
     """Each receiver is read in a full forward of its own, in which nothing but its module's input has changed."""
     model, pair = tiny.model(kind), tiny.PAIRS[0]

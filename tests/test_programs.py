@@ -24,7 +24,7 @@ from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
 from jaxmed.models.rope import frequencies
 from jaxmed.models.transformer import param_shapes
-from jaxmed.runner import causal_layout, forward, propagate
+from jaxmed.runner import are_few, causal_layout, forward, propagate
 from jaxmed.runs.cost import count_flops, propagate_flops
 from tests import tiny
 
@@ -74,6 +74,21 @@ def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
     found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers)
     readout = 2 * rows * config.width * len(window.reads.token) * len(window.reads.slots)
     assert found == propagate_flops(config, rows, 1, seen, config.layers) + readout
+
+
+def test_planned_flops_of_a_long_window_equal_those_of_the_program(plain_model: Model) -> None:
+    """The last block has queries and an MLP for the one token that is read."""
+    prepared = prepare(plain_model, tiny.PAIRS[0], "all")
+    window, config = open_window(prepared, prepared.contrast.patches[0]), plain_model.config
+    rows, seen, asked = 10, len(prepared.packed.tokens), len(window.reads.slots)
+    assert are_few(asked, window.size)
+    h = np.zeros((rows, window.size, config.width), np.float32)
+    how = {"reads": window.reads, "readout": Readout(("log-odds",)), "asked": window.reads.slots}
+    program = jax.make_jaxpr(lambda first: propagate(config, plain_model.params, window.restart, h, first, **how))
+    found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers - 1)
+    readout = 2 * rows * config.width * len(window.reads.token) * asked
+    assert found == propagate_flops(config, rows, window.size, seen, config.layers, asked) + readout
+    assert found < propagate_flops(config, rows, window.size, seen, config.layers)
 
 
 def test_scans_are_counted_once_per_step() -> None:

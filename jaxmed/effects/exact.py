@@ -19,6 +19,7 @@ from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work, in_table, one_outcome
 from jaxmed.models.model import Model
+from jaxmed.runner import are_few
 from jaxmed.runs.cost import propagate_flops
 
 
@@ -163,7 +164,8 @@ def _work(job: Job, batch: Batch, shape: Shape, way: str, counted: bool) -> Work
     begins, run = range(0, len(firsts), each), partial(propagate_flops, config, each + devices, shape.window, shape.seen)
     for at in begins:
         layers = 0 if way == "to-logits" else config.layers - firsts[at]
-        flops += run(layers, shape.asked if isinstance(batch, UnitBatch) else None)
+        few = isinstance(batch, UnitBatch) and are_few(shape.asked, shape.window)
+        flops += run(layers, shape.asked if few else None)
         flops += run(config.layers) if isinstance(batch, PathBatch) else 0.0
     effects = len(firsts) * counted * len(job.request.outcomes) * len(job.request.estimands)
     return Work(len(begins) * (each + devices), flops, effects)

@@ -1,6 +1,6 @@
 """One run over blocks, and its calls: the full forward, the restarted run, and the continuation of a cached prompt."""
 
-from jaxmed.runner.blocks import Ran, Recording, run
+from jaxmed.runner.blocks import Ran, Recording, are_few, run
 from jaxmed.runner.calls import Readout, extend, forward, logits_of, propagate, run_tokens
 from jaxmed.runner.layout import Entry, Layout, Prefix, Restart, causal_layout
 
@@ -12,6 +12,7 @@ __all__ = [
     "Readout",
     "Recording",
     "Restart",
+    "are_few",
     "causal_layout",
     "extend",
     "forward",

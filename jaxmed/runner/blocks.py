@@ -28,6 +28,9 @@ from jaxmed.models.rules import EXACT, Rules
 from jaxmed.models.transformer import Params, open_block
 from jaxmed.runner.layout import Entry, Layout, Prefix
 
+FEWER = 8
+"""Tokens that the last block must be spared to be compiled apart."""
+
 
 class Ran(NamedTuple):
     """What a run gives.
@@ -87,7 +90,7 @@ def run(
         entry: rows that join late; until then they carry `stream`.
         edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row.
         columns: int [B,W], keeps only these columns of every tap but the cached keys and values.
-        asked: int [R], with a traced `first`: the columns whose last residual stream is returned, [B,R,D]. Where they are fewer than T
+        asked: int [R], with a traced `first`: the columns whose last residual stream is returned, [B,R,D]. Where they are few
             and nothing is edited or recorded, the last block has queries and an MLP for them alone.
     """
     edits, names = edits or {}, recording.taps + (("cached_key", "cached_value") if recording.keep else ())
@@ -122,7 +125,7 @@ def run(
         stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
-        if asked is not None and asked.shape[0] < stream.shape[1] and not edits and not names:
+        if asked is not None and are_few(asked.shape[0], stream.shape[1]) and not edits and not names:
             return Ran(_loop_to_few(config, step, stream, first, layers, asked), {}, None)
         stream, recorded = _loop(config, step, stream, first, layers, bool(names))
         stream = stream if asked is None else stream[:, asked]
@@ -157,6 +160,11 @@ def _loop(
         return stream, jax.tree.map(lambda all_layers, x: all_layers.at[number].set(x), carry[1], recorded)
 
     return jax.lax.fori_loop(first, config.layers, body, (stream, empty))
+
+
+def are_few(asked: int, window: int) -> bool:
+    """Whether a last block for the tokens asked for alone saves more than compiling it apart costs."""
+    return window - asked >= FEWER
 
 
 def _loop_to_few(

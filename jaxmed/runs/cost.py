@@ -46,11 +46,11 @@ def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, laye
     """Multiply-adds times two of `layers` layers of `propagate`, matmuls of weights and attention (readout not included).
 
     Args:
-        asked: tokens that are read; where they are fewer than the window, the last layer has but keys and values for the others.
+        asked: tokens that the last layer runs for, where it has but keys and values for the others (`runner.are_few`); None: all.
     """
     attention = 4 * config.heads * config.head_width * (seen + window)
     whole = float(rows) * window * layers * (2 * config.layer_weights + attention)
-    if asked is None or asked >= window or not layers:
+    if asked is None or not layers:
         return whole
     joined = config.width * config.head_width * (config.heads + 2 * config.kv_heads)
     return whole - float(rows) * (window - asked) * (2 * (config.layer_weights - joined) + attention)
