@@ -591,5 +591,5 @@ def test_a_variant_is_built_on_first_use_and_kept(tmp_path: Path, monkeypatch: p
     assert "it takes seconds" in capsys.readouterr().err
     assert not np.array_equal(variant.params["blocks"]["down"], base.params["blocks"]["down"])
     assert variant.history[0]["kind"] == "fine-tuning"
-    monkeypatch.setattr("jaxmed.finetuning.variants.run", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr("jaxmed.finetuning.variants.run_job", lambda *_: pytest.fail("it was built again"))
     assert jm.load("tiny-variant").identity == variant.identity
