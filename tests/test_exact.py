@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -106,3 +108,20 @@ def test_bfloat16_effects_follow_float32(plain_model: Model) -> None:
     narrow = jm.sweep(tiny.model("llama", dtype="bfloat16"), tiny.PAIRS[:1], unit="mlp_out").mlp_out.values
     wide = jm.sweep(plain_model, tiny.PAIRS[:1], unit="mlp_out").mlp_out.values
     assert np.corrcoef(narrow.ravel(), wide.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (lambda logits: logits, r"returns float32 \[264\]"),
+        (lambda logits: float(logits[0]), r"without float\(\)"),
+        (lambda logits: logits[0] if logits[0] > logits[1] else logits[1], "without float"),
+        (lambda logits: logits[0] > logits[1], "returns bool"),
+        (lambda logits, other: other, "TypeError"),
+        (lambda logits: (logits[0], logits[1]), "returns tuple"),
+        (lambda logits: np.asarray(logits)[0], "without float"),
+    ],
+)
+def test_functions_that_are_no_outcomes_are_refused_before_anything_runs(plain_model: Model, outcome: Any, said: str) -> None:
+    with pytest.raises(jm.UserError, match=said):
+        jm.sweep(plain_model, tiny.PAIRS[:1], outcome=outcome, unit="mlp_out")

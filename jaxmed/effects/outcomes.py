@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.prompts.pair import PromptPair
@@ -94,14 +95,41 @@ OutcomeName = str | Callable[[jax.Array], jax.Array]
 """A name in `OUTCOMES`, or a function of the logits float32 [V] after the last prompt token."""
 
 
-def check_outcomes(outcomes: Sequence[OutcomeName]) -> tuple[OutcomeName, ...]:
-    """The outcomes as a tuple; a UserError with the nearest names where one is unknown."""
+def check_outcomes(outcomes: Sequence[OutcomeName], vocabulary: int) -> tuple[OutcomeName, ...]:
+    """The outcomes as a tuple.
+
+    Raises:
+        UserError: an unknown name (with the nearest ones); a function that is not one from logits float32 [V] to one number.
+    """
     for outcome in outcomes:
-        if not callable(outcome) and outcome not in OUTCOMES:
+        if callable(outcome):
+            _check_function(outcome, vocabulary)
+        elif outcome not in OUTCOMES:
             raise unknown("outcome", outcome, OUTCOMES)
     if not outcomes or len(set(outcomes)) < len(outcomes):
         raise UserError("Give at least one outcome, and each of them once.")
     return tuple(outcomes)
+
+
+def _check_function(outcome: Callable[[jax.Array], jax.Array], vocabulary: int) -> None:
+    """Traces a user's function, which becomes part of a compiled program."""
+    wanted = (
+        f"An outcome is a function of the logits [V = {vocabulary}] after the prompt's last token that returns one number, in jax.numpy"
+    )
+    try:
+        found = jax.eval_shape(outcome, jax.ShapeDtypeStruct((vocabulary,), jnp.float32))
+    except jax.errors.JAXTypeError as error:
+        hint = "without float(), if, and, or numpy on its argument, whose value is not known when it is compiled"
+        raise UserError(f"{wanted}: {hint}. {outcome_name(outcome)} ended in: {_first_line(error)}") from None
+    except Exception as error:  # whatever a user's function raises
+        raise UserError(f"{wanted}. {outcome_name(outcome)} ended in: {_first_line(error)}") from None
+    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != () or not jnp.issubdtype(found.dtype, jnp.floating):
+        shown = f"{found.dtype} {list(found.shape)}" if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
+        raise UserError(f"{wanted}. {outcome_name(outcome)} returns {shown}.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def outcome_name(outcome: OutcomeName) -> str:

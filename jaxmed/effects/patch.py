@@ -57,7 +57,7 @@ def patch(
         UserError: anything in the arguments that cannot be used.
     """
     (one,) = check_sets(model.config, [UnitSet("units", tuple(map(as_unit, units)))], window)
-    outcomes = check_outcomes((outcome,))
+    outcomes = check_outcomes((outcome,), model.config.vocabulary)
     contrast = make_contrast(model, pair, Reading("pair", position, form, outcomes))
     if len(contrast.patches) != 1:
         raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")

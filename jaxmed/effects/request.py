@@ -73,7 +73,7 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     Raises:
         UserError: bad outcome, unit, estimand, set, path, window or word; a source model that cannot be compared.
     """
-    outcomes, together = check_outcomes(request.outcomes), bool(request.sets or request.paths)
+    outcomes, together = check_outcomes(request.outcomes, model.config.vocabulary), bool(request.sets or request.paths)
     units = () if together and not request.units else check_units(request.units)
     request = replace(request, outcomes=outcomes, units=units, estimands=check_estimands(tuple(request.estimands)))
     if any(unit in MEDIATORS and MEDIATORS[unit].windowed for unit in request.kinds):
