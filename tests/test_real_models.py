@@ -29,4 +29,5 @@ def test_logits_and_sites_of_real_checkpoints(tmp_path: Path, name: str) -> None
     assert np.abs(np.asarray(logits)[0] - wanted.logits).max() <= 2e-4
     for site, there in wanted.sites.items():
         here = np.asarray(found[site], np.float32)[:, 0].reshape(there.shape)
-        assert np.abs(here - there).max() <= 1e-5 * max(1.0, np.abs(there).max()), site
+        most = 1e-4 if site == "attention_pattern" else 1e-5  # Qwen's biases make scores of 1e3, whose rounding is 1e-4 of a pattern
+        assert np.abs(here - there).max() <= most * max(1.0, np.abs(there).max()), site
