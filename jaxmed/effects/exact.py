@@ -68,43 +68,24 @@ class UnitBatch:
 
 
 @dataclass(frozen=True)
-class SetBatch:
-    """The joint sets of a pair."""
+class TogetherBatch:
+    """The joint sets of a pair, or its paths; `group` is the variable that they stand in."""
 
-    sets: tuple[UnitSet, ...]
+    group: str
+    rows: tuple[UnitSet, ...] | tuple[UnitPath, ...]
     window: int
-    group: str = "joint"
+    run: Callable[..., Values]
 
     @property
     def firsts(self) -> list[int]:
-        return sorted(one.first for one in self.sets)
+        return sorted(row.first for row in self.rows)
 
     def values(self, model: Model, window: Window, way: str, per_device: int, readout: Readout) -> Values:
         del way
-        return set_values(model, window, self.sets, self.window, per_device, readout)
+        return self.run(model, window, self.rows, self.window, per_device, readout)
 
     def cells(self) -> list[tuple[str, dict[str, int], list[int]]]:
-        return [("joint", {}, list(range(len(self.sets))))]
-
-
-@dataclass(frozen=True)
-class PathBatch:
-    """The paths of a pair."""
-
-    paths: tuple[UnitPath, ...]
-    window: int
-    group: str = "path"
-
-    @property
-    def firsts(self) -> list[int]:
-        return sorted(one.first for one in self.paths)
-
-    def values(self, model: Model, window: Window, way: str, per_device: int, readout: Readout) -> Values:
-        del way
-        return path_values(model, window, self.paths, self.window, per_device, readout)
-
-    def cells(self) -> list[tuple[str, dict[str, int], list[int]]]:
-        return [("path", {}, list(range(len(self.paths))))]
+        return [(self.group, {}, list(range(len(self.rows))))]
 
 
 class Exact:
@@ -166,7 +147,7 @@ def _work(job: Job, batch: Batch, shape: Shape, way: str, counted: bool) -> Work
         layers = 0 if way == "to-logits" else config.layers - firsts[at]
         few = isinstance(batch, UnitBatch) and are_few(shape.asked, shape.window)
         flops += run(layers, shape.asked if few else None)
-        flops += run(config.layers) if isinstance(batch, PathBatch) else 0.0
+        flops += run(config.layers) if batch.group == "path" else 0.0  # the receivers are read first
     effects = len(firsts) * counted * len(job.request.outcomes) * len(job.request.estimands)
     return Work(len(begins) * (each + devices), flops, effects)
 
@@ -181,8 +162,11 @@ def _batches(job: Job, item: Item) -> list[Batch]:
             units = tuple((kind, layer, i) for layer in span for kind in kinds for i in range(MEDIATORS[kind].count(config, window)))
             found.append(UnitBatch(group, units, window))
     if item.layers[0] == job.layers[0]:
-        found += [SetBatch(job.request.sets, window)] if job.request.sets else []
-        found += [PathBatch(job.request.paths, window)] if job.request.paths else []
+        together = (
+            TogetherBatch("joint", job.request.sets, window, set_values),
+            TogetherBatch("path", job.request.paths, window, path_values),
+        )
+        found += [batch for batch in together if batch.rows]
     return found
 
 

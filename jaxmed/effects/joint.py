@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.engine import Values, Window, chunk_rows
-from jaxmed.effects.mediators import Picks, View, patched_rows, written
+from jaxmed.effects.mediators import MEDIATORS, Picks, View, patched_rows, written
 from jaxmed.effects.readout import Readout
-from jaxmed.effects.sets import UnitPath, UnitSet, membership
+from jaxmed.effects.sets import UnitPath, UnitSet, kinds_of, membership
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -27,29 +27,34 @@ from jaxmed.runner import Recording, Restart, propagate, run
 
 def set_values(model: Model, window: Window, sets: Sequence[UnitSet], width: int, per_device: int, readout: Readout) -> Values:
     """Outcomes of joint sets, one row each. Returns before they are finished; arguments as `engine.unit_values` takes them."""
+    kinds = kinds_of(unit for one in sets for unit in one.units)
+    values = {site: _of_source(window.view, site) for kind in kinds for site in MEDIATORS[kind].sites}
 
     def outcome(first: int, chunk: Sequence[UnitSet | None]) -> jax.Array:
-        units = [() if one is None else one.units for one in chunk]
-        edits = _swaps(model, window.view, membership(model.config, units, width))
-        stream = _streams(model, window.view, first, len(chunk))
-        start, reads = np.int32(first), window.reads
-        return propagate(model.config, model.params, window.restart, stream, start, reads, readout, reads.slots, edits=edits)
+        members = membership(model.config, [() if one is None else one.units for one in chunk], width, kinds)
+        edits = {site: _gated(model, mask, values[site], window.view.patched[None]) for site, mask in members.items()}
+        return _restarted(model, window, first, len(chunk), readout, edits)
 
     return _in_chunks(model, sets, per_device, outcome)
 
 
 def path_values(model: Model, window: Window, paths: Sequence[UnitPath], width: int, per_device: int, readout: Readout) -> Values:
     """Outcomes of paths, one row each: first what the receivers would be, then how the model responds to them."""
+    kinds, senders = kinds_of(unit for one in paths for unit in one.receivers), kinds_of(one.sender for one in paths)
 
     def outcome(first: int, chunk: Sequence[UnitPath | None]) -> jax.Array:
-        members = membership(model.config, [() if one is None else one.receivers for one in chunk], width)
-        found = _receivers(model, window, [None if one is None else one.sender for one in chunk], width, tuple(sorted(members)))
+        members = membership(model.config, [() if one is None else one.receivers for one in chunk], width, kinds)
+        found = _receivers(model, window, [None if one is None else one.sender for one in chunk], width, senders, tuple(members))
         edits = {site: _gated(model, mask, found[site]) for site, mask in members.items()}
-        stream = _streams(model, window.view, first, len(chunk))
-        start, reads = np.int32(first), window.reads
-        return propagate(model.config, model.params, window.restart, stream, start, reads, readout, reads.slots, edits=edits)
+        return _restarted(model, window, first, len(chunk), readout, edits)
 
     return _in_chunks(model, paths, per_device, outcome)
+
+
+def _restarted(model: Model, window: Window, first: int, rows: int, readout: Readout, edits: dict[str, Edit]) -> jax.Array:
+    """Outcomes of rows that all carry the base run's stream into layer `first`, with edits from there on."""
+    stream, reads = _streams(model, window.view, first, rows), window.reads
+    return propagate(model.config, model.params, window.restart, stream, np.int32(first), reads, readout, reads.slots, edits=edits)
 
 
 def _in_chunks(model: Model, rows: Sequence[Any], per_device: int, outcome: Any) -> Values:
@@ -62,11 +67,6 @@ def _in_chunks(model: Model, rows: Sequence[Any], per_device: int, outcome: Any)
         own = [rows[number] if number >= 0 else None for number in chunk]
         found.append(outcome(min(row.first for row in own if row is not None), own))
     return Values(numbers, found)
-
-
-def _swaps(model: Model, view: View, members: dict[str, np.ndarray]) -> dict[str, Edit]:
-    """The members' source values at the patched tokens, for all rows of a chunk."""
-    return {site: _gated(model, mask, _of_source(view, site), view.patched[None]) for site, mask in members.items()}
 
 
 @partial(jax.jit, static_argnames=("site",))
@@ -93,9 +93,10 @@ def _base_streams(view: View, layer: jax.Array) -> jax.Array:
     return view.at(view.base, "residual_in", layer)
 
 
-def _receivers(model: Model, window: Window, senders: Sequence[Any], width: int, sites: tuple[str, ...]) -> dict[str, jax.Array]:
+def _receivers(
+    model: Model, window: Window, senders: Sequence[Any], width: int, kinds: tuple[str, ...], sites: tuple[str, ...]
+) -> dict[str, jax.Array]:
     """Receivers' values [L,R,T,...] where every layer reads the base run's stream and, behind the sender, its change."""
-    kinds = tuple(dict.fromkeys(unit[0] for unit in senders if unit is not None))
     own = [(-1, 0, 0) if unit is None else (kinds.index(unit[0]), unit[1], unit[2]) for unit in senders]
     picks = Picks(*(np.asarray(column, np.int32) for column in zip(*own, strict=True)))
     placed = jax.device_put(picks, jax.NamedSharding(model.mesh, jax.P("data")))

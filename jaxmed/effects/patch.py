@@ -10,7 +10,7 @@ from jaxmed.effects.engine import open_window, prepare
 from jaxmed.effects.joint import set_values
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
 from jaxmed.effects.readout import Readout
-from jaxmed.effects.sets import UnitSet, as_unit, check_sets, sites_of
+from jaxmed.effects.sets import UnitSet, as_unit, check_sets, kinds_of
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
@@ -61,7 +61,7 @@ def patch(
     contrast = make_contrast(model, pair, Reading("pair", position, form, outcomes))
     if len(contrast.patches) != 1:
         raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")
-    prepared = prepare(contrast, outcomes, sites_of(one.units), stream=True)
+    prepared = prepare(contrast, outcomes, kinds_of(one.units), stream=True)
     values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, Readout(outcomes))
     effect, base = values.effects(1)
     return Patched(float(base[0, 0]), float(base[0, 0] + effect[0, 0]), float(prepared.source_outcome[0]))

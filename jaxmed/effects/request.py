@@ -10,7 +10,7 @@ from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
 from jaxmed.effects.patches import PATCHES
-from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, sites_of
+from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, kinds_of
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -64,7 +64,7 @@ class Request:
     def kinds(self) -> tuple[str, ...]:
         """Kinds of all units that are patched, alone or together."""
         together = [one.units for one in self.sets] + [(one.sender, *one.receivers) for one in self.paths]
-        return tuple(dict.fromkeys((*self.units, *(kind for units in together for kind in sites_of(units)))))
+        return tuple(dict.fromkeys((*self.units, *(kind for units in together for kind in kinds_of(units)))))
 
 
 def check_request(request: Request, model: Model, source_model: Model | None) -> Request:

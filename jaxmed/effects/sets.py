@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,20 @@ Membership = dict[str, np.ndarray]
 """Site -> bool [L, R, n]: which of its n units each of R rows patches; n is 1 where a site has one."""
 
 
-def membership(config: ModelConfig, rows: Sequence[Sequence[Unit]], window: int) -> Membership:
-    """The units of every row as masks of the sites that are swapped; a unit that is named twice counts once."""
-    found: Membership = {}
+def membership(config: ModelConfig, rows: Sequence[Sequence[Unit]], window: int, kinds: Sequence[str]) -> Membership:
+    """The units of every row as masks of all sites of these kinds; a unit that is named twice counts once."""
+    sizes = {site: config.sizes[MEDIATORS[kind].axis] if MEDIATORS[kind].axis else 1 for kind in kinds for site in MEDIATORS[kind].sites}
+    found = {site: np.zeros((config.layers, len(rows), size), bool) for site, size in sorted(sizes.items())}
     for number, units in enumerate(rows):
         for kind, layer, index in units:
-            mediator = MEDIATORS[kind]
-            size, width = config.sizes[mediator.axis] if mediator.axis else 1, mediator.width(window)
-            for site in mediator.sites:
-                mask = found.setdefault(site, np.zeros((config.layers, len(rows), size), bool))
-                mask[layer, number, index * width : (index + 1) * width] = True
+            width = MEDIATORS[kind].width(window)
+            for site in MEDIATORS[kind].sites:
+                found[site][layer, number, index * width : (index + 1) * width] = True
     return found
 
 
-def sites_of(units: Sequence[Unit]) -> tuple[str, ...]:
-    """The kinds of units, as `recorded_sites` takes them."""
+def kinds_of(units: Iterable[Unit]) -> tuple[str, ...]:
+    """The kinds of units."""
     return tuple(dict.fromkeys(kind for kind, _, _ in units))
 
 
