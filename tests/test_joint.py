@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,3 +193,18 @@ def test_prepared_records_hold_the_stream_only_where_it_is_needed(plain_model: M
     contrast = make_contrast(plain_model, tiny.PAIRS[0], Reading("pair", "last", "chat", ("log-odds",)))
     assert "residual_in" not in prepare(contrast, ("log-odds",), ("neuron",)).base
     assert "residual_in" in prepare(contrast, ("log-odds",), ("neuron",), stream=True).base
+
+
+def test_lost_sets_are_named_and_computed_again(plain_model: Model, tmp_path: Path) -> None:
+    """Sets have no layer: they belong to the first item of their pair."""
+    how: dict[str, Any] = {"unit": "mlp_out", "sets": {"a": [("mlp_out", 1)], "b": [("head_out", 2, 1)]}, "out": tmp_path / "run"}
+    whole = jm.sweep(plain_model, tiny.PAIRS[:2], **how)
+    chunk = tmp_path / "run" / "effects.zarr" / "joint" / "c" / "1" / "0"
+    chunk.unlink()
+    with pytest.raises(UserError, match="joint, pair 'unequal'"):
+        jm.open_results(tmp_path / "run")
+    with pytest.raises(UserError, match="joint"):
+        jm.sweep(plain_model, tiny.PAIRS[:2], resume=True, **how)
+    again = jm.sweep(plain_model, tiny.PAIRS[:2], resume=True, **how)
+    assert np.array_equal(again.joint.values, whole.joint.values)
+    assert np.array_equal(again.mlp_out.values, whole.mlp_out.values)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.cli.main import main
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts import read_pairs
@@ -87,3 +88,10 @@ def test_span_columns_of_a_csv_file(plain_model: Model, tmp_path) -> None:
     table = jm.trace(plain_model, read_pairs(file), unit="mlp_out", position="spans", out=tmp_path / "run")
     assert list(table.position.values) == ["object", "rest of the request", "header"]
     assert list(position_map(read(tmp_path / "run"), "mlp_out", "log-odds").plot.layout.xaxis.ticktext) == list(table.position.values)
+
+
+def test_a_pair_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "--pair", "violence-99", "--out", "never"]) == 2
+    said = capsys.readouterr().err
+    assert "Did you mean 'violence-09'" in said
+    assert len(said) < 300

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.cli.sweep import Sweep
-from jaxmed.errors import unknown
+from jaxmed.errors import UserError, hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Trace(Sweep):
 
         pairs = read_pairs(source)
         for name in self.pair:
-            if name not in {pair.id for pair in pairs}:
-                raise unknown("pair", name, [pair.id for pair in pairs])
+            if name not in (known := [pair.id for pair in pairs]):
+                raise UserError(
+                    f"{source} has no pair {name!r}.{hint(name, known)} It has {len(known)}, from {known[0]!r} to {known[-1]!r}."
+                )
         return self.first([pair for pair in pairs if pair.id in self.pair] if self.pair else pairs)

@@ -148,7 +148,7 @@ def provenance(record: Record) -> dict[str, Any]:
     return {
         "manifest": _pretty(manifest),
         "sessions": _pretty({"status": record.run.get("status"), "plan": record.run.get("plan"), "sessions": sessions}),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit") or "not recorded",
         "commit": str(commits[0]) if commits else "not recorded",
         "redraw": f"jaxmed report {shlex.quote(str(record.folder))}",
     }
