@@ -104,6 +104,57 @@ def test_ways_to_the_logits_equal_full_forwards(kind: str, position: str) -> Non
     assert np.abs(table.neuron_via_later[0, last]).max() <= tolerances.EFFECTS
 
 
+HELD = {
+    "a module": ([("neuron", 0, 3), ("head_out", 1, 2)], [("mlp_out", 1)]),
+    "neurons and a head": ([("mlp_out", 0)], [("neuron", 1, 5), ("neuron", 2, 1), ("head_out", 2, 0)]),
+    "of a site that is patched": ([("neuron", 0, 3), ("neuron", 1, 5)], [("neuron", 1, 6), ("neuron", 2, 5)]),
+    "the stream": ([("attention_out", 0)], [("residual_out", 1)]),
+}
+
+
+def _held_edits(model: Model, pair: jm.PromptPair, units: Any) -> list[dict[str, jm.Edit]]:
+    """Units that keep their base values, at every token."""
+    ids = make_contrast(model, pair, Reading("pair", "last", "chat", ("log-odds",))).base.ids
+    base = jm.forward(model, ids, taps=SITES)[1]
+    values, tokens = {site: np.asarray(base[site])[:, 0] for site in SITES}, np.arange(len(ids))
+    return [
+        MEDIATORS[kind].edits(model.config, values, tokens, Picks(np.zeros(1, int), np.asarray([layer]), np.asarray([*index, 0][:1])), 1)
+        for kind, layer, *index in units
+    ]
+
+
+@pytest.mark.parametrize(("kind", "position"), PLACES)
+def test_held_units_keep_their_base_values_while_the_others_respond(kind: str, position: str) -> None:
+    model, pair = tiny.model(kind), tiny.PAIRS[0]
+    table = jm.sweep(model, [pair], position=position, sets={name: {"units": a, "held": b} for name, (a, b) in HELD.items()})
+    free = jm.sweep(model, [pair], position=position, sets={name: units for name, (units, _) in HELD.items()})
+    base = naive.outcome(model, pair, "base", "log-odds")
+    for name, (units, held) in HELD.items():
+        edits = _edits(model, pair, position, [(*unit, 0)[:3] for unit in units], 4)
+        wanted = naive.outcome(model, pair, "base", "log-odds", merge(edits, *_held_edits(model, pair, held))) - base
+        found = float(table.joint.sel(set=name)[0])
+        assert found == pytest.approx(wanted, abs=tolerances.EFFECTS), name
+        assert abs(found - float(free.joint.sel(set=name)[0])) > tolerances.EFFECTS, "holding them changes nothing here"
+    assert abs(float(table.joint.sel(set="the stream")[0])) <= tolerances.EFFECTS, "nothing goes past a held residual stream"
+    assert jm.patch(model, pair, [("mlp_out", 0)], position=position, held=HELD["neurons and a head"][1]).effect == pytest.approx(
+        float(table.joint.sel(set="neurons and a head")[0]), abs=tolerances.EFFECTS
+    )
+
+
+def test_units_are_not_held_where_that_says_nothing(plain_model: Model) -> None:
+    sets = {
+        "both": {"units": [("neuron", 1, 5)], "held": [("neuron", 1, 5)]},
+        "early": {"units": [("neuron", 1, 5)], "held": [("mlp_out", 0)]},
+        "unknown": {"units": [("neuron", 1, 5)], "held": [("neuron", 99, 5)]},
+    }
+    with pytest.raises(
+        UserError, match=r"(?s)'both'.* 1\.5 is patched and held.*'early'.*nothing is patched before it.*'unknown'.*layer 99"
+    ):
+        jm.sweep(plain_model, tiny.PAIRS[:1], sets=sets)
+    with pytest.raises(UserError, match="held, if any"):
+        jm.sweep(plain_model, tiny.PAIRS[:1], sets={"typo": {"units": [("neuron", 1, 5)], "hold": []}})
+
+
 PATHS = {
     "neuron to a head": (("neuron", 0, 3), [("head_out", 1, 2)]),
     "neuron to an MLP": (("neuron", 0, 4), [("mlp_out", 1)]),

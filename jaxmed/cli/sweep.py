@@ -34,7 +34,8 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     """What is written in the place of a unit's base value: resample, its value in source; zero; mean, its mean over the source runs of all
     pairs, at their patched tokens."""
     sets: Path | None = None
-    """JSON list of units that are patched together: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]]}]."""
+    """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
+    [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
     paths: Path | None = None
     """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
     contrast: Literal["pair", "prefill", "model"] | None = None

@@ -1,7 +1,7 @@
 """Rows of restarted runs in which many units are patched together: joint sets, and paths from a sender to chosen receivers.
 
 A set's units are masks of the sites that are swapped, and all rows share the source's values, so that sets of any size cost no more than
-single units: a chunk restarts at its lowest layer, and the masks act while it runs.
+single units: a chunk restarts at its lowest layer, and the masks act while it runs. Held units get the base run's values back behind them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.engine import Values, Window, chunk_rows
-from jaxmed.effects.mediators import MEDIATORS, Picks, View, patched_rows, written
+from jaxmed.effects.mediators import MEDIATORS, Picks, Record, View, patched_rows, written
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import UnitPath, UnitSet, kinds_of, membership
+from jaxmed.interventions.acting import Staged
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -27,12 +28,20 @@ from jaxmed.runner import Recording, Restart, propagate, run
 
 def set_values(model: Model, window: Window, sets: Sequence[UnitSet], width: int, per_device: int, readout: Readout) -> Values:
     """Outcomes of joint sets, one row each. Returns before they are finished; arguments as `engine.unit_values` takes them."""
-    kinds = kinds_of(unit for one in sets for unit in one.units)
-    values = {site: _of_source(window.view, site) for kind in kinds for site in MEDIATORS[kind].sites}
+    view = window.view
+    stages = (("units", view.source, view.patched[None]), ("held", view.base, None))
+    kinds = {which: kinds_of(unit for one in sets for unit in getattr(one, which)) for which, *_ in stages}
+    values = {
+        which: {site: _recorded(record, view.slots, site) for kind in kinds[which] for site in MEDIATORS[kind].sites}
+        for which, record, _ in stages
+    }
 
     def outcome(first: int, chunk: Sequence[UnitSet | None]) -> jax.Array:
-        members = membership(model.config, [() if one is None else one.units for one in chunk], width, kinds)
-        edits = {site: _gated(model, mask, values[site], window.view.patched[None]) for site, mask in members.items()}
+        edits: dict[str, tuple[Edit, ...]] = {}
+        for which, _, tokens in stages:
+            rows = [() if one is None else getattr(one, which) for one in chunk]
+            for site, mask in membership(model.config, rows, width, kinds[which]).items():
+                edits[site] = (*edits.get(site, ()), _gated(model, mask, values[which][site], tokens))
         return _restarted(model, window, first, len(chunk), readout, edits)
 
     return _in_chunks(model, sets, per_device, outcome)
@@ -51,7 +60,7 @@ def path_values(model: Model, window: Window, paths: Sequence[UnitPath], width: 
     return _in_chunks(model, paths, per_device, outcome)
 
 
-def _restarted(model: Model, window: Window, first: int, rows: int, readout: Readout, edits: dict[str, Edit]) -> jax.Array:
+def _restarted(model: Model, window: Window, first: int, rows: int, readout: Readout, edits: Staged) -> jax.Array:
     """Outcomes of rows that all carry the base run's stream into layer `first`, with edits from there on."""
     stream, reads = _streams(model, window.view, first, rows), window.reads
     return propagate(model.config, model.params, window.restart, stream, np.int32(first), reads, readout, reads.slots, edits=edits)
@@ -70,9 +79,9 @@ def _in_chunks(model: Model, rows: Sequence[Any], per_device: int, outcome: Any)
 
 
 @partial(jax.jit, static_argnames=("site",))
-def _of_source(view: View, site: str) -> jax.Array:
-    """A site of the source run at the window's columns: [L,1,T,...]."""
-    return view.source[site][:, None, view.slots]
+def _recorded(record: Record, slots: jax.Array, site: str) -> jax.Array:
+    """A site of a run at the window's columns: [L,1,T,...]."""
+    return record[site][:, None, slots]
 
 
 def _gated(model: Model, mask: np.ndarray, values: jax.Array, tokens: Any = None) -> Edit:

@@ -126,7 +126,7 @@ class Mediator:
         return Edit(gate, values.astype(np.float32), np.zeros_like(gate), None, where(layer[row], tokens[token], unit, row))
 
 
-def _after(config: ModelConfig, params: Params, view: View, picks: Picks, module: str, change: jax.Array) -> jax.Array:
+def after_module(config: ModelConfig, params: Params, view: View, picks: Picks, module: str, change: jax.Array) -> jax.Array:
     """The residual stream behind a module ("attention" or "mlp") whose raw output changes by `change` [U,T,D]."""
     before, after = {"attention": ("residual_in", "residual_mid"), "mlp": ("residual_mid", "residual_out")}[module]
     if not config.post_norm:
@@ -151,7 +151,7 @@ def _neuron_rows(config: ModelConfig, params: Params, view: View, picks: Picks, 
         delta = delta * view.base["routing"][layer, slots, index[:, None] // config.sizes["M"]]
     delta = jnp.where(view.patched[None, :, None] & valid[:, None], delta, 0.0)
     vectors = matrix_rows(config, params, "down", picks.layer[:, None], index)  # [U, w, D]
-    return _after(config, params, view, picks, "mlp", jnp.einsum("UTw,UwD->UTD", delta, vectors, precision="highest"))
+    return after_module(config, params, view, picks, "mlp", jnp.einsum("UTw,UwD->UTD", delta, vectors, precision="highest"))
 
 
 def _head_rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
@@ -161,7 +161,7 @@ def _head_rows(config: ModelConfig, params: Params, view: View, picks: Picks, wi
     values = [record["head_out"][at].astype(jnp.float32) for record in (view.source, view.base)]
     delta = jnp.where(view.patched[None, :, None], values[0] - values[1], 0.0)  # [U, T, H]
     change = contract("UTH,UHD->UTD", delta, matrix_rows(config, params, "out", picks.layer, picks.index))
-    return _after(config, params, view, picks, "attention", change)
+    return after_module(config, params, view, picks, "attention", change)
 
 
 def _module_rows(entry: str, *sites: str) -> Rows:

@@ -46,22 +46,24 @@ def patch(
     position: str | int = "last",
     window: int = 32,
     form: str = "chat",
+    held: Sequence[Sequence[Any]] = (),
 ) -> Patched:
     """Runs a pair with units of its base run set to their values in the source run, all together.
 
     Args:
         units: (mediator, layer, index), such as ("neuron", 29, 17) or ("mlp_out", 11).
+        held: units that keep their base values meanwhile.
         outcome, position, window, form: as `jm.sweep` takes them; "each" is one position too many here.
 
     Raises:
         UserError: anything in the arguments that cannot be used.
     """
-    (one,) = check_sets(model.config, [UnitSet("units", tuple(map(as_unit, units)))], window)
+    (one,) = check_sets(model.config, [UnitSet("units", *(tuple(map(as_unit, those)) for those in (units, held)))], window)
     outcomes = check_outcomes((outcome,), model.config.vocabulary)
     contrast = make_contrast(model, pair, Reading("pair", position, form, outcomes))
     if len(contrast.patches) != 1:
         raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")
-    prepared = prepare(contrast, outcomes, kinds_of(one.units), stream=True)
+    prepared = prepare(contrast, outcomes, kinds_of((*one.units, *one.held)), stream=True)
     values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, Readout(outcomes))
     effect, base = values.effects(1)
     return Patched(float(base[0, 0]), float(base[0, 0] + effect[0, 0]), float(prepared.source_outcome[0]))

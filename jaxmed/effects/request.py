@@ -63,7 +63,7 @@ class Request:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of all units that are patched, alone or together."""
-        together = [one.units for one in self.sets] + [(one.sender, *one.receivers) for one in self.paths]
+        together = [(*one.units, *one.held) for one in self.sets] + [(one.sender, *one.receivers) for one in self.paths]
         return tuple(dict.fromkeys((*self.units, *(kind for units in together for kind in kinds_of(units)))))
 
 

@@ -23,10 +23,13 @@ class UnitSet:
     Attributes:
         name: of the set, in tables.
         units: (mediator, layer, index); indices as in the tables of single units.
+        held: units that keep their base values, at every token, while those respond that are not held: what of the effect does not go
+            through them.
     """
 
     name: str
     units: tuple[Unit, ...]
+    held: tuple[Unit, ...] = ()
 
     @property
     def first(self) -> int:
@@ -78,10 +81,21 @@ def check_sets(config: ModelConfig, sets: Sequence[UnitSet], window: int) -> tup
     problems = _repeated_names(sets)
     for one in sets:
         problems += [] if one.units else [f"set {one.name!r} has no units"]
-        problems += [f"set {one.name!r}: {text}" for unit in one.units for text in _unit_problems(config, unit, window)]
+        problems += [f"set {one.name!r}: {text}" for text in _set_problems(config, one, window)]
     if problems:
         raise all_problems("sets", problems)
     return tuple(sets)
+
+
+def _set_problems(config: ModelConfig, one: UnitSet, window: int) -> list[str]:
+    wrong = [text for unit in (*one.units, *one.held) for text in _unit_problems(config, unit, window)]
+    if wrong or not one.units:
+        return wrong
+    both = [unit for unit in dict.fromkeys(one.held) if unit in one.units]
+    early = [unit for unit in dict.fromkeys(one.held) if unit[1] < one.first]
+    return [f"{_show(unit)} is patched and held" for unit in both] + [
+        f"{_show(unit)} is held, but nothing is patched before it: it keeps its value anyway" for unit in early
+    ]
 
 
 def check_paths(config: ModelConfig, paths: Sequence[UnitPath], window: int) -> tuple[UnitPath, ...]:
@@ -127,12 +141,25 @@ def _unit_problems(config: ModelConfig, unit: Unit, window: int) -> list[str]:
 
 
 def read_sets(file: Path) -> tuple[UnitSet, ...]:
-    """The sets of a JSON file: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2], ["mlp_out", 11]]}].
+    """The sets of a JSON file: [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}].
+
+    Units that are held may be left out.
 
     Raises:
         UserError: no such file, or entries that are no sets, all named.
     """
-    return tuple(UnitSet(name, tuple(units)) for name, units in _entries(file, "units"))
+    return tuple(UnitSet(name, *map(tuple, units)) for name, *units in _entries(file, "units", optional="held"))
+
+
+def as_set(name: str, given: Any) -> UnitSet:
+    """A set of what a caller gave: a list of units, or {"units": [...], "held": [...]}.
+
+    Raises:
+        UserError: it is none.
+    """
+    entry = {"name": name, **given} if isinstance(given, Mapping) else {"name": name, "units": list(given)}
+    name, *units = _entry(entry, ("units",), "held")
+    return UnitSet(name, *map(tuple, units))
 
 
 def read_paths(file: Path) -> tuple[UnitPath, ...]:
@@ -144,14 +171,14 @@ def read_paths(file: Path) -> tuple[UnitPath, ...]:
     return tuple(UnitPath(name, sender, tuple(receivers)) for name, sender, receivers in _entries(file, "sender", "receivers"))
 
 
-def _entries(file: Path, *fields: str) -> list[tuple[Any, ...]]:
+def _entries(file: Path, *fields: str, optional: str = "") -> list[tuple[Any, ...]]:
     entries = read_json(file, "a list of sets or paths")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file} holds no list of objects with the entries name, {', '.join(fields)}.")
     found, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:
-            found.append(_entry(entry, fields))
+            found.append(_entry(entry, fields, optional))
         except UserError as error:
             problems.append(f"entry {number}: {error}")
     if problems:
@@ -159,9 +186,11 @@ def _entries(file: Path, *fields: str) -> list[tuple[Any, ...]]:
     return found
 
 
-def _entry(entry: Any, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    if not isinstance(entry, Mapping) or set(entry) != {"name", *fields}:
-        raise UserError(f"{quoted(entry)} is no object with the entries name, {', '.join(fields)}")
+def _entry(entry: Any, fields: tuple[str, ...], optional: str = "") -> tuple[Any, ...]:
+    if not isinstance(entry, Mapping) or not {"name", *fields} <= set(entry) <= {"name", *fields, optional}:
+        also = f" (and {optional}, if any)" * bool(optional)
+        raise UserError(f"{quoted(entry)} is no object with the entries name, {', '.join(fields)}{also}")
+    fields += (optional,) * (optional in entry)
     name = entry["name"]
     if not isinstance(name, str) or not name:
         raise UserError(f"the name is {quoted(name)}; a text is expected")

@@ -20,7 +20,7 @@ from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.patches import PATCHES, mean_records
 from jaxmed.effects.request import Request
-from jaxmed.effects.sets import UnitPath, UnitSet, as_unit
+from jaxmed.effects.sets import UnitPath, as_set, as_unit
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item, one_outcome
@@ -142,7 +142,7 @@ def sweep(
     direction: str = "forward",
     source_model: Model | None = None,
     method: str = "exact",
-    sets: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    sets: Mapping[str, Any] | None = None,
     paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
     by: str = "",
     patch: str = "resample",
@@ -168,7 +168,8 @@ def sweep(
         direction: "reverse": base and source change places.
         source_model: where source values come from, for the contrast "model".
         method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
-        sets: name -> units (mediator, layer, index) that are patched together; the variable "joint".
+        sets: name -> units (mediator, layer, index) that are patched together, or {"units": ..., "held": ...} with others that keep their
+            base values meanwhile; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
         patch: what is written in the place of a unit's base value: "resample", its value in source; "zero"; "mean", its mean over the
             source runs of all pairs, at their patched tokens.
@@ -184,7 +185,7 @@ def sweep(
     outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
     unit = (() if sets or paths else "neuron") if unit is None else unit
     units = (unit,) if isinstance(unit, str) else tuple(unit)
-    joint = tuple(UnitSet(name, tuple(map(as_unit, members))) for name, members in (sets or {}).items())
+    joint = tuple(as_set(name, given) for name, given in (sets or {}).items())
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)

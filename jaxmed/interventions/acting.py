@@ -8,8 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.interventions.edits import ANY, Edit, Edits, TokenIndex, Where
+from jaxmed.interventions.edits import ANY, Edit, TokenIndex, Where
 from jaxmed.interventions.sites import Site
+
+Staged = Mapping[str, Edit | tuple[Edit, ...]]
+"""Site -> an edit, or several that act one after another."""
+Part = tuple[str, int]
+"""(site, number among the edits of that site)."""
+
+
+def in_order(edits: Staged) -> dict[Part, Edit]:
+    """The edits one by one; those of one site in the order in which they act."""
+    given = {name: several if isinstance(several, tuple) else (several,) for name, several in edits.items()}
+    return {(name, number): edit for name, several in given.items() for number, edit in enumerate(several)}
 
 
 def blend(a: jax.Array, gate: Any, value: Any, add: Any, basis: Any) -> jax.Array:
@@ -52,8 +63,8 @@ def at_layer(edit: Edit, fixed: Mapping[str, Any], dense: Mapping[str, Any]) -> 
     return edit if edit.where is not None else Edit(**fixed, **dense, basis=edit.basis, tokens=edit.tokens)
 
 
-def split_dense(edits: Edits) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of dense edits by site: (those with a layer axis, which a loop over layers slices; those without)."""
+def split_dense(edits: Mapping[Part, Edit]) -> tuple[dict[Part, Any], dict[Part, Any]]:
+    """Fields of dense edits: (those with a layer axis, which a loop over layers slices; those without)."""
     scanned, fixed = {}, {}
     for name, edit in edits.items():
         fields = {} if edit.where is not None else {f: getattr(edit, f) for f in ("gate", "value", "add")}

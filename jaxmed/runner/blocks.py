@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.attention import Segment, attend
-from jaxmed.interventions.acting import apply_edit, at_layer, split_dense
-from jaxmed.interventions.edits import Edit
+from jaxmed.interventions.acting import Part, Staged, apply_edit, at_layer, in_order, split_dense
 from jaxmed.interventions.sites import INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import recomputed, sees
@@ -77,7 +76,7 @@ def run(
     first: int | jax.Array = 0,
     prefix: Prefix | None = None,
     entry: Entry | None = None,
-    edits: dict[str, Edit] | None = None,
+    edits: Staged | None = None,
     columns: jax.Array | None = None,
     asked: jax.Array | None = None,
 ) -> Ran:
@@ -88,32 +87,34 @@ def run(
             the last, and taps of layers before it are zero; where `params` holds some of the blocks alone, a scan over these.
         prefix: earlier tokens, seen through their keys and values.
         entry: rows that join late; until then they carry `stream`.
-        edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row.
+        edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row. Several of one site act
+            one after another.
         columns: int [B,W], keeps only these columns of every tap but the cached keys and values.
         asked: int [R], with a traced `first`: the columns whose last residual stream is returned, [B,R,D]. Where they are few
             and nothing is edited or recorded, the last block has queries and an MLP for them alone.
     """
-    edits, names = edits or {}, recording.taps + (("cached_key", "cached_value") if recording.keep else ())
-    scanned, fixed = split_dense(edits)
+    parts, names = in_order(edits or {}), recording.taps + (("cached_key", "cached_value") if recording.keep else ())
+    scanned, fixed = split_dense(parts)
     angles, windows = model_angles(config, layout.position), layer_windows(config)
 
     def step(stream: jax.Array, at: _Layer, asked: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         recorded: dict[str, jax.Array] = {}
-        here = {name: at_layer(edit, fixed[name], at.dense[name]) for name, edit in edits.items()}
+        here = {part: at_layer(edit, fixed[part], at.dense[part]) for part, edit in parts.items()}
 
         def touch(name: str, a: jax.Array) -> jax.Array:
             if entry is not None and name in ("residual_mid", "residual_out"):
                 joins = (entry.layer == at.number) & (entry.mid == (name == "residual_mid"))
                 joining = entry.stream if asked is None else entry.stream[:, asked]
                 a = jnp.where(joins[:, None, None], joining, a)
-            if name in here:
-                a = apply_edit(here[name], SITES[name], a, at.number, layout.index)
+            for (site, _), edit in here.items():
+                if site == name:
+                    a = apply_edit(edit, SITES[name], a, at.number, layout.index)
             if name in names:
                 recorded[name] = a if columns is None or name.startswith("cached_") else _take_tokens(name, a, columns)
             return a
 
         block = open_block(config, at.arrays, recording.rules)
-        at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in (*names, *here) else None
+        at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in (*names, *(site for site, _ in here)) else None
         see = partial(_attend, config, layout if asked is None else layout.asked(asked), at, prefix, at_pattern, recording.rules)
         return block.mlp(block.attention(stream, angles(at.window), see, touch, asked), touch), recorded
 
@@ -125,7 +126,7 @@ def run(
         stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
-        if asked is not None and are_few(asked.shape[0], stream.shape[1]) and not edits and not names:
+        if asked is not None and are_few(asked.shape[0], stream.shape[1]) and not parts and not names:
             return Ran(_loop_to_few(config, step, stream, first, layers, asked), {}, None)
         stream, recorded = _loop(config, step, stream, first, layers, bool(names))
         stream = stream if asked is None else stream[:, asked]
@@ -139,7 +140,7 @@ class _Layer(NamedTuple):
     arrays: Params
     window: jax.Array
     number: jax.Array
-    dense: dict[str, Any]
+    dense: dict[Part, Any]
     cached: tuple[jax.Array, jax.Array] | None
 
     def at(self, number: Any) -> _Layer:

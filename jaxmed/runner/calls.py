@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxmed.interventions.acting import Staged
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
@@ -60,7 +61,7 @@ def propagate(
     readout: Readout,
     asked: jax.Array,
     entry: Entry | None = None,
-    edits: dict[str, Edit] | None = None,
+    edits: Staged | None = None,
     minus: jax.Array | None = None,
 ) -> jax.Array:
     """Outcomes of many counterfactual runs, restarted from the residual stream.
