@@ -154,9 +154,9 @@ def manifest(job: Job) -> dict[str, Any]:
     return {
         "request": settings,
         **({"history": list(model.history)} if model.history else {}),
-        **({"source_model": _of_model(job.source_model)} if job.source_model is not None else {}),
+        **({"source_model": job.source_model.record} if job.source_model is not None else {}),
         "layers": list(job.layers),
-        "model": _of_model(model),
+        "model": model.record,
         "chunk": dict(job.chunk),
         "mesh": dict(model.mesh.shape),
         "device": model.mesh.devices.flat[0].device_kind,
@@ -166,10 +166,6 @@ def manifest(job: Job) -> dict[str, Any]:
         "tokens": [{"base": contrast.base.ids.tolist(), "source": contrast.source.ids.tolist()} for contrast in job.contrasts],
         "template_date": DATE.date().isoformat(),
     }
-
-
-def _of_model(model: Model) -> dict[str, Any]:
-    return {"name": model.name, "revision": model.revision, "weights": model.identity, "dtype": model.config.dtype}
 
 
 def estimate_rate(job: Job) -> float:

@@ -28,9 +28,10 @@ class ArrayLayout:
     """An array to be made.
 
     Attributes:
-        shape, chunks: sizes of the whole and of a stored piece, axis by axis.
+        shape, chunks: sizes of the whole and of a piece that is read alone, axis by axis.
         fill: the value of pieces that were never written, as Zarr's metadata holds it.
         dims: names of the axes.
+        shards: sizes of a stored file, multiples of `chunks`, where it holds several of them; by default each is a file.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,17 @@ class ArrayLayout:
     dtype: str = "float32"
     fill: float | int | str = 0
     dims: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
+
+    def metadata(self) -> dict[str, Any]:
+        """As TensorStore takes it."""
+        codecs = CODECS
+        if self.shards:
+            inner = {"chunk_shape": list(self.chunks), "codecs": CODECS, "index_codecs": [CODECS[0], CODECS[-1]]}
+            codecs = [{"name": "sharding_indexed", "configuration": inner}]
+        grid = {"name": "regular", "configuration": {"chunk_shape": list(self.shards or self.chunks)}}
+        found = {"shape": list(self.shape), "data_type": self.dtype, "chunk_grid": grid, "codecs": codecs, "fill_value": self.fill}
+        return found | ({"dimension_names": list(self.dims)} if self.dims else {})
 
 
 def kvstore(url: str | Path) -> dict[str, str]:
@@ -71,9 +83,7 @@ def open_array(url: str | Path, layout: ArrayLayout | None = None, *, partial: b
 
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore(url), "store_data_equal_to_fill_value": True}
     if layout is not None:
-        grid = {"name": "regular", "configuration": {"chunk_shape": list(layout.chunks)}}
-        metadata = {"shape": list(layout.shape), "data_type": layout.dtype, "chunk_grid": grid, "codecs": CODECS, "fill_value": layout.fill}
-        spec["metadata"] = metadata | ({"dimension_names": list(layout.dims)} if layout.dims else {})
+        spec["metadata"] = layout.metadata()
         return ts.open(spec, create=True, delete_existing=True).result()
     array = ts.open(spec, open=True).result()
     if partial or not is_checked(array):

@@ -164,9 +164,8 @@ def response_limits(count: int, settings: Settings) -> list[int]:
 def manifest(job: Job) -> dict[str, Any]:
     """What makes two runs the same run: a run goes on only where all of it agrees."""
     settings = dataclasses.asdict(job.settings)
-    model = {"name": job.model.name, "revision": job.model.revision, "weights": job.model.identity, "dtype": job.model.config.dtype}
     day = DATE.date().isoformat()
-    return {"model": model, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape), "template_date": day}
+    return {"model": job.model.record, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape), "template_date": day}
 
 
 def trained_numbers(job: Job) -> int:

@@ -111,6 +111,11 @@ class Model:
             facts["arrays"] = self._arrays_digest()
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def record(self) -> dict[str, str | None]:
+        """What a run notes of the model it uses, and compares when it is resumed."""
+        return {"name": self.name, "revision": self.revision, "weights": self.identity, "dtype": self.config.dtype}
+
     def describe_params(self) -> Model:
         """Notes that `files` and `history` say how the parameters came about; returns the model itself."""
         self.described = _arrays(self.params)

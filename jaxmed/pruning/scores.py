@@ -222,7 +222,7 @@ def record(job: Job) -> dict[str, Any]:
     """What makes two scoring runs the same run."""
     config = job.model.config
     return {
-        "model": {"name": job.model.name, "revision": job.model.revision, "weights": job.model.identity, "dtype": config.dtype},
+        "model": job.model.record,
         "sets": {which: {"examples": len(found), "tokens_sha256": token_digest(found)} for which, found in job.sets.items()},
         "kinds": list(job.kinds),
         "how": dict(job.how),

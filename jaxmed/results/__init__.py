@@ -1,7 +1,22 @@
 """Results of sweeps on disk."""
 
 from jaxmed.results.damage import Damage, damaged_parts, mend, open_results
-from jaxmed.results.table import LEGAL, NEAR_TIE, NOT_FINITE, REPORT, TABLE, TOP, Table, Variable, append, create, near_ties, not_finite
+from jaxmed.results.table import (
+    LEGAL,
+    NEAR_TIE,
+    NOT_FINITE,
+    REPORT,
+    TABLE,
+    TOP,
+    Table,
+    Variable,
+    append,
+    create,
+    lay_out,
+    near_ties,
+    not_finite,
+    open_group,
+)
 
 __all__ = [
     "LEGAL",
@@ -16,8 +31,10 @@ __all__ = [
     "append",
     "create",
     "damaged_parts",
+    "lay_out",
     "mend",
     "near_ties",
     "not_finite",
+    "open_group",
     "open_results",
 ]

@@ -16,7 +16,7 @@ from zarr.codecs import Crc32cCodec
 
 from jaxmed.errors import UserError, all_problems
 from jaxmed.files.arrays import find_damage, open_array, reason
-from jaxmed.results.table import TABLE, Table, label
+from jaxmed.results.table import TABLE, Table, label, open_group
 from jaxmed.runs.folder import RUN, RunFolder, read_run
 
 STATISTICS = ("_mean", "_ci_low", "_ci_high", "_t", "_p", "_p_adjusted", "_q", "noise_floor")
@@ -148,6 +148,4 @@ def open_results(folder: str | Path, check: bool = True) -> xr.Dataset:
     if check and (damage := damaged_parts(Path(folder), status)):
         fix = "Nothing was made of this table. Run the sweep again with --resume to compute what is damaged."
         raise all_problems(str(folder), [str(one) for one in damage], fix)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return xr.open_zarr(table, consolidated=False, chunks=None)
+    return open_group(table)

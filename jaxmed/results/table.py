@@ -45,32 +45,45 @@ class Variable:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+def lay_out(path: Path, coordinates: Mapping[str, Any], attributes: Mapping[str, Any]) -> xr.Dataset:
+    """Writes a Zarr group with coordinates alone; `coordinates` maps a name to values, or to (dimensions, values)."""
+    coords = {k: v if isinstance(v, tuple) else ((k,), v) for k, v in coordinates.items()}
+    dataset = xr.Dataset(coords=coords, attrs=dict(attributes))
+    encoding = {name: {"compressors": CODECS} for name in coords}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet
+        dataset.to_zarr(path, mode="a", zarr_format=3, consolidated=False, encoding=encoding, write_empty_chunks=True)
+    return dataset
+
+
+def open_group(path: Path) -> xr.Dataset:
+    """A Zarr group, lazily read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet, and other files may lie beside the arrays
+        return xr.open_zarr(path, consolidated=False, chunks=None)
+
+
 def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-    """Lays out an empty table (NaN, nothing done). `coordinates` maps a name to values, or to (dimension, values)."""
+    """Lays out an empty table (NaN, nothing done); see `lay_out`."""
     partial, table = folder / _PARTIAL, folder / TABLE
     for leftover in (partial, table):
         shutil.rmtree(leftover, ignore_errors=True)
-    coords = {k: v if isinstance(v, tuple) else ((k,), v) for k, v in coordinates.items()}
-    dataset = xr.Dataset(coords=coords, attrs={**attributes, "variables": [variable.name for variable in variables]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr: strings are not in the v3 standard yet
-        encoding = {name: {"compressors": CODECS} for name in coords}
-        dataset.to_zarr(partial, mode="w", zarr_format=3, consolidated=False, encoding=encoding, write_empty_chunks=True)
-        group = zarr.open_group(partial, mode="a")
-        for variable in variables:
-            shape = tuple(dataset.sizes[dim] for dim in variable.dims)
-            chunks = tuple(1 if dim in _chunk_dims(variable.name) else size for dim, size in zip(variable.dims, shape, strict=True))
-            fill = np.nan if variable.dtype == "float32" else 0
-            array = group.create_array(
-                variable.name,
-                shape=shape,
-                chunks=chunks,
-                dtype=variable.dtype,
-                fill_value=fill,
-                dimension_names=variable.dims,
-                compressors=CODECS,
-            )
-            array.attrs.update(dict(variable.attributes))
+    dataset = lay_out(partial, coordinates, {**attributes, "variables": [variable.name for variable in variables]})
+    group = zarr.open_group(partial, mode="a")
+    for variable in variables:
+        shape = tuple(dataset.sizes[dim] for dim in variable.dims)
+        chunks = tuple(1 if dim in _chunk_dims(variable.name) else size for dim, size in zip(variable.dims, shape, strict=True))
+        fill = np.nan if variable.dtype == "float32" else 0
+        array = group.create_array(
+            variable.name,
+            shape=shape,
+            chunks=chunks,
+            dtype=variable.dtype,
+            fill_value=fill,
+            dimension_names=variable.dims,
+            compressors=CODECS,
+        )
+        array.attrs.update(dict(variable.attributes))
     partial.rename(table)
 
 
@@ -79,18 +92,22 @@ def _chunk_dims(name: str) -> tuple[str, ...]:
 
 
 class Table:
-    """An open table that chunks are written to."""
+    """An open table that chunks are written to.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Attributes:
+        folder, table: the folder of a run, and the table in it.
+    """
+
+    def __init__(self, folder: Path, table: str = TABLE):
+        self.folder, self.table = folder, table
         self._arrays: dict[str, Any] = {}
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            self._arrays[name] = open_array(self.folder / TABLE / name, partial=True)
+            self._arrays[name] = open_array(self.folder / self.table / name, partial=True)
         return self._arrays[name]
 
-    def write(self, chunks: Sequence[tuple[str, dict[str, int], np.ndarray]]) -> None:
+    def write(self, chunks: Sequence[tuple[str, Mapping[str, Any], np.ndarray]]) -> None:
         """Writes (variable, {dimension: index}, values) chunks; returns when all are committed.
 
         Raises:
@@ -108,7 +125,7 @@ class Table:
             raise
 
     def done(self) -> np.ndarray:
-        """uint8 [pair, layer]: which chunks are committed.
+        """uint8 [pair, layer], or as the table has it: which chunks are committed.
 
         Raises:
             UserError: the markers are damaged; see `damage.mend`.
@@ -116,15 +133,15 @@ class Table:
         try:
             return np.asarray(self._array("done").read().result())
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.folder / TABLE / 'done'}: {reason(error)}. Continue the run with --resume.") from None
+            raise UserError(f"{self.folder / self.table / 'done'}: {reason(error)}. Continue the run with --resume.") from None
 
     def mark_done(self, pair: int, layer: int, done: int = 1) -> None:
         """Marks one (pair, layer); call it after `write` returned."""
         self.write([("done", {"pair": pair, "layer": layer}, np.asarray(done, np.uint8))])
 
 
-def label(array: Any, at: Mapping[str, int]) -> tuple[Any, ...]:
-    """The index of a chunk: numbers where `at` has them, all along the other axes."""
+def label(array: Any, at: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The index of a chunk: numbers, or lists of them, where `at` has them, all along the other axes."""
     return tuple(at.get(label, slice(None)) for label in array.domain.labels)
 
 
