@@ -17,7 +17,7 @@ from jaxmed.batching.scoring import choice_logits, example_losses
 from jaxmed.batching.texts import encode
 from jaxmed.cli.main import main
 from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
-from jaxmed.experiments.compression import HALVED, Curve, at_share, compression_rows, q50, read_curve
+from jaxmed.experiments.compression import HALVED, Curve, at_fraction, compression_rows, q50, read_curve
 from jaxmed.experiments.curve import CurveRequest, predicted_rise, run_curve
 from jaxmed.experiments.dissociation import Abilities, answer_tokens, detection, run_dissociation
 from jaxmed.experiments.measure import make_tests, measure
@@ -144,9 +144,9 @@ def test_q50_is_where_the_loss_has_risen_by_ln_2() -> None:
     assert q50(curve, np.array([0.0, 1.0])) == pytest.approx(10 ** (-4 + (HALVED - 0.3) / 0.5))
     assert q50(replace(curve, rises=rises / 10)) == math.inf
     assert q50(replace(curve, rises=rises + 1)) == 1e-4
-    assert at_share(curve, curve.ratio, 10**-2.5) == pytest.approx((1.1 * 4) ** 0.5)
-    assert at_share(curve, curve.share, 10**-2.5) == pytest.approx(1e-4)
-    assert math.isnan(at_share(curve, curve.ratio, 1e-5))
+    assert at_fraction(curve, curve.ratio, 10**-2.5) == pytest.approx((1.1 * 4) ** 0.5)
+    assert at_fraction(curve, curve.fraction, 10**-2.5) == pytest.approx(1e-4)
+    assert math.isnan(at_fraction(curve, curve.ratio, 1e-5))
 
 
 def _curve(halved_at: float, seed: int, ratio: float = 1.0) -> Curve:

@@ -97,7 +97,7 @@ def check_alike(one: Path, other: Path) -> None:
 
 def show_compression(rows: Sequence[Mapping[str, Any]], control: str) -> None:
     """Prints the table of a compression."""
-    title = "q50: share q of chosen weights at which a behaviour is halved; compression: how much smaller it is (natural logarithm)"
+    title = "q50: fraction q of chosen weights at which a behaviour is halved; compression: how much smaller it is (natural logarithm)"
     columns = (
         "model",
         "behaviour",

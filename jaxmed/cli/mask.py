@@ -136,7 +136,7 @@ def describe_mask(mask: Any) -> list[str]:
 BROKEN = 1.1
 """Perplexity over that of the unpruned model above which a model counts as broken."""
 MANY = 1e-4
-"""Share of all weights above which masks of targeted scores broke the models that were tried (the default one: x 9.5 at 3.6e-4)."""
+"""Fraction of all weights above which masks of targeted scores broke the models that were tried (the default one: x 9.5 at 3.6e-4)."""
 
 
 def curve_ratio(folder: Path, scores: Any, rule: Rule) -> float:
@@ -170,10 +170,10 @@ def warnings_of(mask: Any, rule: Rule, ratio: float | None) -> list[str]:
         return [
             f"warning: at this q the curve's perplexity is {ratio:.2f}x that of the unpruned model, which breaks it. Take a smaller --q."
         ]
-    share = mask.count / max(1, mask.size)
-    if (ratio is None or ratio != ratio) and share > MANY and rule.score in ("signed", "positive", "absolute", "wanda"):
+    fraction = mask.count / max(1, mask.size)
+    if (ratio is None or ratio != ratio) and fraction > MANY and rule.score in ("signed", "positive", "absolute", "wanda"):
         return [
-            f"warning: {share:.1e} of all weights are many: such masks break a model ({MANY:g} is a lot). Look at `jaxmed prune curve`, "
+            f"warning: {fraction:.1e} of all weights are many: such masks break a model ({MANY:g} is a lot). Look at `jaxmed prune curve`, "
             "and take a smaller --q where the perplexity rises."
         ]
     return []

@@ -49,7 +49,7 @@ class Failure(Exception):
 
 
 def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_text: bool = False) -> Judge:
-    """The judge: the grade of every reply, as a share of the way from the lowest to the highest grade.
+    """The judge: the grade of every reply, as a fraction of the way from the lowest to the highest grade.
 
     Args:
         rubric: what is sent, with places for request and answer; see `rubrics.read_rubric`.

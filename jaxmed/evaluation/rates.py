@@ -21,7 +21,7 @@ class Rate:
     """How many of some answers refuse.
 
     Attributes:
-        low, high: 95 % Wilson score interval of the share (Wilson 1927).
+        low, high: 95 % Wilson score interval of the fraction (Wilson 1927).
     """
 
     name: str
@@ -53,7 +53,7 @@ class Mean:
 
 
 def rate(name: str, refused: Sequence[bool]) -> Rate:
-    """The share of refusals with its interval."""
+    """The fraction of refusals with its interval."""
     low, high = wilson(sum(refused), len(refused))
     return Rate(name, sum(refused), len(refused), low, high)
 

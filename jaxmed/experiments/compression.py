@@ -1,6 +1,6 @@
 """Compression: how much fewer weights carry a behaviour in an aligned model than in its base, beside a control behaviour.
 
-q50 is the rule's share q of chosen weights (before those that others need are spared) at which a behaviour is halved: at which the
+q50 is the rule's fraction q of chosen weights (before those that others need are spared) at which a behaviour is halved: at which the
 geometric mean over examples of its responses' probability per token is half of the unpruned model's, so that the loss has risen by ln 2.
 compression = log q50(base) - log q50(aligned),
 minus the same of the control (methods: a positive number says that alignment has packed the behaviour into fewer weights).
@@ -29,7 +29,7 @@ class Curve:
     """One behaviour of one model, pruned more and more.
 
     Attributes:
-        q: shares of chosen weights, ascending; share: what was removed of all weights, the spared ones not counted.
+        q: fractions of chosen weights, ascending; fraction: what was removed of all weights, the spared ones not counted.
         rises: rise of every example's loss [q, examples], in nats per token.
         ratio: perplexity over that of the unpruned model, [q].
     """
@@ -37,7 +37,7 @@ class Curve:
     q: np.ndarray
     rises: np.ndarray
     ratio: np.ndarray
-    share: np.ndarray
+    fraction: np.ndarray
 
 
 def read_curve(rows: Sequence[Row], examples: Sequence[Row], name: str) -> Curve:
@@ -60,12 +60,12 @@ def read_curve(rows: Sequence[Row], examples: Sequence[Row], name: str) -> Curve
         )
     losses = np.array([[held[key][i] for i in sorted(held[key])] for key in wanted])
     of_rule = sorted((row for row in rows if row["rule"] == own), key=lambda row: row["q"])
-    ratio, share = ([float(row.get(column, math.nan)) for row in of_rule] for column in ("perplexity_ratio", "share"))
-    return Curve(np.array(qs), losses[1:] - losses[0], np.array(ratio), np.array(share))
+    ratio, fraction = ([float(row.get(column, math.nan)) for row in of_rule] for column in ("perplexity_ratio", "fraction"))
+    return Curve(np.array(qs), losses[1:] - losses[0], np.array(ratio), np.array(fraction))
 
 
 def q50(curve: Curve, weights: np.ndarray | None = None) -> float:
-    """Share at which the mean rise first reaches `HALVED`, between the curve's shares on a logarithmic scale; infinite if it never does.
+    """Fraction q at which the mean rise first reaches `HALVED`, between the curve's on a logarithmic scale; infinite if it never does.
 
     Args:
         weights: how often each example counts (a resample); None: once.
@@ -81,8 +81,8 @@ def q50(curve: Curve, weights: np.ndarray | None = None) -> float:
     return float(np.exp(np.log(curve.q[at - 1]) + part * (np.log(curve.q[at]) - np.log(curve.q[at - 1]))))
 
 
-def at_share(curve: Curve, values: np.ndarray, q: float) -> float:
-    """A column of the curve (perplexity ratio, removed share) at q, between the curve's points on logarithmic scales; NaN beyond them."""
+def at_fraction(curve: Curve, values: np.ndarray, q: float) -> float:
+    """A column of the curve (perplexity ratio, removed fraction) at q, between the curve's on logarithmic scales; NaN beyond them."""
     if not curve.q[0] <= q <= curve.q[-1]:
         return math.nan
     with np.errstate(divide="ignore"):
@@ -101,7 +101,7 @@ def compression_rows(
         limit: perplexity ratio up to which a q50 counts as reached without harm.
 
     Columns: `q50`, `q50_low`, `q50_high`; `reached`: "yes", "no", or "at most" where the curve's smallest q halves it already; what is
-    removed and what it costs there: `share_at_q50`, `perplexity_at_q50`, `within_limit` (empty without perplexities);
+    removed and what it costs there: `fraction_at_q50`, `perplexity_at_q50`, `within_limit` (empty without perplexities);
     `compression` = log q50(base) - log q50(model), `net` =
     that minus the control's, `net_low`, `net_high`. Examples are resampled, the same ones in both models. What is never halved is
     infinite; a difference of two such is NaN, and an interval whose resamples are not all finite is NaN too.
@@ -124,9 +124,9 @@ def compression_rows(
             curve = curves[model][name]
             low, high = percentile_interval(values[1:])
             reached = "no" if math.isinf(values[0]) else "at most" if values[0] == curve.q[0] else "yes"
-            cost, share = (at_share(curve, column, values[0]) for column in (curve.ratio, curve.share))
+            cost, fraction = (at_fraction(curve, column, values[0]) for column in (curve.ratio, curve.fraction))
             row: Row = {"model": model, "behaviour": name, "q50": values[0], "q50_low": 0.0 if reached == "at most" else low}
-            row |= {"q50_high": high, "reached": reached, "share_at_q50": share, "perplexity_at_q50": cost}
+            row |= {"q50_high": high, "reached": reached, "fraction_at_q50": fraction, "perplexity_at_q50": cost}
             row |= {"within_limit": "" if np.isnan(curve.ratio).any() else int(cost <= limit)}
             net = gains[model, name] - gains[model, control] if control else gains[model, name]
             low, high = percentile_interval(net[1:]) if model != base else (math.nan, math.nan)

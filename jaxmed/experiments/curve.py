@@ -1,4 +1,4 @@
-"""Experiments over masks: a behaviour against the share of pruned weights, and the transfer of masks between behaviours."""
+"""Experiments over masks: a behaviour against the fraction of pruned weights, and the transfer of masks between behaviours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CurveRequest:
     """Which masks a curve goes through.
 
     Attributes:
-        rule, qs: the rule, and its shares of chosen weights.
+        rule, qs: the rule, and its fractions of chosen weights.
         against: other scores by which as many weights are chosen.
         seeds: draws of the random baseline.
         preserve: scores of a preserve set that was scored apart; None: those in `scores`.
@@ -55,7 +55,7 @@ class CurveRequest:
         """Raises a UserError for values out of range, and for scores of other weights or without a kind that a rule reads."""
         scores, rule = self.scores, self.rule
         if not self.qs:
-            raise UserError("A curve needs at least one share of weights: give --qs.")
+            raise UserError("A curve needs at least one fraction of weights: give --qs.")
         if self.seeds < 0:
             raise UserError(f"There cannot be {self.seeds} draws of random masks. Give --seeds 0 or more.")
         for score in self.against:

@@ -120,8 +120,8 @@ def measure_abilities(model: Model, abilities: Abilities) -> Row:
 def run_dissociation(model: Model, masks: Mapping[str, Mask], abilities: Abilities, seeds: int = 1, table: Table | None = None) -> Table:
     """A row per mask, random masks of the same counts beside each; the first row is the model as it is.
 
-    Columns: `generate_*` and `explain_*` (losses), `preserve_*`, `perplexity_*`; `detect_auc` with its interval, `detect_yes` (share of
-    rows that get a yes), `detect_twin_no` (share of twins that get a no); `refuse` with its interval.
+    Columns: `generate_*` and `explain_*` (losses), `preserve_*`, `perplexity_*`; `detect_auc` with its interval, `detect_yes` (fraction of
+    rows that get a yes), `detect_twin_no` (fraction of twins that get a no); `refuse` with its interval.
     """
     abilities.check()
     sets = {"generate": abilities.behaviour, "explain": abilities.explanations, "preserve": abilities.preserve}

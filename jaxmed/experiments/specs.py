@@ -45,7 +45,7 @@ class UtilitySpec:
     """What counts as harmless."""
 
     utility: float = 0.01
-    """Rise of the perplexity, as a share, up to which a behaviour counts as halved without harm."""
+    """Rise of the perplexity, as a fraction, up to which a behaviour counts as halved without harm."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def run_trials(trials: Iterable[Trial], measure: Callable[[Trial, Model], Row], 
 
 def mask_trial(model: Model, key: tuple[Any, ...], mask: Mask, about: Mapping[str, Any] | None = None) -> Trial:
     """The trial of a model pruned by a mask; an empty mask leaves the model as it is."""
-    counts = {"weights": mask.count, "share": mask.count / mask.size}
+    counts = {"weights": mask.count, "fraction": mask.count / mask.size}
     return Trial(key, lambda: apply_mask(model, mask) if mask.count else model, {**(about or {}), **counts})
 
 

@@ -37,7 +37,7 @@ def apply_mask(model: Model, mask: Mask, to: str = "zero", factor: float = 0.0, 
 
 def mask_edit(mask: Mask, to: str = "zero", factor: float = 0.0) -> dict[str, Any]:
     """The record of a mask that is applied."""
-    edit = {"kind": "pruning", "to": to, "weights": mask.count, "share": mask.count / mask.size, "mask_of": mask.model}
+    edit = {"kind": "pruning", "to": to, "weights": mask.count, "fraction": mask.count / mask.size, "mask_of": mask.model}
     edit |= {"sha256": mask.digest, "rule": dict(mask.rule)} | ({"factor": factor} if to == "scale" else {})
     return edit | ({"tag": mask.tag} if mask.tag else {})
 

@@ -107,28 +107,28 @@ def _wanda(scores: Scores, which: str, weights: Any, name: str) -> np.ndarray:
     return np.abs(np.asarray(weights[name], np.float32)) * wide
 
 
-def _top(scores: Scores, names: list[str], rule: Rule, share: float, skip: float, read: Any) -> dict[str, np.ndarray]:
+def _top(scores: Scores, names: list[str], rule: Rule, fraction: float, skip: float, read: Any) -> dict[str, np.ndarray]:
     """Matrix -> ascending flat indices of the highest entries, ranked as the rule says; equal entries by their index."""
     if rule.ranking == "global":
-        return _top_of_all(scores, names, share, skip, read)
+        return _top_of_all(scores, names, fraction, skip, read)
     found = {}
     for at, name in enumerate(names):
         values = read(name, at)
         if rule.ranking == "matrix":
-            found[name] = _band(values.ravel(), share, skip)
+            found[name] = _band(values.ravel(), fraction, skip)
         else:
             rows = values if scores.inputs_axis == 1 else values.T
             flat = np.arange(values.size).reshape(values.shape)
             flat = flat if scores.inputs_axis == 1 else flat.T
-            chosen = [flat[row][_band(rows[row], share, skip)] for row in range(len(rows))]
+            chosen = [flat[row][_band(rows[row], fraction, skip)] for row in range(len(rows))]
             found[name] = np.sort(np.concatenate(chosen)).astype(np.int64)
     return found
 
 
-def _band(values: np.ndarray, share: float, skip: float) -> np.ndarray:
-    """Ascending indices of int(share * size) entries, after int(skip * size) higher ones."""
+def _band(values: np.ndarray, fraction: float, skip: float) -> np.ndarray:
+    """Ascending indices of int(fraction * size) entries, after int(skip * size) higher ones."""
     first = int(skip * values.size)
-    return _highest(values, first + int(share * values.size), first)
+    return _highest(values, first + int(fraction * values.size), first)
 
 
 def _highest(values: np.ndarray, stop: int, first: int = 0) -> np.ndarray:
@@ -157,11 +157,11 @@ def _likely(values: np.ndarray, stop: int) -> np.ndarray:
     return np.arange(values.size)
 
 
-def _top_of_all(scores: Scores, names: list[str], share: float, skip: float, read: Any) -> dict[str, np.ndarray]:
+def _top_of_all(scores: Scores, names: list[str], fraction: float, skip: float, read: Any) -> dict[str, np.ndarray]:
     """The same over all matrices together: every matrix hands in no more than could be chosen."""
     total = sum(int(np.prod(scores.shapes[name])) for name in names)
     first = int(skip * total)
-    stop = first + int(share * total)
+    stop = first + int(fraction * total)
     held: list[tuple[int, np.ndarray, np.ndarray]] = []
     edge = -np.inf
     for at, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Curves from saved tables: the losses of fine-tuning, what pruning does by share of weights, and its transfer between behaviours."""
+"""Curves from saved tables: the losses of fine-tuning, what pruning does by fraction of weights, and its transfer between behaviours."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def write_pruning_curve(table: Path, out: Path) -> Path:
 
 def draw_pruning_curve(rows: Rows) -> go.Figure:
     """What is left of the probability per token, exp(-rise), of every test set and of plain text (one over the perplexity's ratio),
-    against the share q of chosen weights: a dash per rule, a colour per set; 95 % bars; the line at one half, where q50 is read."""
+    against the fraction q of chosen weights: a dash per rule, a colour per set; 95 % bars; the line at one half, where q50 is read."""
     rows = [row for row in rows if row["rule"] != "none"]
-    figure = canvas(480, "share q of weights chosen per matrix", "probability per token, share of the unpruned model's")
+    figure = canvas(480, "fraction q of weights chosen per matrix", "probability per token over that of the unpruned model")
     qs = sorted({float(row["q"]) for row in rows})
     figure.update_xaxes(type="log", tickvals=qs, ticktext=[f"{q:g}" for q in qs])
     figure.update_yaxes(rangemode="tozero")
@@ -127,7 +127,7 @@ def write_compression(table: Path, out: Path) -> Path:
 
 def draw_compression(rows: Rows) -> go.Figure:
     """q50 of every behaviour, a colour per model, 95 % bars; open where it is beyond the utility limit; none where it is never reached."""
-    figure = canvas(420, "behaviour", "q50: share q of chosen weights at which it is halved")
+    figure = canvas(420, "behaviour", "q50: fraction q of chosen weights at which it is halved")
     figure.update_yaxes(type="log", exponentformat="power")
     figure.update_layout(scattermode="group")
     for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):

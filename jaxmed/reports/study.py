@@ -20,8 +20,8 @@ from jaxmed.reports.style import Figure, number
 from jaxmed.runs.folder import last_versions, read_run, seconds_spent
 
 LEAD = (
-    "Weights are scored by what their removal does to a behaviour's loss, to first order; a share q of each matrix is set to zero, but for "
-    "those that other examples need. Losses are means over held-out responses, in nats per token; bars are 95 % intervals over examples."
+    "Weights are scored by what their removal does to a behaviour's loss, to first order; a fraction q of each matrix is set to zero, but "
+    "for those that other examples need. Losses are means over held-out responses, in nats per token; bars: 95 % intervals over examples."
 )
 NOTES = (
     "Pruning reduces a behaviour and does not remove it, and neighbouring skills suffer: read every rise beside those of the controls and "
@@ -30,14 +30,14 @@ NOTES = (
 )
 TRANSFER = "Rows: what is pruned for. Columns: what is tested. A behaviour's own weights should matter to it most."
 COMPRESSION = (
-    "q50: the rule's share q of chosen weights at which a behaviour's probability per token is halved (its loss has risen by ln 2); what "
-    "is then removed of all weights is share_at_q50, since many are spared. Compression: the natural logarithm of the base model's q50 "
-    "over this one's; net: minus the control's. Open points (within_limit 0): the perplexity at q50 is beyond the utility limit, so the "
-    "behaviour was halved only together with much else."
+    "q50: the rule's fraction q of chosen weights at which a behaviour's probability per token is halved (its loss has risen by ln 2); "
+    "what is then removed of all weights is fraction_at_q50, since many are spared. Compression: the natural logarithm of the base model's "
+    "q50 over this one's; net: minus the control's. Open points (within_limit 0): the perplexity at q50 is beyond the utility limit, so "
+    "the behaviour was halved only together with much else."
 )
 DISSOCIATION = (
     "Generate and explain: losses of responses. Detect: how often the log-odds of yes are higher about a row that shows the behaviour than "
-    "about one that does not (0.5 is chance). Refuse: share of harmful requests that are declined, by rules."
+    "about one that does not (0.5 is chance). Refuse: fraction of harmful requests that are declined, by rules."
 )
 ATTACKS = (
     "Pre-filled: the first tokens of a response are given, the loss of the rest counts. Refusal removed: weights of refusal set to zero, "
@@ -129,7 +129,7 @@ def _shown(column: str, value: str) -> str:
         return f"{int(float(value)):,}"
     if value in ("inf", "-inf"):
         return "not reached" if column.startswith("q50") else value
-    if column in ("q", "share", "share_at_q50") or column.startswith("q50"):
+    if column in ("q", "fraction", "fraction_at_q50") or column.startswith("q50"):
         return f"{float(value):.3g}" if value and not math.isnan(float(value)) else number(value)
     return number(value)
 

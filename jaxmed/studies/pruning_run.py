@@ -167,7 +167,7 @@ def pruning_steps(study: PruningStudy, model: Model) -> list[Step]:
     sets, masks, last, curves = len(study.targets), len(study.examined), len(study.labels) - 1, []
     for number in range(last + 1):
         scores = add("score", f"scores of {sets + 1} sets", number)
-        curves.append(add("curves", f"curves over {len(study.qs)} shares of {sets} sets", number, scores))
+        curves.append(add("curves", f"curves over {len(study.qs)} fractions of {sets} sets", number, scores))
         if number == 0:
             add("transfer", f"transfer of {sets} masks", number, scores)
         if number == last:
