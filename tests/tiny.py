@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxmed.distributed import make_mesh
-from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
+from jaxmed.models.checkpoints.tensors import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.load import from_params

@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 from jaxmed.errors import UserError, unknown
 from jaxmed.files import write_sums
 from jaxmed.finetuning.settings import Lora
-from jaxmed.models.checkpoints.assemble import matrix_rules
 from jaxmed.models.checkpoints.edit_record import join_tags, refuse_attacks, tags_of, write_record
 from jaxmed.models.checkpoints.lora import SETTINGS, TAG, WEIGHTS
 from jaxmed.models.checkpoints.new_folder import new_folder
+from jaxmed.models.checkpoints.tensors import matrix_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Family, Rule

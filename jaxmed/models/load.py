@@ -14,12 +14,13 @@ from jaxmed.distributed import keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint, decoded
-from jaxmed.models.checkpoints.assemble import read_params, stored_head
+from jaxmed.models.checkpoints.assemble import read_params
 from jaxmed.models.checkpoints.edit_record import read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json, read_tokenizer
 from jaxmed.models.checkpoints.lora import with_adapter
 from jaxmed.models.checkpoints.orbax_store import is_store, open_store
+from jaxmed.models.checkpoints.tensors import stored_head
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import read_config
 from jaxmed.models.families.table import Family

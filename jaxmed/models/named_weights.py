@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.models.checkpoints.assemble import join_layer, layer_tensors, matrix_rules, split_layer
+from jaxmed.models.checkpoints.tensors import join_layer, layer_tensors, matrix_rules, split_layer
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule

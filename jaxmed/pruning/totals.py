@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.batching.losses import token_losses
-from jaxmed.models.checkpoints.assemble import matrix_rules
+from jaxmed.models.checkpoints.tensors import matrix_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters, embed

@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxmed.errors import UserError, all_problems
 from jaxmed.files import write_sums
-from jaxmed.models.checkpoints.assemble import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.checkpoints.edit_record import check_edit, refuse_attacks, write_edits
 from jaxmed.models.checkpoints.huggingface import GENERATION
 from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
 from jaxmed.models.checkpoints.safetensors_file import Tensor, into_files, tensor, write_file, write_index
+from jaxmed.models.checkpoints.tensors import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
 from jaxmed.models.transformer import param_shapes

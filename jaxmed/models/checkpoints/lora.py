@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from jaxmed.errors import UserError, all_problems, quoted
 from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
-from jaxmed.models.checkpoints.assemble import expected_tensors, is_stacked, needed_rules, under_full_names
 from jaxmed.models.checkpoints.huggingface import READ, read_json, read_tensor_header
 from jaxmed.models.checkpoints.lora_targets import is_wrapped, matches
+from jaxmed.models.checkpoints.tensors import expected_tensors, is_stacked, needed_rules, under_full_names
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import known_digest
 from jaxmed.models.families.table import Family
