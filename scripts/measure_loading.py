@@ -22,9 +22,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmed.bench.shapes import SHAPES
-from jaxmed.models.checkpoints.assemble import expected_tensors, needed_rules
+from jaxmed.models.checkpoints.tensors import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
+from jaxmed.models.families.llama import llama_json
 from jaxmed.runs.provenance import short_commit
 
 MESHES = {"data=1": 1, "data=1,model=8": 8, "data=2,model=4": 8}
@@ -45,25 +46,9 @@ print(json.dumps({"seconds": time.perf_counter() - begun, "held": held, "peak": 
 """
 
 
-def config_json(config: ModelConfig) -> dict[str, object]:
-    """A Hugging Face config of these shapes."""
-    return {
-        "model_type": "llama",
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.width,
-        "intermediate_size": config.neurons,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "tie_word_embeddings": config.tied,
-        "rms_norm_eps": config.norm_eps,
-    }
-
-
 def write_checkpoint(folder: Path, config: ModelConfig, files: int = 8) -> int:
     """A random checkpoint in `files` safetensors files; its bytes."""
-    (folder / "config.json").write_text(json.dumps(config_json(config)))
+    (folder / "config.json").write_text(json.dumps(llama_json(config)))
     tensors = [pair for rule in needed_rules(FAMILIES["llama"], config) for pair in expected_tensors(rule, config)]
     rng, where, total = np.random.default_rng(0), {}, 0
     for number in range(files):

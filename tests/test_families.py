@@ -11,6 +11,8 @@ import pytest
 import jaxmed as jm
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.interventions.sites import SITES
+from jaxmed.models.families import read_config
+from jaxmed.models.families.llama import llama_json
 from tests import naive, reference, tiny, tolerances
 
 torch = reference.torch
@@ -104,3 +106,7 @@ def test_a_model_axis_gives_the_same_logits(folders: Callable, name: str) -> Non
     ids = reference.tokens(20)
     whole, split = (np.asarray(jm.forward(jm.load(folder, mesh=jm.make_mesh(mesh)), ids)[0]) for mesh in ("data=1", "model=2"))
     assert np.abs(whole - split).max() <= tolerances.TINY_LOGITS
+
+
+def test_the_config_of_a_llama_is_read_back() -> None:
+    assert read_config(llama_json(tiny.LLAMA)) == tiny.LLAMA

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.models.checkpoints import Checkpoint
-from jaxmed.models.checkpoints.assemble import check_tensors, needed_rules, under_full_names
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import open_folder, read_json
+from jaxmed.models.checkpoints.tensors import check_tensors, needed_rules, under_full_names
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES, read_config
 from jaxmed.models.load import load
@@ -29,19 +29,7 @@ from jaxmed.models.transformer import Params, param_shapes
 from jaxmed.runner import causal_layout, forward
 from tests import damage, tiny
 
-SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+SIZES = {key: value for key, value in tiny.config_json().items() if key not in ("model_type", "rope_theta")}
 PLAIN = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 5e5, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"attention_factor": 1.2, "truncate": False}

@@ -23,6 +23,7 @@ import numpy as np
 from jaxmed.distributed import make_mesh
 from jaxmed.ground_truth.words import CARRIED, CLASSES, COLOURS, VOCABULARY, Mix, make_tokenizer
 from jaxmed.models.config import ModelConfig, Rope
+from jaxmed.models.families.llama import llama_json
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import param_letters, param_shapes, param_shardings
@@ -170,23 +171,4 @@ def make_model(name: str, config: ModelConfig, params: Any) -> Model:
         param_shapes(config),
         param_shardings(config, devices),
     )
-    return replace(from_params(config, placed, devices, name, make_tokenizer()), source_config=_huggingface(config))
-
-
-def _huggingface(config: ModelConfig) -> dict[str, Any]:
-    assert config.rope is not None
-    return {
-        "model_type": config.family,
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.width,
-        "intermediate_size": config.neurons,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": config.activation,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.base,
-        "tie_word_embeddings": config.tied,
-    }
+    return replace(from_params(config, placed, devices, name, make_tokenizer()), source_config=llama_json(config))

@@ -29,6 +29,26 @@ def read_llama(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**decoder(raw), qkv_bias=biased, out_bias=biased, mlp_bias=bool(raw.get("mlp_bias", False)))
 
 
+def llama_json(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config of a Llama without biases, which `read_llama` reads back as `config`; of its RoPE the base alone."""
+    assert config.rope is not None
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.neurons,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": config.activation,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.base,
+        "tie_word_embeddings": config.tied,
+    }
+
+
 def read_mistral(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**decoder(raw), windows=windows(raw, lambda number: True))
 
