@@ -17,7 +17,8 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.models import catalog, fetch
-from jaxmed.models.catalog import CATALOG, Known
+from jaxmed.models.catalog import CATALOG
+from jaxmed.models.known import Known
 from jaxmed.models.load import describe
 from tests import tiny
 

@@ -38,8 +38,8 @@ from jaxmed.pruning import (
     select,
     write_mask,
 )
+from jaxmed.pruning.job import KINDS, make_job
 from jaxmed.pruning.plan import make_plan, pass_bytes
-from jaxmed.pruning.scores import KINDS, make_job
 from jaxmed.pruning.selection import _highest
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward

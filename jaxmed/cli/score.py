@@ -40,7 +40,8 @@ class Score(ModelFlags, SetFlags, RunFlags):
 
     def run(self) -> None:
         """Checks, plans, scores."""
-        from jaxmed.pruning.scores import make_job, run_job
+        from jaxmed.pruning.job import make_job
+        from jaxmed.pruning.scores import run_job
         from jaxmed.pruning.store import LEGAL
         from jaxmed.runs.folder import check_folder
 

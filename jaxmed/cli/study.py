@@ -45,7 +45,7 @@ class Pruning(LoadFlags, RunFlags, PruningStudy):
 
     def _describe(self) -> list[Any]:
         """Every model without weights, once all of it fits the study."""
-        from jaxmed.pruning.scores import make_job
+        from jaxmed.pruning.job import make_job
 
         models = [self.source(number).describe() for number in range(len(self.models))]
         for model in models:

@@ -1,10 +1,16 @@
-"""The grade that a judge's reply gives, and the reply itself out of what an endpoint sends."""
+"""Grades of answers: what gives them, and how one is read out of what a model at an endpoint sends."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from jaxmed.prompts.examples import Example
+
+Judge = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], list[float | None]]
+"""(requests, answers, report) -> grades from 0 to 1, None where it could not tell; `report` gets the number of answers after every part."""
 
 NUMBER = r"(?<![\w.])(?<!\d[\u2013-])([-+\u2212\u2013]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(?![\d\u2013-])"
 _NUMBER = re.compile(NUMBER)

@@ -23,8 +23,7 @@ import tenacity
 
 from jaxmed.errors import UserError, notice, quoted
 from jaxmed.evaluation.endpoint import PARAMETERS, Endpoint
-from jaxmed.evaluation.grades import parse_grade, read_content
-from jaxmed.evaluation.judges import Judge
+from jaxmed.evaluation.grades import Judge, parse_grade, read_content
 from jaxmed.evaluation.reasoning import cut_reasoning
 from jaxmed.evaluation.rubrics import ask
 from jaxmed.prompts.examples import Example

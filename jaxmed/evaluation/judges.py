@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.evaluation.grades import Judge
 from jaxmed.evaluation.reasoning import cut_reasoning
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.evaluation.rubrics import RUBRIC, read_rubric
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from jaxmed.evaluation.endpoint import Endpoint
     from jaxmed.models.model import Model
 
-Judge = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], list[float | None]]
-"""(requests, answers, report) -> scores; `report` is called with the number of answers after every part."""
 Load = Callable[..., "Model"]
 
 

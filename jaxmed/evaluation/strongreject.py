@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import Judge
+from jaxmed.evaluation.grades import Judge
 from jaxmed.evaluation.rubrics import ask, check_rubric, read_rubric
 from jaxmed.files import read_json
 from jaxmed.models.model import Model

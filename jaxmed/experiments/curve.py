@@ -14,9 +14,10 @@ from jaxmed.experiments.trials import Trial, beside_random, mask_trial, once, ru
 from jaxmed.files import Row
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import weights_by_name
+from jaxmed.pruning.job import token_digest
 from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.rule import SCORES, Rule
-from jaxmed.pruning.scores import Scores, token_digest
+from jaxmed.pruning.scores import Scores
 from jaxmed.pruning.selection import needs_weights, random_like, select
 from jaxmed.tokens import TokenizedExample
 

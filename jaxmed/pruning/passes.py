@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,10 @@ from jaxmed.batching.texts import response_tokens
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import inputs_axis, named_layers
 from jaxmed.models.transformer import Params
+from jaxmed.pruning.job import Job
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runs import signals
 from jaxmed.runs.watch import Watch
-
-if TYPE_CHECKING:
-    from jaxmed.pruning.scores import Job
 
 
 def run_pass(job: Job, which: str, span: tuple[int, int], report: Watch) -> tuple[Params, float]:

@@ -21,9 +21,10 @@ from jaxmed.files import write_csv
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
+from jaxmed.pruning.job import make_job
 from jaxmed.pruning.masks import Mask, read_mask, write_mask
 from jaxmed.pruning.rule import Rule
-from jaxmed.pruning.scores import Scores, make_job, read_scores, run_job
+from jaxmed.pruning.scores import Scores, read_scores, run_job
 from jaxmed.pruning.selection import select
 from jaxmed.runs.cost import Cost
 from jaxmed.runs.folder import Session
