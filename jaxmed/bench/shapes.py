@@ -68,4 +68,4 @@ def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dt
     patch = Patch((len(base) - 1,), (len(source) - 1,))
     prepared = prepare(Contrast(pair, Side(model, base), Side(model, source), (patch,), answers), outcomes, ("neuron",))
     size = units_per_device(model.config, model.mesh, model.config.neurons, 1, len(prepared.packed.tokens))
-    return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes))
+    return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes, model.mesh.shape["model"]))

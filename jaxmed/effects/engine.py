@@ -67,7 +67,7 @@ class PreparedContrast:
 def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...], stream: bool = False) -> PreparedContrast:
     """Runs base and source once and keeps what every patch needs; with `stream`, the base run's input of every layer too."""
     model, other, answers, patches = contrast.base.model, contrast.source.model, contrast.answers, contrast.patches
-    config, params, readout = model.config, model.params, Readout(outcomes)
+    config, params, readout = model.config, model.params, Readout(outcomes, model.mesh.shape["model"])
     packed, packed_source = contrast.packed(), contrast.packed(contrast.source)
     start = min(patch.base[0] for patch in patches)
     columns, source_columns = _columns(packed, start, patches)

@@ -121,7 +121,7 @@ class Exact:
 
     def start(self, job: Job, item: Item, opened: OpenPair) -> Callable[[], list[Chunk]]:
         """Dispatches all chunks of the item."""
-        readout = Readout(job.request.outcomes)
+        readout = Readout(job.request.outcomes, job.model.mesh.shape["model"])
         started: list[_Started] = []
         for batch in _batches(job, item):
             values: dict[str, list[Values]] = {}

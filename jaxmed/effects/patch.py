@@ -64,6 +64,7 @@ def patch(
     if len(contrast.patches) != 1:
         raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")
     prepared = prepare(contrast, outcomes, kinds_of((*one.units, *one.held)), stream=True)
-    values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, Readout(outcomes))
+    readout = Readout(outcomes, model.mesh.shape["model"])
+    values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, readout)
     effect, base = values.effects(1)
     return Patched(float(base[0, 0]), float(base[0, 0] + effect[0, 0]), float(prepared.source_outcome[0]))

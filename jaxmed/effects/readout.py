@@ -67,9 +67,14 @@ def make_reads(packed: PackedPrompt, answers: Answers, start: int, source: Any =
 
 @dataclass(frozen=True)
 class Readout:
-    """The outcomes of a sweep as a function of the last residual stream; hashable, so it can be part of a program."""
+    """The outcomes of a sweep as a function of the last residual stream; hashable, so it can be part of a program.
+
+    Attributes:
+        parts: over how many devices the unembedding's rows are split, the mesh's size on "model". Each device sums over its own.
+    """
 
     outcomes: tuple[OutcomeName, ...]
+    parts: int = 1
 
     def __call__(self, config: ModelConfig, params: Params, h: jax.Array, reads: Reads) -> jax.Array:
         """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""
@@ -80,7 +85,7 @@ class Readout:
         scores = logits
         normaliser = expected = jnp.zeros(x.shape[:2])
         if any(outcome.normalised for outcome in known):
-            normaliser, expected = _normalise(config, x, head(params), reads.source)
+            normaliser, expected = _normalise(config, x, head(params), reads.source, self.parts)
             scores = logits - normaliser[:, reads.at]
         values = []
         for row, outcome in enumerate(self.outcomes):
@@ -113,29 +118,36 @@ def _kl(scores: jax.Array, weight: jax.Array, reads: Reads, normaliser: jax.Arra
 RULES: dict[str, Callable[..., jax.Array]] = {"sum": _sum, "odds": _odds, "total": _total, "kl": _kl}
 
 
-def _normalise(config: ModelConfig, x: jax.Array, table: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-normaliser of the logits, and their mean under the source's distribution, both [U,T]; in blocks of the vocabulary."""
-    count = table.shape[0]
+def _normalise(config: ModelConfig, x: jax.Array, table: jax.Array, source: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Log-normaliser of the logits, and their mean under the source's distribution, both [U,T]; in blocks of the vocabulary.
+
+    A block takes some rows of every one of the `parts` of the table, so that no row leaves its device: the loop has no collectives, and
+    behind it the devices add up one number per token each.
+    """
+    count, width = table.shape[0] // parts, table.shape[1]
     size = int(min(count, max(128, VOCABULARY_BYTES // (4 * x.shape[0] * x.shape[1]))))
     size = -(-count // -(-count // size))
+    table = table.reshape(parts, count, width)
+    source = source.reshape(parts, -1)
 
     def step(number: jax.Array, carry: Any) -> Any:
         top, total, expected = carry
         start = jnp.minimum(number * size, count - size)
-        block = jax.lax.dynamic_slice_in_dim(table, start, size)
+        block = jax.lax.dynamic_slice_in_dim(table, start, size, 1).reshape(parts * size, width)
         logits = as_logits(config, contract("UTD,VD->UTV", x, block))
+        apart = logits.reshape(*x.shape[:2], parts, size)
         new = (start + jnp.arange(size)) >= number * size  # the last block may reach back over the one before
-        masked = jnp.where(new, logits, -jnp.inf)
+        masked = jnp.where(new, apart, -jnp.inf)
         higher = jnp.maximum(top, masked.max(-1))
         total = total * jnp.exp(top - higher) + jnp.exp(masked - higher[..., None]).sum(-1)
-        if source.shape[0]:
-            share = jnp.where(new, jnp.exp(jax.lax.dynamic_slice_in_dim(source, start, size)), 0.0)
-            expected = expected + contract("UTV,V->UT", logits, share)
+        if source.shape[1]:
+            chance = jnp.where(new, jnp.exp(jax.lax.dynamic_slice_in_dim(source, start, size, 1)), 0.0)
+            expected = expected + (apart * chance).sum(-1)
         return higher, total, expected
 
-    zero = jnp.zeros(x.shape[:2], jnp.float32)
+    zero = jnp.zeros((*x.shape[:2], parts), jnp.float32)
     top, total, expected = jax.lax.fori_loop(0, -(-count // size), step, (zero - jnp.inf, zero, zero))
-    return top + jnp.log(total), expected
+    return jax.nn.logsumexp(top + jnp.log(total), axis=-1), expected.sum(-1)
 
 
 @partial(jax.jit, static_argnames=("config",))

@@ -73,9 +73,18 @@ def _log_total_change(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, transposed: jax.Array | None, inputs: int) -> jax.Array:
-    """x [B,T,...in] times weight [...in, ...out], flat: [U,V]."""
+    """x [B,T,...in] times weight [...in, ...out] -> [U, ...out]."""
     del transposed
-    return contract("UI,IO->UO", *_flat(x, weight, inputs))
+    return _times(x, weight, inputs)
+
+
+def _times(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """The product with the weight's output axes left apart: joined, an axis that is split over devices behind one that is not (the neurons
+    behind gate and up) would have every device gather the whole weight, in every layer. `contract`'s precision."""
+    flat = x.reshape(-1, math.prod(weight.shape[:inputs]))
+    matrix = weight.reshape(flat.shape[1], *weight.shape[inputs:])
+    precision = jax.lax.Precision.HIGHEST if flat.dtype == jnp.float32 else None
+    return jnp.tensordot(flat, matrix, 1, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _flat(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
@@ -92,8 +101,8 @@ def _product_change(inputs: int, primals: Any, tangents: Any) -> tuple[jax.Array
     """
     (x, weight, transposed), (of_x, of_weight, _) = primals, tangents
     flat, matrix = _flat(x, weight, inputs)
-    out = contract("UI,IO->UO", flat, matrix)
-    change = jnp.zeros_like(out)
+    out = _times(x, weight, inputs)
+    change = jnp.zeros((len(flat), matrix.shape[1]), out.dtype)
     if not isinstance(of_x, SymbolicZero):
         moved = of_x.reshape(flat.shape)
         letters, other = ("UI,IO->UO", matrix) if transposed is None else ("UI,OI->UO", transposed.astype(flat.dtype))
@@ -102,7 +111,7 @@ def _product_change(inputs: int, primals: Any, tangents: Any) -> tuple[jax.Array
         moved = of_weight.reshape(matrix.shape)
         narrow = matrix.shape[1] < matrix.shape[0]
         change = change + (contract("OI,UI->OU", moved.T, flat).T if narrow else contract("UI,IO->UO", flat, moved))
-    return out, change
+    return out, change.reshape(out.shape)
 
 
 def project(
@@ -110,7 +119,7 @@ def project(
 ) -> jax.Array:
     """x [B,T,...in] times weight [...in, ...out], over the last `inputs` axes of x -> [B,T,...out], accumulated in float32.
 
-    Written as one product of two matrices: given more axes, XLA on the CPU transposes the weights anew in every loop step. What is kept
+    Tokens and inputs are one axis each: given more, XLA on the CPU transposes the weights anew in every loop step. What is kept
     for gradients is the weight as it came (`recomputed`), so that a scan over layers stacks no copies of it.
 
     Args:
@@ -242,12 +251,16 @@ def attention_scores(config: ModelConfig, products: jax.Array) -> jax.Array:
 
 
 def route(config: ModelConfig, products: jax.Array) -> jax.Array:
-    """Router products [B,T,X] -> weight of every expert, float32 [B,T,X]; zero for experts that a token does not use."""
-    share = jax.nn.softmax(products.astype(jnp.float32), axis=-1)
-    most, chosen = jax.lax.top_k(share, config.experts_used)
-    if config.experts_normed:
-        most = most / most.sum(-1, keepdims=True)
-    return (jax.nn.one_hot(chosen, config.experts) * most[..., None]).sum(-2)
+    """Router products [B,T,X] -> weight of every expert, float32 [B,T,X]; zero for experts that a token does not use.
+
+    An expert is used where few enough have a larger chance, or the same and a lower number: `top_k` would have all devices gather all
+    rows, in every layer.
+    """
+    chances, number = jax.nn.softmax(products.astype(jnp.float32), axis=-1), jnp.arange(config.experts)
+    own, other = chances[..., :, None], chances[..., None, :]
+    before = (other > own) | ((other == own) & (number < number[:, None]))
+    weight = jnp.where(before.sum(-1) < config.experts_used, chances, 0.0)
+    return weight / weight.sum(-1, keepdims=True) if config.experts_normed else weight
 
 
 def sees(query_position: jax.Array, key_position: jax.Array, window: jax.Array) -> jax.Array:
