@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.numpy import save_file
 import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.models.model import Model
-from jaxmed.models.named_weights import matrix_shapes
+from jaxmed.models.named_weights import matrix_shapes, named_weights, weights_by_name
 from jaxmed.pruning import apply_mask, combine, read_mask, write_mask
-from jaxmed.pruning.masks import Mask
+from jaxmed.pruning.masks import HOW, Mask
+from jaxmed.pruning.overlaps import STRATA, _strata
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": [24, 16], "model.layers.0.mlp.down_proj.weight": [16, 24]}
 
@@ -88,3 +90,56 @@ def test_an_inverted_mask_is_all_other_weights(plain_model: Model) -> None:
     for name, found in rest.indices.items():
         assert found.dtype == np.int64
         assert np.array_equal(found, np.setdiff1d(np.arange(np.prod(mask.shapes[name])), mask.indices[name]))
+
+
+SIDE, MATRICES = 256, 40
+ONE = 8 * SIDE**2
+"""Bytes of the indices of a whole matrix; those of all are 40 times as many."""
+
+
+def many(seed: int) -> Mask:
+    """A hundredth of the weights of 40 matrices."""
+    rng = np.random.default_rng(seed)
+    shapes = {f"model.layers.{number}.mlp.up_proj.weight": (SIDE, SIDE) for number in range(MATRICES)}
+    return Mask({name: np.sort(rng.choice(SIDE**2, SIDE**2 // 100, replace=False)) for name in shapes}, shapes, "m", "w")
+
+
+@pytest.mark.parametrize("how", ["invert", *HOW])
+def test_inverted_masks_are_written_and_combined_matrix_by_matrix(tmp_path: Path, how: str) -> None:
+    one, other = many(0), many(1)
+    tracemalloc.start()
+    made = one.inverted() if how == "invert" else combine([one.inverted(), other.inverted()], how)
+    write_mask(made, tmp_path / "made.safetensors")
+    assert made.emptied().count == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MATRICES / 4 * ONE
+    rest = [{name: np.setdiff1d(np.arange(SIDE**2), mask.indices[name]) for name in mask.indices} for mask in (one, other)]
+    join: Any = {"invert": lambda a, b: a, "intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
+    written = read_mask(tmp_path / "made.safetensors")
+    for name, found in written.indices.items():
+        assert np.array_equal(found, join(rest[0][name], rest[1][name]))
+    assert made.counts() == written.counts()
+    assert made.digest == written.digest
+
+
+def test_matrices_that_a_made_mask_lacks_are_not_made() -> None:
+    with pytest.raises(KeyError):
+        many(0).inverted().indices["no matrix"]
+    assert "no matrix" not in many(0).inverted().indices
+
+
+def test_weights_by_name_are_those_of_all_layers(plain_model: Model) -> None:
+    lazy, all_held = weights_by_name(plain_model), dict(named_weights(plain_model))
+    assert list(lazy) == list(all_held)
+    for name in reversed(all_held):
+        assert np.array_equal(lazy[name], all_held[name])
+
+
+@pytest.mark.parametrize("size", [7, 20, 1001])
+def test_strata_are_equal_parts_by_rank(size: int) -> None:
+    values = np.random.default_rng(size).integers(0, 50, size).astype(np.float32)
+    sizes, stratum = _strata(values)
+    rank = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    assert np.array_equal(stratum, rank * STRATA // size)
+    assert np.array_equal(sizes, np.bincount(stratum, minlength=STRATA))

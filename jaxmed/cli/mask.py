@@ -106,17 +106,17 @@ class Compare(OneDeviceFlag, ModelFlags, ConfigFlags):
 
     def run(self) -> None:
         """Prints a table."""
-        from jaxmed.models.named_weights import weights_by_name
+        from jaxmed.models.named_weights import named_weights
         from jaxmed.pruning import overlap, read_mask
 
         if len(self.masks) < 2:
             raise UserError("Give at least two masks to compare.")
         short = len({file.stem for file in self.masks}) == len(self.masks)
         masks = {file.stem if short else str(file): read_mask(file) for file in self.masks}
-        weights = weights_by_name(self.load()) if self.model else None
+        model = self.load() if self.model else None
         rows = []
         for one, other in combinations(masks, 2):
-            found = overlap(masks[one], masks[other], weights.items() if weights else None)
+            found = overlap(masks[one], masks[other], None if model is None else named_weights(model))
             stratified = "" if found.stratified is None else f"{found.stratified:,.1f}"
             rows.append((one, other, f"{found.both:,}", f"{found.jaccard:.4f}", f"{found.by_chance:,.1f}", stratified))
         show.table("weights that two masks share", ("one", "other", "both", "Jaccard", "by chance", "by chance given |W|"), rows, 2)

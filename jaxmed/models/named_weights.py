@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,33 @@ def named_weights(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     return named_layers(model.config, stacks)
 
 
-def weights_by_name(model: Model) -> dict[str, np.ndarray]:
-    """The same, all on the host."""
-    return dict(named_weights(model))
+class NamedWeights(Mapping[str, np.ndarray]):
+    """Every matrix of a model by name, in its dtype; the tensors of one layer's parameter are on the host at a time."""
+
+    def __init__(self, model: Model):
+        self.config, self.blocks = model.config, model.params["blocks"]
+        rules = matrix_rules(FAMILIES[model.config.family])
+        layers = range(model.config.layers)
+        self.places = {name: (rule, layer) for layer in layers for rule in rules for name, _ in layer_tensors(rule, self.config, layer)}
+        self.held: tuple[Any, dict[str, np.ndarray]] = (None, {})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        rule, layer = self.places[name]
+        if self.held[0] != (rule.path, layer):
+            found = split_layer(rule, self.config, layer, np.asarray(self.blocks[rule.path[-1]][layer]))
+            self.held = (rule.path, layer), dict(found)
+        return self.held[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def weights_by_name(model: Model) -> NamedWeights:
+    """Matrix -> its weights, read when they are asked for."""
+    return NamedWeights(model)
 
 
 def with_edited(config: ModelConfig, params: Params, chosen: Mapping[str, np.ndarray], edit: Edit) -> Params:

@@ -1,5 +1,6 @@
 from .apply import apply_mask
-from .masks import Mask, combine, overlap, read_mask, write_mask
+from .masks import Mask, combine, read_mask, write_mask
+from .overlaps import overlap
 from .rule import Rule
 from .scores import Scores, read_scores, score
 from .selection import random_like, select

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -17,14 +17,32 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
 from jaxmed.files import atomic, check_file, parse_json
 from jaxmed.models.checkpoints.edit_record import join_tags, read_tag
+from jaxmed.models.checkpoints.safetensors_file import tensor, write_file
 
 FORMAT = "jaxmed-mask-1"
 HOW = ("intersect", "union", "subtract")
+
+
+class Made(Mapping[str, np.ndarray]):
+    """Indices that are made anew whenever a matrix is asked for, so that no more than one matrix's are in memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
+        self.names, self.make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -55,12 +73,15 @@ class Mask:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the indices."""
-        return hashlib.sha256(b"".join(self.indices[name].tobytes() for name in sorted(self.indices))).hexdigest()
+        found = hashlib.sha256()
+        for name in sorted(self.indices):
+            found.update(self.indices[name].tobytes())
+        return found.hexdigest()
 
     @property
     def count(self) -> int:
         """How many weights."""
-        return sum(len(found) for found in self.indices.values())
+        return sum(self._counts.values())
 
     @property
     def size(self) -> int:
@@ -69,15 +90,19 @@ class Mask:
 
     def counts(self) -> dict[str, int]:
         """Matrix -> how many of its weights."""
+        return dict(self._counts)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
         return {name: len(found) for name, found in self.indices.items()}
 
     def emptied(self) -> Mask:
         """No weights of the same matrices."""
-        return replace(self, indices={name: found[:0] for name, found in self.indices.items()}, rule={})
+        return replace(self, indices={name: np.zeros(0, np.int64) for name in self.indices}, rule={})
 
     def inverted(self) -> Mask:
-        """All other weights of the same matrices."""
-        rest = {name: _others(found, int(np.prod(self.shapes[name]))) for name, found in self.indices.items()}
+        """All other weights of the same matrices; their indices are made matrix by matrix, when they are asked for."""
+        rest = Made(self.indices, lambda name: _others(self.indices[name], math.prod(self.shapes[name])))
         return Mask(rest, self.shapes, self.model, self.weights, {"inverted": dict(self.rule)}, self.tag)
 
 
@@ -103,8 +128,9 @@ def write_mask(mask: Mask, file: str | Path) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as partial:
-            save_file({name: np.asarray(found, np.int64) for name, found in mask.indices.items()}, partial, metadata)
-    except (OSError, SafetensorError) as error:
+            vectors = [tensor(name, (count,), np.dtype(np.int64)) for name, count in mask.counts().items()]
+            write_file(partial, vectors, "int64", (mask.indices[name].astype(np.int64, copy=False) for name in mask.counts()), metadata)
+    except OSError as error:
         raise UserError(f"Could not write {file}: {error}. Nothing was kept.") from None
     return file
 
@@ -161,6 +187,8 @@ def _metadata(file: str | Path, metadata: Mapping[str, str]) -> tuple[dict[str, 
 def combine(masks: Sequence[Mask], how: str, any_model: bool = False) -> Mask:
     """The weights that are in all masks ("intersect"), in any ("union"), or in the first and in no other ("subtract").
 
+    With an inverted mask among them, the indices of the result are made when they are asked for, as those of the inverted one are.
+
     Args:
         any_model: take masks that were made of different weights; the result belongs to none of them, so that applying it takes
             `any_model` too.
@@ -182,7 +210,8 @@ def combine(masks: Sequence[Mask], how: str, any_model: bool = False) -> Mask:
         )
     weights = masks[0].weights if len(made_of) == 1 else "several: " + ", ".join(sorted(made_of))
     join = {"intersect": np.intersect1d, "union": np.union1d, "subtract": np.setdiff1d}[how]
-    found = {name: reduce(join, (mask.indices[name] for mask in masks)) for name in masks[0].indices}
+    made = Made(masks[0].indices, lambda name: reduce(join, (mask.indices[name] for mask in masks)))
+    found = made if any(isinstance(mask.indices, Made) for mask in masks) else dict(made)
     rule = {how: [dict(mask.rule) for mask in masks]}
     tag = join_tags(mask.tag for mask in masks)  # an attack stays one
     return Mask(found, masks[0].shapes, masks[0].model, weights, rule, tag)
@@ -193,53 +222,3 @@ def check_same_matrices(one: Mask, other: Mask) -> None:
     if dict(one.shapes) != dict(other.shapes):
         different = sorted(set(one.shapes.items()) ^ set(other.shapes.items()))[:3]
         raise UserError(f"The masks are of different models: {one.model!r} and {other.model!r} ({different[0][0]}, ...).")
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How much two masks share.
-
-    Attributes:
-        both, either: weights in both masks and in at least one.
-        by_chance: weights in both if each matrix's were drawn at random, with the same counts per matrix.
-        stratified: the same with draws within `STRATA` equal parts of each matrix by |W|; None without weights.
-    """
-
-    both: int
-    either: int
-    by_chance: float
-    stratified: float | None = None
-
-    @property
-    def jaccard(self) -> float:
-        return self.both / self.either if self.either else 0.0
-
-
-STRATA = 20
-
-
-def overlap(one: Mask, other: Mask, weights: Any = None) -> Overlap:
-    """Counts what two masks share, against chance.
-
-    Large weights have large scores under most rules, so plain chance is nearly always exceeded: compare with masks of control
-    behaviours too.
-
-    Args:
-        weights: (matrix, weights) pairs, for the stratified count.
-
-    Raises:
-        UserError: masks of different matrices.
-    """
-    check_same_matrices(one, other)
-    pairs = {name: (one.indices[name], other.indices[name]) for name in one.indices}
-    both = sum(len(np.intersect1d(*pair)) for pair in pairs.values())
-    chance = sum(len(a) * len(b) / int(np.prod(one.shapes[name])) for name, (a, b) in pairs.items())
-    stratified = None
-    if weights is not None:
-        stratified = 0.0
-        for name, values in weights:
-            rank = np.argsort(np.argsort(np.abs(np.asarray(values, np.float32)).ravel(), kind="stable"), kind="stable")
-            stratum = rank * STRATA // len(rank)
-            sizes, mine, theirs = (np.bincount(stratum[at], minlength=STRATA) for at in (slice(None), *pairs[name]))
-            stratified += float((mine * theirs / np.maximum(sizes, 1)).sum())
-    return Overlap(both, one.count + other.count - both, chance, stratified)

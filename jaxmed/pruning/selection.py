@@ -59,8 +59,8 @@ def random_like(mask: Mask, seed: int = 0) -> Mask:
     """A mask of the same counts per matrix, drawn at random."""
     rng = np.random.default_rng(seed)
     drawn = {
-        name: np.sort(rng.choice(int(np.prod(mask.shapes[name])), len(found), replace=False)).astype(np.int64)
-        for name, found in mask.indices.items()
+        name: np.sort(rng.choice(int(np.prod(mask.shapes[name])), count, replace=False)).astype(np.int64)
+        for name, count in mask.counts().items()
     }
     return Mask(drawn, mask.shapes, mask.model, mask.weights, {"random_like": dict(mask.rule), "seed": seed}, mask.tag)
 

@@ -14,6 +14,8 @@ from jaxmed.models.checkpoints.huggingface import INDEX
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 """Our dtype names -> those of the format."""
+INTEGERS = {"int64": "I64"}
+"""The same of what is no weight."""
 
 
 class Tensor(NamedTuple):
@@ -44,15 +46,17 @@ def into_files(tensors: Iterable[Tensor], limit: int) -> dict[str, list[Tensor]]
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": held for number, held in enumerate(files, 1)}
 
 
-def write_file(file: Path, tensors: Sequence[Tensor], dtype: str, arrays: Iterator[np.ndarray]) -> None:
-    """Writes one file; takes the next arrays, in the order of `tensors` and of their shape.
+def write_file(
+    file: Path, tensors: Sequence[Tensor], dtype: str, arrays: Iterator[np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file; takes the next arrays, in the order of `tensors` and of their shape. `metadata`: by default those of weights.
 
     The format (huggingface/safetensors): 8 bytes with the header's length, a JSON header padded to a multiple of 8, the data.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     begin = 0
     for one in tensors:
-        header[one.name] = {"dtype": TYPES[dtype], "shape": list(one.shape), "data_offsets": [begin, begin + one.size]}
+        header[one.name] = {"dtype": (TYPES | INTEGERS)[dtype], "shape": list(one.shape), "data_offsets": [begin, begin + one.size]}
         begin += one.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
