@@ -26,8 +26,9 @@ SETS = {"two": [("neuron", 1, 3), ("head_out", 1, 2), ("mlp_out", 0, 0)]}
 PATHS = {"one": (("neuron", 0, 5), [("neuron", 2, 1), ("head_out", 1, 0)])}
 
 
-def collectives(text: str) -> dict[str, list[tuple[str, list[int]]]]:
+def collectives(text: str | None) -> dict[str, list[tuple[str, list[int]]]]:
     """(kind, numbers of every array) of the collectives of a compiled program, those of loops apart."""
+    assert text is not None
     lines: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
