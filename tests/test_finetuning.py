@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import peft
 import pytest
 
@@ -245,6 +246,20 @@ def test_devices_wait_for_each_other_once_per_step_and_not_in_every_layer(plain_
     sums = [line for line in program.splitlines() if re.search(r"= .*(all-reduce|reduce-scatter)\(", line)]
     assert sums
     assert not [line for line in sums if "while/body" in line]
+
+
+def test_moments_are_split_as_their_parameter_and_not_as_another_of_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned positions have the embedding's shape here; the embedding is split over devices, and they are not."""
+    monkeypatch.setitem(tiny.CONFIGS, "learned", replace(tiny.LLAMA, rope=None, max_length=tiny.LLAMA.vocabulary))
+    model, settings = tiny.model("learned", mesh="data=1,model=2"), make_settings(method="full")
+    trained, state, _, _ = start(model, settings, make_optimiser(settings, 4))
+    assert trained["positions"].shape == trained["embedding"].shape
+    assert trained["positions"].sharding.is_fully_replicated != trained["embedding"].sharding.is_fully_replicated
+    for name in ("mu", "nu"):
+        moments = optax.tree.get(state, name)
+        alike = jax.tree.map(lambda own, leaf: own.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), moments, trained)
+        assert all(jax.tree.leaves(alike))
+    assert optax.tree.get_all_with_path(state, "count")[0][1].sharding.is_fully_replicated
 
 
 @pytest.mark.slow

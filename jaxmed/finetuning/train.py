@@ -99,9 +99,9 @@ def _spread(trained: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _state_shardings(optimiser: Any, trained: Any, shardings: Any, whole: Any) -> Any:
-    """Shardings of the optimiser's state: moments as what they belong to, counters on every device."""
-    by_shape = {leaf.shape: sharding for leaf, sharding in zip(jax.tree.leaves(trained), jax.tree.leaves(shardings), strict=True)}
-    return jax.tree.map(lambda leaf: by_shape.get(leaf.shape, whole), jax.eval_shape(optimiser.init, trained))
+    """Shardings of the optimiser's state: moments as the parameter that they belong to, whatever its shape; counters on every device."""
+    state = jax.eval_shape(optimiser.init, trained)
+    return optax.tree.map_params(optimiser, lambda _, own: own, state, shardings, transform_non_params=lambda _: whole)
 
 
 Step = Callable[[Any, Any, Params, Batch], tuple[Any, Any, dict[str, jax.Array]]]
