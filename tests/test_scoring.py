@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.batching.scoring import _score, choice_logits, score_responses
+from jaxmed.batching.scoring import _passes, _score, choice_logits, score_responses
 from jaxmed.models.layers import largest, log_total
 from jaxmed.tokens import TokenizedExample
 from tests import tiny
@@ -44,6 +44,28 @@ def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
     for example, values in zip(examples, picked, strict=True):
         logits = np.asarray(jm.forward(model, example.ids[None])[0][0])[example.prompt - 1]
         assert np.abs(values - logits[[7, 90, 33]]).max() < 3e-5
+
+
+@pytest.mark.parametrize("mesh", ["data=2", pytest.param("data=1", marks=pytest.mark.slow)])
+def test_responses_to_one_prompt_score_as_alone_and_run_it_once(mesh: str) -> None:
+    model, rng = tiny.model("llama", mesh=mesh), np.random.default_rng(3)
+    examples = []
+    for number in range(12):
+        prompt = rng.integers(0, 200, 30 + number)
+        examples += [TokenizedExample(np.append(prompt, rng.integers(0, 200, n)).astype(np.int32), len(prompt)) for n in (1, 6, 3, 0, 9)]
+    examples.append(TokenizedExample(np.append(examples[0].ids[:30], rng.integers(0, 200, 400)).astype(np.int32), 30))  # a class of its own
+    order = rng.permutation(len(examples))
+    mixed = [examples[i] for i in order]
+    for example, scored in zip(mixed, score_responses(model, mixed), strict=True):
+        logits = np.asarray(jm.forward(model, example.ids[None])[0][0], np.float64)[example.prompt - 1 : -1]
+        response = example.ids[example.prompt :]
+        own = logits[np.arange(len(response)), response] - np.logaddexp.reduce(logits, axis=1)
+        assert np.abs(scored.log_probabilities - own).max(initial=0.0) < 3e-5
+        assert np.array_equal(scored.likeliest, logits.argmax(1) == response)
+    short = examples[:-1]
+    run = sum(batch.tokens.size for _, batch in _passes(model, short))
+    once = sum(len(examples[number].ids) + 18 for number in range(0, 60, 5))
+    assert run < 1.25 * once < 0.5 * sum(len(one.ids) for one in short)
 
 
 def test_fewer_examples_than_devices() -> None:

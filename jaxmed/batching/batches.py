@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.batching.answered import Answered, laid_out
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.runner import Layout
@@ -38,6 +39,8 @@ class Batch:
         target: int [B, R], that token.
         weight: float32 [B, R], 1, or 0 where a row has fewer scored tokens.
         h: float32 [B, T, D], the residual stream that enters the lowest of the blocks at hand; None: they are all at hand.
+        part: int [B, T], 0 in prompts, and the number of its response where several responses of an example follow one prompt; they do not
+            see each other. None: every example has one.
     """
 
     tokens: Any
@@ -49,6 +52,7 @@ class Batch:
     trunk: int = field(default=0, metadata={"static": True})
     branch: int = field(default=0, metadata={"static": True})
     h: Any = None
+    part: Any = None
 
 
 def batch_layout(batch: Batch) -> Layout:
@@ -56,6 +60,9 @@ def batch_layout(batch: Batch) -> Layout:
     rows, length = batch.tokens.shape
     segment = batch.segment[:, batch.trunk :].reshape(rows, -1, batch.branch)
     own = (segment[..., :, None] == segment[..., None, :]) & np.tri(batch.branch, dtype=bool)
+    if batch.part is not None:
+        part = batch.part[:, batch.trunk :].reshape(rows, -1, batch.branch)
+        own &= (part[..., None, :] == 0) | (part[..., :, None] == part[..., None, :])
     above = (segment > 0)[..., None] & np.ones(batch.trunk, bool)
     visible = jax.numpy.concatenate([above, own], axis=-1)
     return Layout(batch.position, visible, TokenIndex(batch.position, length), batch.trunk, batch.branch)
@@ -194,16 +201,18 @@ def places(examples: Sequence[TokenizedExample], group: np.ndarray, shape: Shape
 def make_batch(examples: Sequence[TokenizedExample], group: np.ndarray, shape: Shape, packing: bool) -> Batch:
     """The examples of `group` as rows."""
     size, scored, trunk = (shape.rows, shape.length), (shape.rows, shape.scored), shape.trunk
-    tokens, position, segment = (np.zeros(size, np.int32) for _ in range(3))
+    tokens, position, segment, part = (np.zeros(size, np.int32) for _ in range(4))
     column, target, weight = np.zeros(scored, np.int32), np.zeros(scored, np.int32), np.zeros(scored, np.float32)
     tokens[:, :trunk], position[:, :trunk] = examples[0].ids[:trunk], np.arange(trunk)
     for place in places(examples, group, shape, packing):
         example, row, there = examples[place.example], place.row, place.scored
-        own, response = example.ids[trunk:], np.arange(example.prompt, len(example.ids))
+        own, (at, parts, before) = example.ids[trunk:], laid_out(example)
         here = slice(place.begin, place.begin + len(own))
-        tokens[row, here], position[row, here], segment[row, here] = own, trunk + np.arange(len(own)), place.number
-        column[row, there], target[row, there], weight[row, there] = place.begin - trunk + response - 1, example.ids[response], 1
-    return Batch(tokens, position, segment, column, target, weight, trunk, shape.branch)
+        tokens[row, here], position[row, here] = own, at[trunk:]
+        segment[row, here], part[row, here] = place.number, parts[trunk:]
+        column[row, there], target[row, there], weight[row, there] = place.begin - trunk + before, example.ids[example.prompt :], 1
+    several = any(isinstance(example, Answered) for example in examples)
+    return Batch(tokens, position, segment, column, target, weight, trunk, shape.branch, part=part if several else None)
 
 
 def microbatches(group: np.ndarray, count: int) -> list[np.ndarray]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.batching.answered import by_prompt
 from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract, largest, log_total
@@ -28,7 +29,7 @@ PIECE = 512
 def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tuple[list[Place], Batch]]:
     """(places whose `example` counts in `examples`, batch on the model's devices) of all examples.
 
-    Examples of like lengths have batches of one shape; what all of them begin with runs once per row.
+    Examples of like lengths have batches of one shape; what all begin with runs once per row, and the prompt of several once.
     """
     check_tokens(model.config, (example.ids for example in examples), "An example", model.tokenizer)
     devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
@@ -36,17 +37,28 @@ def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tupl
     lengths = np.asarray([len(example.ids) for example in examples])
     classes = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1) / SHORT)), 0)
     for one in sorted(set(classes.tolist())):
-        members = np.nonzero(classes == one)[0]
-        members = members[np.argsort(-lengths[members], kind="stable")]
-        held = [examples[i] for i in members.tolist()]
+        items = by_prompt(examples, np.nonzero(classes == one)[0].tolist(), int(SHORT * 2 ** (one + 1)))
+        if len(items) < 2 * devices:  # some devices would have too little to do
+            items = [(examples[i], [i]) for i in np.nonzero(classes == one)[0].tolist()]
+        items.sort(key=lambda item: -len(item[0].ids))
+        held = [item for item, _ in items]
         trunk = common_beginning(held) // 8 * 8 if len(held) > devices else 0  # else every length would be compiled anew
-        count = -(-int((lengths[members] - trunk).sum()) // (devices * max(most - trunk, most // 2)))
+        count = -(-sum(len(item.ids) - trunk for item in held) // (devices * max(most - trunk, most // 2)))
         count = max(1, min(count, -(-len(held) // devices)))
         groups = [np.arange(len(held))[at::count] for at in range(count)]
         shape = choose_shape(held, groups, True, devices, model.config, trunk)
         for group in groups:
-            found = [Place(int(members[p.example]), p.row, p.begin, p.number, p.scored) for p in places(held, group, shape, True)]
+            found = [own for place in places(held, group, shape, True) for own in _apart(examples, place, items[place.example][1])]
             yield found, jax.device_put(make_batch(held, group, shape, True), where)
+
+
+def _apart(examples: Sequence[TokenizedExample], place: Place, members: Sequence[int]) -> Iterator[Place]:
+    """Where each of the examples lies that one stands for: their scored tokens follow each other."""
+    begin = place.scored.start
+    for number in members:
+        stop = begin + len(examples[number].ids) - examples[number].prompt
+        yield replace(place, example=number, scored=slice(begin, stop))
+        begin = stop
 
 
 def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:

@@ -93,7 +93,7 @@ def extend(
 ) -> Ran:
     """Continues cached prompts: tokens int [B,T] behind a prefix of b prompts, B / b continuations of each in a row.
 
-    Generation is the case T = 1; scoring and probing teacher-force whole continuations. `layout.position` counts from the prompts'
-    beginning.
+    Generation is the case T = 1. (Given responses are packed behind their prompt instead, for no more FLOPs: `batching/answered.py`.)
+    `layout.position` counts from the prompts' beginning.
     """
     return run_tokens(config, params, tokens, layout, recording, prefix=prefix, **how)
