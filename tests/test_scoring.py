@@ -9,7 +9,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.batching.scoring import _passes, _score, choice_logits, score_responses
-from jaxmed.models.layers import largest, log_total
+from jaxmed.models.vocabulary import largest, log_total
 from jaxmed.tokens import TokenizedExample
 from tests import tiny
 

@@ -13,9 +13,10 @@ import numpy as np
 from jaxmed.batching.answered import by_prompt
 from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract, largest, log_total
+from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
+from jaxmed.models.vocabulary import largest, log_total
 from jaxmed.runner import run_tokens
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import TokenizedExample, check_tokens
