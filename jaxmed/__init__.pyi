@@ -6,6 +6,7 @@ from .effects.sweep import sweep
 from .effects.trace import trace
 from .errors import UserError
 from .finetuning.run import finetune
+from .gating.run import Gated, gate
 from .generation import generate
 from .ground_truth.plant import planted
 from .interventions import edits
@@ -22,6 +23,7 @@ from .runner.public import forward
 __all__ = [
     "Edit",
     "Example",
+    "Gated",
     "Model",
     "Patched",
     "PromptPair",
@@ -31,6 +33,7 @@ __all__ = [
     "export_folder",
     "finetune",
     "forward",
+    "gate",
     "generate",
     "keep_freed_memory",
     "load",

@@ -38,6 +38,7 @@ UNRUN = {
     "docs/contributing.md": ("pip install -e",),
     "docs/guides/evaluation.md": ("jaxmed evaluate --examples harmbench.csv", "pip install '.[harness]'"),
     "docs/guides/finetuning.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
+    "docs/guides/gate.md": ("jaxmed gate",),
     "docs/guides/pruning.md": ("jaxmed study pruning",),
     "docs/guides/scale.md": ("jaxmed sweep --mesh",),
     "docs/models.md": ("jaxmed parity",),

@@ -22,6 +22,7 @@ from jaxmed.cli.demo import Demo
 from jaxmed.cli.dissociation import Dissociation
 from jaxmed.cli.evaluate import Evaluate
 from jaxmed.cli.finetune import Finetune
+from jaxmed.cli.gate import Gate
 from jaxmed.cli.generate import Generate
 from jaxmed.cli.mask import Combine, Compare, Select
 from jaxmed.cli.models import Models
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "check": Check,
     "sweep": Sweep,
     "trace": Trace,
+    "gate": Gate,
     "report": Report,
     "generate": Generate,
     "evaluate": Evaluate,

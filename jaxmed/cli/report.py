@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,7 +18,7 @@ class Report(ConfigFlags):
     """Redraws the HTML page of one or several runs from their saved tables; runs no model."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """The --out folders of sweeps, or one of a study."""
+    """The --out folders of sweeps, or one of a study or gate."""
     out: Path | None = None
     """HTML file to write; default: report.html in the first folder."""
 
@@ -31,11 +31,24 @@ class Report(ConfigFlags):
 
 def write_report(folders: list[Path], file: Path) -> None:
     """Writes the HTML page of finished or half-made runs."""
+    from jaxmed.reports.gate import write_gate
     from jaxmed.reports.page import write_report as write
-    from jaxmed.reports.study import is_study, write_study
+    from jaxmed.reports.study import write_study
 
-    if is_study(folders):
-        write_study(folders[0], file)
+    pages = {"study": write_study, "gate": write_gate}
+    held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
+    if held:
+        held[0](folders[0], file)
     else:
         write(folders, file)
     show.out.print(f"report: {file}", markup=False)
+
+
+def _manifest(folder: Path) -> Any:
+    """What the record of a run says that it is; empty without one."""
+    from jaxmed.runs.folder import read_run
+
+    try:
+        return read_run(folder).get("manifest", {})
+    except UserError:
+        return {}

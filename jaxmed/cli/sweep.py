@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, RunFlags
@@ -13,13 +13,44 @@ from jaxmed.cli.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFlags(ModelFlags, LimitFlag, FormFlag):
+class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
+    """Which two runs are compared, and where: the flags of every command that patches."""
+
+    position: str = "last"
+    """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
+    contrast: Literal["pair", "prefill", "model"] | None = None
+    """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer; model, base's
+    prompt in two models. Default: pair, or model where a source model is given."""
+    source_model: str | None = None
+    """Model that values come from, on the same tokens: a more (or less) aligned sibling of --model, of the same sizes and vocabulary."""
+    source_revision: str | None = None
+    """Branch, tag or commit of the source model, such as a training stage."""
+    source_adapter: Path | None = None
+    """LoRA adapter of the source model, as the folder that PEFT saves. Alone: the source model is --model with it."""
+    source_mask: Path | None = None
+    """Mask file of `jaxmed prune` for the source model. Alone: the source model is --model with these weights set to zero."""
+
+    def source(self) -> Self | None:
+        """The flags of the source model, or None where values come from the same one."""
+        given = self.source_model, self.source_revision, self.source_adapter, self.source_mask
+        if not any(given):
+            return None
+        name = self.source_model or self.model
+        return replace(self, model=name, revision=self.source_revision, adapter=self.source_adapter, mask=self.source_mask)
+
+    def pairs_of(self, source: str) -> Sequence[Any]:
+        """The pairs of a file or bundled set, as many as the limit leaves."""
+        from jaxmed.prompts import read_pairs
+
+        return self.first(read_pairs(source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags(ContrastFlags):
     """What is swept: the flags that `sweep` and `check` share."""
 
     outcome: tuple[str, ...] = ("log-odds",)
     """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
-    position: str = "last"
-    """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ()
     """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out. By
     default neuron, or none where --sets or --paths are given."""
@@ -38,27 +69,8 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
     paths: Path | None = None
     """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
-    contrast: Literal["pair", "prefill", "model"] | None = None
-    """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer; model, base's
-    prompt in two models. Default: pair, or model where a source model is given."""
-    source_model: str | None = None
-    """Model that values come from, on the same tokens: a more (or less) aligned sibling of --model, of the same sizes and vocabulary."""
-    source_revision: str | None = None
-    """Branch, tag or commit of the source model, such as a training stage."""
-    source_adapter: Path | None = None
-    """LoRA adapter of the source model, as the folder that PEFT saves. Alone: the source model is --model with it."""
-    source_mask: Path | None = None
-    """Mask file of `jaxmed prune` for the source model. Alone: the source model is --model with these weights set to zero."""
     direction: Literal["forward", "reverse"] = "forward"
     """Which run is patched: forward, the base; reverse, the source, with base's values."""
-
-    def source(self) -> SweepFlags | None:
-        """The flags of the source model, or None where values come from the same one."""
-        given = self.source_model, self.source_revision, self.source_adapter, self.source_mask
-        if not any(given):
-            return None
-        name = self.source_model or self.model
-        return replace(self, model=name, revision=self.source_revision, adapter=self.source_adapter, mask=self.source_mask)
 
     def job(self, model: Any, pairs: Sequence[Any], source_model: Any = None, **summary: Any) -> Any:
         """The checked job on a model, which needs no weights.
@@ -92,12 +104,6 @@ class SweepFlags(ModelFlags, LimitFlag, FormFlag):
             ),
             source_model,
         )
-
-    def pairs_of(self, source: str) -> Sequence[Any]:
-        """The pairs of a file or bundled set, as many as the limit leaves."""
-        from jaxmed.prompts import read_pairs
-
-        return self.first(read_pairs(source))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,10 @@ from math import exp, log
 from pathlib import Path
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxmed.errors import visible
 from jaxmed.files import read_csv, write_text
-from jaxmed.reports.packed import embedded, packed_plotly
+from jaxmed.reports.html import page_of
+from jaxmed.reports.packed import embedded
 from jaxmed.reports.style import CATEGORICAL, DIVERGING, canvas, label
 
 
@@ -29,9 +28,7 @@ def write_loss_curve(table: Path, out: Path) -> Path:
 
 
 def _write(figure: go.Figure, out: Path) -> Path:
-    environment = Environment(loader=PackageLoader("jaxmed.reports"), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("figure.html.j2")
-    write_text(out, page.render(title=visible(out.stem), data=embedded(figure), plotly=packed_plotly()))
+    write_text(out, page_of("figure.html.j2", title=out.stem, data=embedded(figure)))
     return out
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from jaxmed.errors import UserError, visible
+from jaxmed.errors import UserError
 from jaxmed.files import check_file, write_text
 from jaxmed.reports.cautions import cautions
 from jaxmed.reports.figures import columns, figures
-from jaxmed.reports.packed import embedded, packed_plotly
+from jaxmed.reports.html import page_of
+from jaxmed.reports.packed import embedded
 from jaxmed.reports.record import Record, read
 from jaxmed.reports.tables import facts, provenance, ranked_by, top_tables
 
@@ -40,19 +39,11 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The page as text. Everything that is not our own markup is escaped, control characters are written out."""
-    environment = Environment(
-        loader=PackageLoader("jaxmed.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
+    """The page as text."""
     width = columns(list(records))
     sections = [section(record, width, f"run{number}") for number, record in enumerate(records, 1)]
     models = ", ".join(dict.fromkeys(str(record.manifest.get("model", {}).get("name", "a model")) for record in records))
-    return environment.get_template("report.html.j2").render(sections=sections, models=models, plotly=packed_plotly())
+    return page_of("report.html.j2", sections=sections, models=models)
 
 
 def section(record: Record, columns: int, name: str) -> dict[str, Any]:
@@ -75,7 +66,3 @@ def section(record: Record, columns: int, name: str) -> dict[str, Any]:
         "has_top": record.top is not None,
         **provenance(record),
     }
-
-
-def _shown(value: Any) -> Any:
-    return visible(value) if type(value) is str else value

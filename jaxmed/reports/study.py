@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jaxmed.errors import UserError, visible
 from jaxmed.files import NAME_COLUMNS, check_file, read_csv, write_text
 from jaxmed.reports.curves import Rows, draw_attacks, draw_compression, draw_dissociation, draw_pruning_curve, draw_transfer
-from jaxmed.reports.packed import embedded, packed_plotly
+from jaxmed.reports.html import page_of
+from jaxmed.reports.packed import embedded
 from jaxmed.reports.style import Figure, number
 from jaxmed.runs.folder import last_versions, read_run, seconds_spent
 
@@ -58,9 +58,6 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
     if "study" not in manifest:
         raise UserError(f"{folder} holds no study. Give the --out folder of `jaxmed study`.")
     parts = [_part(number, *one) for number, one in enumerate(_parts(folder, manifest))]
-    environment = Environment(
-        loader=PackageLoader("jaxmed.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     facts = [
         ("Models", ", ".join(manifest["models"])),
         ("Behaviours", ", ".join(manifest["behaviours"])),
@@ -69,7 +66,8 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
         ("q of masks", f"{manifest['q']:g}"),
         ("Time", f"{seconds_spent(run) / 60:.0f} min" if run.get("status") == "finished" else "not finished"),
     ]
-    page = environment.get_template("study.html.j2").render(
+    page = page_of(
+        "study.html.j2",
         title=f"Study of {manifest['study']}: {', '.join(manifest['models'])}",
         lead=LEAD,
         facts=facts,
@@ -78,7 +76,6 @@ def write_study(folder: Path, out: Path | None = None) -> Path:
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
         versions=", ".join(f"{name} {version}" for name, version in last_versions(run).items()),
         redraw=f"jaxmed report {shlex.quote(str(folder))}",
-        plotly=packed_plotly(),
     )
     out = out or folder / "report.html"
     write_text(out, page)
@@ -132,11 +129,3 @@ def _shown(column: str, value: str) -> str:
     if column in ("q", "fraction", "fraction_at_q50") or column.startswith("q50"):
         return f"{float(value):.3g}" if value and not math.isnan(float(value)) else number(value)
     return number(value)
-
-
-def is_study(folders: Sequence[Path]) -> bool:
-    """Whether the first of some folders holds a study."""
-    try:
-        return "study" in read_run(folders[0]).get("manifest", {})
-    except UserError:
-        return False

@@ -1,0 +1,69 @@
+"""The command `gate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jaxmed.cli import show
+from jaxmed.cli.flags import RunFlags
+from jaxmed.cli.sweep import ContrastFlags
+from jaxmed.files import read_csv
+from jaxmed.gating.spec import GateSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(ContrastFlags, RunFlags, GateSpec):
+    """From single effects to a verdict: does a small group of a layer's neurons have most of its effect, on pairs that did not choose them,
+    and does it gate what comes from before? With random, other-layer and shuffled controls, and other rankings beside ours."""
+
+    outcome: str = "log-odds"
+    """One of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+    position: str = "last"
+    """Patched tokens: last, user_last, header, user, all, an index (negative counts from the end), or a substring."""
+    pairs: str = "harm"
+    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    out: Path = Path("jaxmed-gate")
+    """Folder for the sweeps, the chosen sets, gate.csv, verdicts.csv and report.html."""
+
+    def run(self) -> None:
+        """Checks, plans, measures, judges, draws."""
+        from jaxmed.gating.job import make_gate
+        from jaxmed.gating.run import LEGAL, run_gate
+        from jaxmed.reports.gate import numbers, write_gate
+        from jaxmed.runs.folder import check_folder
+
+        pairs = self.pairs_of(self.pairs)
+        check_folder(self.out, self.resume, LEGAL)
+        source = self.source()
+        job = make_gate(self.describe(), pairs, self.request(), None if source is None else source.describe())
+        self._plan(job)
+        if self.dry_run:
+            return
+        run_gate(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume, show.progress)
+        write_gate(self.out)
+        rows = [[row["claim"], row["verdict"], numbers(row), row["why"]] for row in read_csv(self.out / "verdicts.csv")]
+        show.table("verdicts", ["claim", "verdict", "estimate", "why"], rows, left=4)
+        show.out.print(f"report: {self.out / 'report.html'}", markup=False)
+
+    def request(self) -> Any:
+        """What is asked, in the words of the package."""
+        from jaxmed.gating.job import GateRequest
+
+        spec = GateSpec(**{one.name: getattr(self, one.name) for one in fields(GateSpec)})
+        contrast = self.contrast or ("pair" if self.source() is None else "model")
+        return GateRequest(spec, self.outcome, self.position, self.form, contrast)
+
+    def _plan(self, job: Any) -> None:
+        from jaxmed.effects.cost import plan
+        from jaxmed.effects.job import estimate_rate
+        from jaxmed.runs.watch import show_time
+
+        parts = {**job.singles, "first half, jointly": job.stand_in(0), "second half, jointly": job.stand_in(1)}
+        rate = estimate_rate(job.singles["neurons"])
+        plans = {name: plan(one, rate) for name, one in parts.items()}
+        lines = [f"{name}: pairs {one.pairs}, effects {one.effects:,}, {one.cost.flops / 1e12:.2f} TFLOP" for name, one in plans.items()]
+        seconds = sum(one.seconds or 0.0 for one in plans.values())
+        lines.append(f"about {show_time(seconds)} at this machine's matmul rate ({rate / 1e9:,.0f} GFLOP/s)")
+        show.lines(f"gate: {job.model.name}, neurons of layer {job.layout.layer}", lines)

@@ -1,0 +1,241 @@
+"""From single effects to a verdict: planted gates are told from what merely adds, and every number against an independent way to it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmed as jm
+from jaxmed.cli.main import main
+from jaxmed.effects.attribution import neuron_attribution
+from jaxmed.effects.contrast import Reading, make_contrast
+from jaxmed.effects.engine import open_window, prepare
+from jaxmed.effects.readout import Readout
+from jaxmed.errors import UserError
+from jaxmed.gating.cases import Case, Layout, make_cases
+from jaxmed.gating.job import GateRequest, make_gate
+from jaxmed.gating.rankings import RANKINGS, Evidence, matched, order
+from jaxmed.gating.run import choose, measured, run_gate
+from jaxmed.gating.spec import GateSpec
+from jaxmed.gating.verdicts import adjacency, gating, gini, participation, smallest, sufficiency, whole_layer
+from jaxmed.results import open_results
+from tests import tiny
+
+QUICK: dict[str, Any] = {"windows": (8,), "draws": 2, "shuffles": 19}
+
+
+@cache
+def _planted(name: str) -> Any:
+    return jm.planted(name)
+
+
+@pytest.fixture(scope="module", params=["gate", "adder"])
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """A study of a planted model: its name, the job, the folder."""
+    planted, out = _planted(request.param), tmp_path_factory.mktemp("gate") / "run"
+    job = make_gate(planted.model, planted.pairs, GateRequest(GateSpec(**QUICK), "logit-diff", form="text"))
+    run_gate(job, out)
+    return request.param, job, out
+
+
+def _verdicts(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "verdicts.csv").open(encoding="utf-8") as file:
+        return {row["claim"]: row for row in csv.DictReader(file)}
+
+
+def test_a_gate_is_told_from_what_merely_adds(study: tuple[str, Any, Path]) -> None:
+    name, job, out = study
+    found, planted = _verdicts(out), _planted(name)
+    enough = found["a small group of neurons has 80% of the effect of the layer's MLP"]
+    assert (enough["verdict"], float(enough["estimate"])) == ("supported", 2)  # 0.5 and 0.35 of the effect are planted
+    gate = found["the group gates the effect of the strongest earlier mlp_out"]
+    assert gate["verdict"] == ("supported" if name == "gate" else "not supported")
+    assert float(gate["estimate"]) == pytest.approx(0.85 * planted.gating_index, abs=0.03)
+    rows = {
+        (row.role, row.by, row.k): measured(job, out).by_group(values).mean()
+        for row, values in measured(job, out).effects.items()
+        if row.draw == 0
+    }
+    all_of_them = 1 - rows["held", "strongest earlier mlp_out", 4] / rows["upstream", "strongest earlier mlp_out", 0]
+    assert all_of_them == pytest.approx(planted.gating_index, abs=0.03)  # three neurons are planted
+
+
+def test_groups_are_chosen_by_pairs_that_do_not_test_them(study: tuple[str, Any, Path]) -> None:
+    name, job, out = study
+    groups = [{job.pairs[number].group for number in job.discovery(half)} for half in (0, 1)]
+    for half in (0, 1):
+        assert not groups[half] & {pair.group for pair in job.tested(half) if not pair.control}
+    assert groups[0] | groups[1] == {pair.group for pair in job.pairs if not pair.control}
+    planted = {unit.index for unit in _planted(name).units if unit.mediator == "neuron" and unit.layer == 3}
+    for half in (0, 1):
+        chosen = choose(job, out, half)
+        assert set(order("effect", chosen.evidence)[:3].tolist()) == planted
+        assert set(order("attribution", chosen.evidence)[:3].tolist()) == planted
+
+
+def test_all_neurons_together_are_the_mlp_and_the_rest_completes_them(study: tuple[str, Any, Path]) -> None:
+    _, job, out = study
+    found = measured(job, out)
+    assert np.abs(found.effects[Case("top", "effect", 32)] - found.whole).max() <= 1e-4
+    assert np.abs(found.effects[Case("rest", "effect", 16)]).max() < 0.1 * np.abs(found.whole).max()
+    neurons = open_results(out / "neurons").neuron.sel(layer=3).values
+    for half in (0, 1):
+        first = order("effect", choose(job, out, half).evidence)[0]
+        mine = job.halves == half
+        assert np.abs(found.effects[Case("top", "effect", 1)][mine] - neurons[mine][:, first]).max() <= 1e-4
+
+
+def test_a_finished_study_is_resumed_and_redrawn_without_change(study: tuple[str, Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, job, out = study
+    before = [(out / name).read_bytes() for name in ("gate.csv", "verdicts.csv", "sets1.json")]
+    run_gate(job, out, resume=True)
+    assert before == [(out / name).read_bytes() for name in ("gate.csv", "verdicts.csv", "sets1.json")]
+    assert main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "How many neurons are enough" in page
+    assert len(page) < 3e6
+    other = make_gate(job.model, job.pairs, GateRequest(GateSpec(**{**QUICK, "seed": 1}), "logit-diff", form="text"))
+    with pytest.raises(UserError, match="another request"):
+        run_gate(other, out, resume=True)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("four_norms", "mixture"))])
+@pytest.mark.parametrize(("layer", "position"), [(0, "user"), (2, "last")])
+def test_attribution_is_the_derivative_of_patching(kind: str, layer: int, position: str) -> None:
+    """The outcome of a full forward in which every neuron of the layer has moved a little toward its source value."""
+    model, pair = tiny.model(kind), replace(tiny.PAIRS[0], target=tiny.PAIRS[0].target[:1], foil=tiny.PAIRS[0].foil[:1])
+    contrast = make_contrast(model, pair, Reading("pair", position, "chat", ("logit-diff",)))
+    prepared = prepare(contrast, ("logit-diff",), ("neuron",))
+    found = neuron_attribution(prepared, open_window(prepared, contrast.patches[0]), layer, Readout(("logit-diff",)))
+    source = np.asarray(jm.forward(model, contrast.source.ids, taps=("neuron",))[1]["neuron"])
+    value = np.zeros((model.config.layers, 1, len(contrast.base.ids), model.config.neurons), np.float32)
+    touched = np.zeros_like(value)
+    value[layer, 0, list(contrast.patches[0].base)] = source[layer, 0, list(contrast.patches[0].source)]
+    touched[layer, 0, list(contrast.patches[0].base)] = 1
+    target, foil = (ids[0] for ids in contrast.answers.ids)
+
+    def outcome(gate: jax.Array) -> jax.Array:
+        logits = jm.forward(model, contrast.base.ids, {"neuron": jm.Edit(touched * gate, value)}, logits="last")[0][0, 0]
+        return logits[target] - logits[foil]
+
+    wanted = jax.grad(outcome)(np.zeros(model.config.neurons, np.float32))
+    assert np.abs(np.asarray(found) - np.asarray(wanted)).max() <= 1e-4 * max(1.0, float(np.abs(wanted).max()))
+    assert float(np.abs(wanted).max()) > 1e-3
+
+
+def _features(rng: np.random.Generator, neurons: int = 64) -> Any:
+    from jaxmed.gating.rankings import Features
+
+    make = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return Features(make(6, neurons), make(6, neurons), make(6, neurons), make(6, 8), make(neurons, 8))
+
+
+def test_rankings_are_what_they_say() -> None:
+    rng = np.random.default_rng(0)
+    features = _features(rng)
+    evidence = Evidence(rng.normal(size=64), -1.0, features, 3)
+    change = features.source - features.base
+    wanted = {
+        "effect": evidence.effect,
+        "attribution": -features.attribution.mean(0),
+        "activation": np.abs(change.mean(0)),
+        "change": np.sqrt((change**2).mean(0)),
+        "norm": np.sqrt((features.written**2).sum(1)),
+        "direction": change.mean(0) * (features.written @ features.direction.mean(0)),
+    }
+    for name, score in wanted.items():
+        assert order(name, evidence).tolist() == np.argsort(-score, kind="stable").tolist(), name
+    assert sorted(order("random", evidence).tolist()) == list(range(64))
+    assert set(RANKINGS) == {*wanted, "random"}
+
+
+def test_matched_neurons_are_others_of_like_size() -> None:
+    size = np.arange(200, dtype=float)
+    chosen = np.asarray([3, 100, 101, 102, 199])
+    found = matched(chosen, size, (0, 1))
+    assert len(set(found.tolist())) == 5
+    assert not set(found.tolist()) & set(chosen.tolist())
+    assert np.abs(np.sort(size[found]) - np.sort(size[chosen])).max() <= 20
+    assert matched(chosen, size, (0, 1)).tolist() == found.tolist()
+    assert matched(chosen, size, (0, 2)).tolist() != found.tolist()
+
+
+def test_cases_have_names_of_their_own() -> None:
+    cases = make_cases(Layout(3, 2, 32, (1, 2, 4, 32), ("strongest earlier mlp_out",), (8, 16), 2, 3))
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.role for case in cases if case.k == 32} == {
+        "top",
+        "other layer",
+        "held",
+    }  # nobody is left to be drawn, and nothing is the rest
+
+
+GROUPS = np.linspace(0.9, 1.1, 12)
+
+
+def test_verdicts_follow_from_shares_and_intervals() -> None:
+    whole, total = GROUPS * 4, GROUPS * 8
+    assert whole_layer(3, whole, total).verdict == "supported"
+    assert whole_layer(3, whole * 0.01, total).verdict == "not supported", "significant, but a two-hundredth of the total"
+    assert whole_layer(3, whole, np.linspace(-1, 1, 12)).verdict == "behaviour absent in this model"
+    assert whole_layer(3, whole[:5], total[:5]).verdict == "undecided", "too few groups"
+    curve = {1: whole * 0.3, 2: whole * 0.85, 4: whole * 0.75, 8: whole * 0.95}
+    assert smallest(curve, whole, 0.8) == 8, "a share that is lost again with more neurons does not count"
+    enough, k = sufficiency({**curve, 4: whole * 0.9}, {2: whole * 0.05}, whole, 100, 0.8)
+    assert (enough.verdict, k) == ("supported", 2)
+    assert sufficiency({8: whole}, {}, whole, 20, 0.8)[0].verdict == "not supported", "eight of twenty are not few"
+    assert sufficiency(curve, {8: whole}, whole, 1000, 0.8)[0].verdict == "undecided", "random neurons do as much"
+    assert gating("m", 2, total, {2: total * 0.1}, {}, total).verdict == "supported"
+    assert gating("m", 2, total, {2: total * 0.9}, {}, total).verdict == "not supported"
+    assert gating("m", 2, total * 0.01, {2: total * 0.001}, {}, total).verdict == "undecided", "there is nothing to gate"
+    assert adjacency(8, np.asarray([2.0, *[1.0] * 19])).verdict == "supported"
+    assert adjacency(8, np.asarray([1.0, *[1.0] * 19])).verdict == "not supported"
+    assert adjacency(8, np.asarray([2.0, *[1.0] * 5])).verdict == "undecided", "six orders cannot reach 0.05"
+
+
+def test_measures_of_sparsity() -> None:
+    one, equal = np.eye(1, 50)[0], np.full(50, -2.0)
+    assert (participation(one), participation(equal)) == pytest.approx((1, 50))
+    assert (gini(one), gini(equal)) == pytest.approx((0.98, 0))
+    assert np.isnan(participation(np.zeros(5)))
+    assert np.isnan(gini(np.zeros(5)))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"position": "each"}, "one place"),
+        ({"layer": 99}, "layers 0 to 3"),
+        ({"control_layer": -5}, "--control-layer -5: this model has layers 0 to 3"),
+        ({"layer": 0}, "no layer before it"),
+        ({"upstream": ("mlp_out:3",)}, "does not come before"),
+        ({"upstream": ("neuron:1",)}, "is no module"),
+        ({"windows": (64,)}, "from 2 to 16"),
+        ({"draws": 0}, "give 1 or more"),
+        ({"sufficient": 1.5}, "between 0 and 1"),
+        ({"layers": 3}, "Unknown argument of jm.gate"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(how: dict[str, Any], said: str) -> None:
+    planted = _planted("gate")
+    with pytest.raises(UserError, match=said):
+        jm.gate(planted.model, planted.pairs, "logit-diff", form="text", **{"windows": (8,), **how})
+
+
+def test_few_groups_are_refused_and_up_to_ten_are_undecided() -> None:
+    planted = _planted("gate")
+    pairs = [pair for pair in planted.pairs if not pair.control]
+    with pytest.raises(UserError, match="are too few, give 4"):
+        jm.gate(planted.model, pairs[:3], "logit-diff", form="text", windows=())
+    names = list(dict.fromkeys(pair.group for pair in pairs))[:6]
+    found = jm.gate(planted.model, [pair for pair in pairs if pair.group in names], "logit-diff", form="text", windows=(), draws=1)
+    assert {one.verdict for one in found.verdicts} == {"undecided", "described"}
+    assert all("too few" in one.why for one in found.verdicts if one.verdict == "undecided")
