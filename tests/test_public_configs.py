@@ -28,6 +28,8 @@ WEIGHTS = {  # billions, from the models' names and cards
     "google/gemma-2-2b": 2.61,
     "gpt2": 0.124,
     "microsoft/Phi-3.5-mini-instruct": 3.82,
+    "microsoft/Phi-3-mini-4k-instruct": 3.82,
+    "ibm-granite/granite-3.3-8b-instruct": 8.17,
     "HuggingFaceTB/SmolLM2-135M": 0.1345,
 }
 
