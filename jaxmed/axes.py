@@ -20,6 +20,9 @@ A parameter names its letters once (`models/transformer.py`); its sharding follo
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.errors import UserError
@@ -49,6 +52,12 @@ def partition(letters: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding
             )
         axes.append(axis)
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def lead(x: Any, rank: int) -> Any:
+    """An array with leading axes of length one, `rank` axes in all, so that it broadcasts as written; a scalar as it is."""
+    shape = jnp.shape(x)
+    return x if not shape or len(shape) >= rank else jnp.reshape(x, (1,) * (rank - len(shape)) + shape)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

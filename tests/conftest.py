@@ -22,6 +22,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jaxmed.models.load import describe, load  # noqa: E402
 from jaxmed.models.model import Model  # noqa: E402

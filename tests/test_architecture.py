@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "statistics": set(),
     "prompts": {"errors", "files"},
     "tokens": {"errors", "files", "prompts"},
-    "interventions": {"errors"},
+    "interventions": {"errors", "axes"},
     "models": {"errors", "files", "axes", "distributed", "interventions"},
     "attention": {"models"},
     "runner": {"errors", "tokens", "attention", "interventions", "models"},

@@ -59,11 +59,11 @@ def batch_layout(batch: Batch) -> Layout:
     """How the tokens of a batch see each other: the trunk, and earlier ones of their own example."""
     rows, length = batch.tokens.shape
     segment = batch.segment[:, batch.trunk :].reshape(rows, -1, batch.branch)
-    own = (segment[..., :, None] == segment[..., None, :]) & np.tri(batch.branch, dtype=bool)
+    own = (segment[..., :, None] == segment[..., None, :]) & np.tri(batch.branch, dtype=bool)[None, None]
     if batch.part is not None:
         part = batch.part[:, batch.trunk :].reshape(rows, -1, batch.branch)
         own &= (part[..., None, :] == 0) | (part[..., :, None] == part[..., None, :])
-    above = (segment > 0)[..., None] & np.ones(batch.trunk, bool)
+    above = (segment > 0)[..., None] & np.ones((1, 1, 1, batch.trunk), bool)
     visible = jax.numpy.concatenate([above, own], axis=-1)
     return Layout(batch.position, visible, TokenIndex(batch.position, length), batch.trunk, batch.branch)
 

@@ -125,8 +125,8 @@ def _respond(
 ) -> dict[str, jax.Array]:
     rows, mid = patched_rows(config, params, view, picks, kinds, width)
     change = jnp.where((picks.kind >= 0)[:, None, None], written(view, picks, rows, mid), 0.0)
-    layer = jnp.arange(config.layers)[:, None]
-    behind = {"residual_in": layer > picks.layer, "residual_mid": (layer > picks.layer) | ((layer == picks.layer) & mid)}
+    layer, own = jnp.arange(config.layers)[:, None], picks.layer[None]
+    behind = {"residual_in": layer > own, "residual_mid": (layer > own) | ((layer == own) & mid[None])}
     frozen = {
         site: Edit(np.float32(1.0), view.base[site][:, None, view.slots], jnp.where(reached[..., None, None], change[None], 0.0))
         for site, reached in behind.items()

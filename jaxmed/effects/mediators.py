@@ -141,7 +141,7 @@ def after_module(config: ModelConfig, params: Params, view: View, picks: Picks, 
 def _neuron_rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
     """Neuron j changes the MLP's output by `delta_j * W_down[j]`: no MLP matmul is run again. In a mixture of experts that is times the
     weight of j's expert in the base run, where routing at this layer stays as it was; later layers route anew."""
-    index = picks.index[:, None] * width + jnp.arange(width)
+    index = picks.index[:, None] * width + jnp.arange(width)[None]
     valid = (picks.kind >= 0)[:, None] & (index < config.neurons)
     index = jnp.clip(index, 0, config.neurons - 1)
     layer, slots = picks.layer[:, None, None], view.slots[None, :, None]

@@ -93,7 +93,7 @@ class Readout:
                 values.append(jax.vmap(outcome)(as_logits(config, contract("UD,VD->UV", x[:, 0], head(params)))))
             else:
                 kind = OUTCOMES[outcome]
-                values.append(RULES[kind.rule](scores if kind.normalised else logits, reads.weight[row], reads, normaliser, expected))
+                values.append(RULES[kind.rule](scores if kind.normalised else logits, reads.weight[row][None], reads, normaliser, expected))
         return jnp.stack(values).astype(jnp.float32)
 
 

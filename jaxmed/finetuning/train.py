@@ -127,7 +127,8 @@ def make_step(
         before = trained
         if spread is not None:  # every device updates its own part, then all get all parts
             before = jax.lax.with_sharding_constraint(trained, spread[0])
-        updates, state = optimiser.update(grads, state, before)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes powers of its step, an int32
+            updates, state = optimiser.update(grads, state, before)
         after = optax.apply_updates(before, updates)
         if spread is not None:
             after = jax.lax.with_sharding_constraint(after, spread[1])

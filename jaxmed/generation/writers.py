@@ -75,7 +75,7 @@ class Place:
 
     def prefix(self, key: jax.Array, value: jax.Array) -> Prefix:
         """What the newest token sees in a cache [L,B,S,K,H]."""
-        columns = jnp.arange(key.shape[2])
+        columns = jnp.arange(key.shape[2])[None]
         counted = columns - self.padding[:, None]
         return Prefix(key, value, counted, (columns < self.column) & (counted >= 0))
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmed.axes import lead
 from jaxmed.interventions.edits import ANY, Edit, TokenIndex, Where
 from jaxmed.interventions.sites import Site
 
@@ -26,6 +27,7 @@ def in_order(edits: Staged) -> dict[Part, Edit]:
 def blend(a: jax.Array, gate: Any, value: Any, add: Any, basis: Any) -> jax.Array:
     """`(1 - gate) * a + gate * value + add`, in float32, inside the span of `basis` if there is one."""
     wide = a.astype(jnp.float32)
+    gate, value, add = (lead(jnp.asarray(field, jnp.float32), a.ndim) for field in (gate, value, add))
     if basis is None:
         return ((1.0 - gate) * wide + gate * value + add).astype(a.dtype)
     shift = gate * (jnp.broadcast_to(value, wide.shape) - wide)
@@ -55,7 +57,7 @@ def _at_tokens(edit: Edit, site: Site, field: Any) -> Any:
         return field
     shape = [1] * len(site.axes)
     shape[site.axes.index("B")], shape[site.axes.index("T")] = edit.tokens.shape
-    return field * jnp.asarray(edit.tokens).reshape(shape)
+    return lead(field, len(shape)) * jnp.asarray(edit.tokens, jnp.float32).reshape(shape)
 
 
 def at_layer(edit: Edit, fixed: Mapping[str, Any], dense: Mapping[str, Any]) -> Edit:
@@ -126,17 +128,17 @@ def _spread(where: Where, field: Any, a: jax.Array, layer: jax.Array, index: Tok
     values = jnp.broadcast_to(values[:, None], (*row.shape, *values.shape[1:]))
     spread = jnp.zeros((*size, *values.shape[2:]), jnp.float32).at[at].add(values, mode="drop")
     real = index.position >= 0  # padding is no token
-    return spread * real.reshape(real.shape + (1,) * (a.ndim - 2))
+    return spread * real.reshape(real.shape + (1,) * (a.ndim - 2)).astype(jnp.float32)
 
 
 def _spread_mixed(where: Where, field: Any, a: jax.Array, layer: jax.Array, index: TokenIndex) -> jax.Array:
     """The same where some entries name an axis and others do not: [B, T, ...unit shape], by masks."""
     hit = _matches(where.layer, layer)[:, None, None]  # [E, B, T]
-    hit &= _matches(where.row[:, None, None], jnp.arange(a.shape[0])[:, None])
-    position, from_right = index.position, index.position - jnp.reshape(index.length, (-1, 1))
+    hit &= _matches(where.row[:, None, None], jnp.arange(a.shape[0])[None, :, None])
+    position, from_right = index.position[None], index.position[None] - jnp.reshape(index.length, (1, -1, 1))
     wanted = where.position[:, None, None]
     hit &= _matches(wanted, position) | ((wanted < 0) & (wanted == from_right))
     hit &= position >= 0
-    unit = _matches(where.unit[:, None], jnp.arange(a.shape[2]))
-    masked = _values(where, field, a.ndim - 2) * unit.reshape(unit.shape + (1,) * (a.ndim - 3))
+    unit = _matches(where.unit[:, None], jnp.arange(a.shape[2])[None])
+    masked = _values(where, field, a.ndim - 2) * unit.reshape(unit.shape + (1,) * (a.ndim - 3)).astype(jnp.float32)
     return jnp.einsum("ebt,e...->bt...", hit.astype(jnp.float32), masked, precision="highest")

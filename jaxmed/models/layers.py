@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxmed.axes import lead
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.rules import EXACT, Rules
 
@@ -170,8 +171,8 @@ def normalise(
         if config.norm == "layer":
             x = x - jnp.mean(x, axis=over, keepdims=True)
         normed = x * rules.norm(jax.lax.rsqrt(jnp.mean(x * x, axis=over, keepdims=True) + config.norm_eps))
-        normed = normed * (scale.astype(jnp.float32) + config.norm_offset)
-        return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(dtype)
+        normed = normed * lead(scale.astype(jnp.float32) + config.norm_offset, x.ndim)
+        return (normed if bias is None else normed + lead(bias.astype(jnp.float32), x.ndim)).astype(dtype)
 
     return recomputed(norm)(x, scale, bias)
 
@@ -200,7 +201,7 @@ def _activate_change(config: ModelConfig, primals: Any, tangents: Any) -> tuple[
     active, slope = jax.jvp(ACTIVATIONS[config.activation], (gate,), (jnp.ones_like(gate),))
     if not config.gated:
         return active[..., 0, :], (slope * moved)[..., 0, :]
-    both = jnp.where(jnp.arange(2)[:, None] == 0, slope * branches[..., 1:, :], active)
+    both = jnp.where(lead(jnp.arange(2)[:, None] == 0, moved.ndim), slope * branches[..., 1:, :], active)
     return active[..., 0, :] * branches[..., 1, :], (both * moved).sum(-2)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import lead
 from jaxmed.models.config import ModelConfig, Rope
 
 Angles = tuple[jax.Array, jax.Array]
@@ -72,8 +73,8 @@ def rope_angles(rope: Rope, head_width: int, position: jax.Array) -> Angles:
         plain = 1.0 / rope.base ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
         short = (plain / np.asarray(rope.short_factors)).astype(np.float32)
         length = position.max(axis=-1, keepdims=True) + 1
-        spread = jnp.where(length[..., None, None] > rope.original_length, spread, short)
-    angles = position[..., None, None].astype(jnp.float32) * spread
+        spread = jnp.where(length[..., None, None] > rope.original_length, lead(spread, length.ndim + 2), lead(short, length.ndim + 2))
+    angles = position[..., None, None].astype(jnp.float32) * lead(spread, position.ndim + 2)
     return jnp.cos(angles) * rope.amplitude, jnp.sin(angles) * rope.amplitude
 
 

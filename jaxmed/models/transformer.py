@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmed.axes import partition
+from jaxmed.axes import lead, partition
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import activate, cap, normalise, project, route, scored_project
 from jaxmed.models.rope import Angles, rotate
@@ -73,7 +73,7 @@ class Block(nnx.Module):
         else:
             out = project(x, matrix.astype(x.dtype), inputs, transposed=self.transposed.get(name))
         if self.config.int8:
-            out = out * getattr(self, name + "_scale")[...]
+            out = out * lead(getattr(self, name + "_scale")[...], out.ndim)
         if name in self.added:
             down, up = self.added[name]
             out = out + project(project(x, down.astype(x.dtype), inputs, x.dtype), up.astype(x.dtype))
@@ -88,7 +88,7 @@ class Block(nnx.Module):
         x = self.norm(h, "attention_norm", dtype) if config.pre_norm else h.astype(dtype)
         qkv = self.times(x, "qkv", dtype=dtype)
         if config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...]
+            qkv = qkv + lead(self.qkv_bias[...], qkv.ndim)
         query, key, value = qkv[..., : config.group, :], qkv[..., config.group, :], qkv[..., config.group + 1, :]
         heads = (*h.shape[:2], config.heads, config.head_width)
         query = query.reshape(heads)
@@ -107,7 +107,7 @@ class Block(nnx.Module):
 
     def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:
         """residual_in [B,T,D] and the output projection, bias not yet added [B,T,D] -> residual_mid."""
-        raw = touch("attention_raw", raw + self.out_bias[...] if self.config.out_bias else raw)
+        raw = touch("attention_raw", raw + lead(self.out_bias[...], raw.ndim) if self.config.out_bias else raw)
         return touch("residual_mid", h + touch("attention_out", self.post(raw, "attention_post_norm")))
 
     def mlp(self, h: jax.Array, touch: Touch = untouched) -> jax.Array:
@@ -116,7 +116,7 @@ class Block(nnx.Module):
         x = self.norm(h, "mlp_norm", dtype) if config.pre_norm else h.astype(dtype)
         branches = self.times(x, "gate_up", dtype=dtype)
         if config.mlp_bias:
-            branches = branches + self.gate_up_bias[...]
+            branches = branches + lead(self.gate_up_bias[...], branches.ndim)
         active: Any = activate(config, branches, self.rules)
         neuron = touch("neuron", active.reshape(*h.shape[:2], config.neurons))
         if config.experts:
@@ -125,7 +125,7 @@ class Block(nnx.Module):
             weight = touch("routing", route(config, scores))
             neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
         raw = self.times(neuron, "down")
-        raw = touch("mlp_raw", raw + self.down_bias[...] if config.mlp_bias else raw)
+        raw = touch("mlp_raw", raw + lead(self.down_bias[...], raw.ndim) if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
 
     def post(self, raw: jax.Array, norm: str) -> jax.Array:

@@ -223,7 +223,7 @@ def _attend_branches(config: ModelConfig, trunk: int, branch: int, rules: Rules,
     near = sees(position[:, trunk:], of_trunk(position), window)
     above = Segment(of_trunk(key), of_trunk(value), (visible[..., :trunk].reshape(near.shape) & near).reshape(-1, branch, trunk))
     branches = attend(config, of_branches(query), [above, own], None, rules).reshape(rows, -1, *query.shape[2:])
-    causal = jnp.tril(jnp.ones((trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
+    causal = jnp.tril(jnp.ones((1, trunk, trunk), bool)) & sees(of_trunk(position), of_trunk(position), window)
     stem = attend(config, of_trunk(query), [Segment(of_trunk(key), of_trunk(value), causal)], None, rules)
     return jnp.concatenate([stem, branches], axis=1)
 

@@ -40,10 +40,10 @@ class Layout:
 def causal_layout(batch: int, length: int, padding: Any = None) -> Layout:
     """The layout of ordinary text. `padding` int [B]: how many tokens at the left of each row are padding."""
     left = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
-    column = jnp.arange(length)
+    column = jnp.arange(length)[None]
     counted = column - left[:, None]
-    causal = column[:, None] >= column
-    visible = causal & (counted >= 0)[:, None, :]
+    causal = column[0, :, None] >= column
+    visible = causal[None] & (counted >= 0)[:, None, :]
     return Layout(jnp.maximum(counted, 0), visible, TokenIndex(counted, length - left))
 
 
