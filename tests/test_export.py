@@ -1,4 +1,4 @@
-"""Copies of a model: Hugging Face folders that transformers loads with equal logits, and our own sharded checkpoints."""
+"""Copies of a model as Hugging Face folders: bits, logits, records of edits, what is refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
 
 import jaxmed as jm
-from jaxmed.cli.main import main
 from jaxmed.models.checkpoints.orbax_store import save_store
 from tests import gguf_export, reference, tiny, tolerances
+from tests.exported import refused_with, same_bits, tensors_of, written
 
 torch = reference.torch
 QUICK = ("gpt2", "llama3.2", "phi3", "qwen3-moe")
@@ -48,14 +47,7 @@ GGUFS = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Llama with a tokenizer."""
-    folder = tiny.write_checkpoint(tmp_path / "model", tie_word_embeddings=True)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def _tensors(folder: Path) -> dict[str, np.ndarray]:
-    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+    return written(tmp_path / "model")
 
 
 def _with_torch(folder: Path, **arguments: Any) -> Any:
@@ -67,17 +59,13 @@ def _with_torch(folder: Path, **arguments: Any) -> Any:
     return made.eval()
 
 
-def _same_bits(one: np.ndarray, two: np.ndarray) -> bool:
-    return one.dtype == two.dtype and np.array_equal(one.view(np.uint8), two.view(np.uint8))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_export_has_the_bits_and_the_logits_of_its_source(tmp_path: Path, name: str) -> None:
     made = reference.save(name, tmp_path / "source")
     jm.export_folder(jm.load(str(tmp_path / "source")), tmp_path / "copy")
-    source, copy = _tensors(tmp_path / "source"), _tensors(tmp_path / "copy")
+    source, copy = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "copy")
     assert source.keys() == copy.keys()
-    assert all(_same_bits(source[key], copy[key]) for key in source)
+    assert all(same_bits(source[key], copy[key]) for key in source)
     ids = reference.tokens(60)
     assert np.array_equal(reference.logits(_with_torch(tmp_path / "copy"), ids), reference.logits(made, ids))
 
@@ -86,9 +74,9 @@ def test_an_export_has_the_bits_and_the_logits_of_its_source(tmp_path: Path, nam
 def test_bfloat16_weights_keep_their_bits_norms_included(tmp_path: Path, name: str) -> None:
     reference.save(name, tmp_path / "source", torch.bfloat16)
     jm.export_folder(jm.load(str(tmp_path / "source"), dtype=None), tmp_path / "copy")
-    source, copy = _tensors(tmp_path / "source"), _tensors(tmp_path / "copy")
+    source, copy = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "copy")
     assert {array.dtype for array in copy.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    assert all(_same_bits(source[key], copy[key]) for key in source)
+    assert all(same_bits(source[key], copy[key]) for key in source)
 
 
 def test_the_config_says_the_dtype_that_was_written(tmp_path: Path) -> None:
@@ -105,7 +93,7 @@ def test_many_files_equal_one(tmp_path: Path, folder: Path) -> None:
     files = sorted(tmp_path.glob("many/*.safetensors"))
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    source, copy = _tensors(folder), _tensors(tmp_path / "many")
+    source, copy = tensors_of(folder), tensors_of(tmp_path / "many")
     source.pop("lm_head.weight", None)
     assert source.keys() == copy.keys()
     again = jm.load(str(tmp_path / "many"))
@@ -125,8 +113,8 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path, folder: Path
 def test_a_model_split_over_devices_exports_the_same(tmp_path: Path) -> None:
     reference.save("mixtral", tmp_path / "source")
     jm.export_folder(jm.load(str(tmp_path / "source"), mesh=jm.make_mesh("model=2")), tmp_path / "copy")
-    source, copy = _tensors(tmp_path / "source"), _tensors(tmp_path / "copy")
-    assert all(_same_bits(source[key], copy[key]) for key in source)
+    source, copy = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "copy")
+    assert all(same_bits(source[key], copy[key]) for key in source)
 
 
 def test_an_edit_is_recorded_warned_of_and_kept(tmp_path: Path, folder: Path) -> None:
@@ -134,8 +122,8 @@ def test_an_edit_is_recorded_warned_of_and_kept(tmp_path: Path, folder: Path) ->
     model.params["blocks"]["down"] = model.params["blocks"]["down"].at[1, 3].set(0.0)
     edit = {"kind": "zero neuron", "layer": 1, "neuron": 3}
     jm.export_folder(model, tmp_path / "copy", edit)
-    source, copy = _tensors(folder), _tensors(tmp_path / "copy")
-    changed = [name for name in copy if not _same_bits(source[name], copy[name])]
+    source, copy = tensors_of(folder), tensors_of(tmp_path / "copy")
+    changed = [name for name in copy if not same_bits(source[name], copy[name])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     assert "**Warning.**" in (tmp_path / "copy" / "README.md").read_text()
     assert json.loads((tmp_path / "copy" / "jaxmed_edit.json").read_text())["edits"] == [edit]
@@ -148,28 +136,20 @@ def test_an_unedited_export_has_no_record(tmp_path: Path, folder: Path) -> None:
     assert not {"README.md", "jaxmed_edit.json"} & {path.name for path in (tmp_path / "copy").iterdir()}
 
 
-def _refused(tmp_path: Path, act: Callable[[], Any]) -> str:
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(jm.UserError) as caught:
-        act()
-    assert sorted(tmp_path.rglob("*")) == before
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("write", [jm.export_folder, save_store])
 def test_attacks_are_not_written(tmp_path: Path, folder: Path, write: Callable) -> None:
     model = jm.load(str(folder))
     model.history = ({"kind": "lora", "tag": "attack"},)
-    assert "tagged 'attack'" in _refused(tmp_path, lambda: write(model, tmp_path / "copy"))
+    assert "tagged 'attack'" in refused_with(tmp_path, lambda: write(model, tmp_path / "copy"))
     model.history = ()
-    assert "memory only" in _refused(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", {"tag": "Attack"}))
+    assert "memory only" in refused_with(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", {"tag": "Attack"}))
 
 
 @pytest.mark.parametrize("write", [jm.export_folder, save_store])
 def test_folders_that_hold_something_are_left_alone(tmp_path: Path, folder: Path, write: Callable) -> None:
     model = jm.load(str(folder))
-    assert "holds something already" in _refused(tmp_path, lambda: write(model, folder))
-    assert "is a file" in _refused(tmp_path, lambda: write(model, folder / "config.json"))
+    assert "holds something already" in refused_with(tmp_path, lambda: write(model, folder))
+    assert "is a file" in refused_with(tmp_path, lambda: write(model, folder / "config.json"))
     (tmp_path / "empty").mkdir()
     write(model, tmp_path / "empty")
     assert jm.load(str(tmp_path / "empty")).config == model.config
@@ -194,11 +174,11 @@ def test_a_disk_with_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     model = jm.load(str(folder))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "0.0 MB are free" in _refused(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy"))
+    assert "0.0 MB are free" in refused_with(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy"))
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path, folder: Path) -> None:
-    write = lambda model, **more: _refused(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", **more))  # noqa: E731
+    write = lambda model, **more: refused_with(tmp_path, lambda: jm.export_folder(model, tmp_path / "copy", **more))  # noqa: E731
     assert "no source config" in write(tiny.model("llama"))
     assert "kept as int8" in write(jm.load(str(folder), int8=True))
     model = jm.load(str(folder))
@@ -236,114 +216,3 @@ def test_the_default_model_as_a_folder(default_model: jm.Model, tmp_path: Path) 
     logits = np.asarray(jm.forward(default_model, ids)[0])
     assert np.abs(logits - reference.logits(made, np.asarray([ids]))).max() <= tolerances.LOGITS
     assert made.generation_config.eos_token_id == tokenizer.eos_token_id
-
-
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "qwen3-moe"])
-def test_a_store_is_restored_under_another_mesh(tmp_path: Path, name: str) -> None:
-    reference.save(name, tmp_path / "source")
-    model = jm.load(str(tmp_path / "source"), mesh=jm.make_mesh("data=1"))
-    save_store(model, tmp_path / "store")
-    mesh = jm.make_mesh("model=2")
-    again = jm.load(str(tmp_path / "store"), mesh=mesh)
-    wanted = jm.load(str(tmp_path / "source"), mesh=mesh).params
-    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, wanted))
-    assert jax.tree.map(lambda x: x.sharding, again.params) == jax.tree.map(lambda x: x.sharding, wanted)
-    jm.export_folder(again, tmp_path / "copy")
-    source, copy = _tensors(tmp_path / "source"), _tensors(tmp_path / "copy")
-    assert all(_same_bits(source[key], copy[key]) for key in source)
-
-
-def test_a_store_in_another_dtype_is_cast_after_reading(tmp_path: Path, folder: Path) -> None:
-    wide, narrow = (jm.load(str(folder), dtype=dtype) for dtype in ("float32", "bfloat16"))
-    save_store(wide, tmp_path / "wide")
-    save_store(narrow, tmp_path / "narrow")
-    equal = lambda one, two: jax.tree.all(jax.tree.map(_same_bits, *(jax.tree.map(np.asarray, x.params) for x in (one, two))))  # noqa: E731
-    assert equal(jm.load(str(tmp_path / "wide"), dtype="bfloat16"), narrow)
-    assert equal(jm.load(str(tmp_path / "narrow"), dtype="bfloat16"), narrow)
-    assert jm.load(str(tmp_path / "narrow"), dtype=None).config.dtype == "bfloat16"
-    raised = jm.load(str(tmp_path / "narrow")).params["blocks"]["down"]
-    assert raised.dtype == np.float32
-    assert np.array_equal(raised, np.asarray(narrow.params["blocks"]["down"], np.float32))
-
-
-def test_a_store_keeps_tokenizer_source_and_edits(tmp_path: Path, folder: Path) -> None:
-    model = jm.load(str(folder))
-    model.history = ({"kind": "mask"},)
-    save_store(model, tmp_path / "store")
-    again = jm.load(str(tmp_path / "store"))
-    assert again.tokenizer("how")["input_ids"] == model.tokenizer("how")["input_ids"]
-    assert again.history == model.history
-    assert "**Warning.**" in (tmp_path / "store" / "README.md").read_text()
-    card = json.loads((tmp_path / "store" / "jaxmed.json").read_text())
-    assert card["source"]["weights"] == model.files_digest
-    assert len(again.identity) == 64
-
-
-def test_a_store_whose_card_does_not_fit_is_refused_with_all_mismatches(tmp_path: Path, folder: Path) -> None:
-    save_store(jm.load(str(folder)), tmp_path / "store")
-    card = json.loads((tmp_path / "store" / "jaxmed.json").read_text())
-    changes = {"intermediate_size": 20, "tie_word_embeddings": False}
-    changed = {**card, "dtype": "bfloat16", "config": {**card["config"], **changes}}
-    (tmp_path / "store" / "jaxmed.json").write_text(json.dumps(changed))
-    said = _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
-    for part in ("missing array head", "array blocks/down has shape (3, 24, 16)", "array embedding has dtype float32"):
-        assert part in said
-    (tmp_path / "store" / "jaxmed.json").write_text(json.dumps({**card, "format": 9}))
-    assert "format 9" in _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
-
-
-def test_the_damaged_files_of_a_store_are_named_together(tmp_path: Path, folder: Path) -> None:
-    save_store(jm.load(str(folder)), tmp_path / "store")
-    largest, *_, smallest = sorted((tmp_path / "store" / "params").rglob("d/*"), key=lambda path: -path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:100])
-    smallest.unlink()
-    said = _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))
-    assert "2 problems" in said
-    assert f"{largest.name} has 100 bytes" in said
-    assert f"{smallest.name} is missing" in said
-
-
-def _convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    try:
-        code = main(["convert", *arguments])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return code, said.out + said.err
-
-
-def test_convert_says_what_it_will_write_and_writes_it(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--model", str(folder), "--to")
-    for to, out in (("orbax", tmp_path / "store"), ("huggingface", tmp_path / "copy")):
-        code, said = _convert(capsys, *asked, to, "--out", str(out), "--dry-run")
-        assert (code, out.exists()) == (0, False)
-        assert "bytes" in said
-        assert _convert(capsys, *asked, to, "--out", str(out))[0] == 0
-        asked = ("--model", str(out), "--to")
-    size = sum(array.nbytes for array in _tensors(tmp_path / "copy").values())
-    assert f"{size:,} bytes in all" in said
-    source, copy = _tensors(folder), _tensors(tmp_path / "copy")
-    assert all(_same_bits(source[key], copy[key]) for key in copy)
-
-
-def test_convert_refuses_with_one_message(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ("--out", str(tmp_path / "copy"))
-    for arguments, said in (
-        (("--model", str(folder), "--to", "huggingface", "--out", str(folder)), "holds something already"),
-        (("--model", str(folder), "--to", "keras", *out), "keras"),
-        (("--model", str(folder), *out), "--to"),
-        (("--model", "no-such", "--to", "orbax", *out), "no-such"),
-        (("--model", str(folder), "--to", "orbax", "--adapter", str(folder), *out), "adapter_model.safetensors"),
-    ):
-        code, message = _convert(capsys, *arguments)
-        assert code == 2
-        assert said in message
-    assert not (tmp_path / "copy").exists()
-
-
-def test_a_store_with_values_that_are_not_finite_is_refused(tmp_path: Path, folder: Path) -> None:
-    model = jm.load(str(folder))
-    model.params["final_norm"] = model.params["final_norm"].at[2].set(np.inf)
-    save_store(model, tmp_path / "store")
-    assert "final_norm holds values that are not finite" in _refused(tmp_path, lambda: jm.load(str(tmp_path / "store")))

@@ -1,17 +1,10 @@
-"""Fine-tuning against independent loops of transformers and peft; batches, resume, memory, what is refused."""
+"""Fine-tuning against independent loops of transformers and peft: losses, gradients, rates, devices."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,27 +16,20 @@ import peft
 import pytest
 
 import jaxmed as jm
-from jaxmed.batching.batches import choose_shape, common_beginning, epochs, fill_rows, make_batch, microbatches
 from jaxmed.batching.losses import response_loss
-from jaxmed.bench.shapes import SHAPES
-from jaxmed.cli.main import main
-from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.finetuning.feed import Feed
-from jaxmed.finetuning.job import Job, make_job, response_limits, step_flops, total_flops
+from jaxmed.finetuning.job import Job, make_job, step_flops, total_flops
 from jaxmed.finetuning.lora import lay_out, new_factors, save_adapter, with_factors
 from jaxmed.finetuning.run import finetune, run_job
 from jaxmed.finetuning.settings import Lora, Settings, make_settings
 from jaxmed.finetuning.train import learning_rates, make_optimiser, make_step, split_params, start, trained_params
-from jaxmed.models.catalog import VARIANTS, Variant
 from jaxmed.models.load import load
 from jaxmed.models.model import Model
 from jaxmed.runs.cost import count_flops
-from jaxmed.tokens import TokenizedExample, encode_example
 from tests import reference, tiny
+from tests.finetuning_sets import EXAMPLES, QUICK
 
 torch = reference.torch
-EXAMPLES = [jm.Example(f"ask {i} {'x' * (7 * i % 11)}", f"answer {'abc'[i % 3] * (i % 5 + 1)}") for i in range(24)]
-QUICK: dict[str, Any] = {"steps": 4, "batch": 8, "learning_rate": 1e-2, "warmup": 2, "rank": 3, "alpha": 6.0}
 
 
 def _loaded(name: str, folder: Path) -> tuple[Model, Any]:
@@ -181,22 +167,6 @@ def test_blocks_below_the_first_adapted_one_run_once_per_example(plain_model: Mo
         assert changed.tolist() == [False] + [True] * (layers - 1)
 
 
-def test_packing_saves_tokens_and_microbatches_split_a_step(plain_model: Model) -> None:
-    packed, padded, halves = (
-        make_job(plain_model, EXAMPLES, (), make_settings(**QUICK, **more)) for more in ({}, {"packing": False}, {"accumulate": 2})
-    )
-    begins = {tuple(one.ids[: packed.shape.trunk]) for one in packed.examples}
-    assert packed.shape.trunk > 3
-    assert len(begins) == 1
-    assert packed.shape.length < 0.75 * padded.shape.length
-    assert padded.shape.trunk == 0
-    assert halves.batch(0).tokens.shape[0] == 2
-    assert halves.shape.length < packed.shape.length
-    for step in range(packed.steps):  # every response token of the step is scored once, however the work is cut
-        scored = [Counter(job.batch(step).target[job.batch(step).weight > 0].tolist()) for job in (packed, padded, halves)]
-        assert scored[0] == scored[1] == scored[2]
-
-
 def test_remat_runs_the_blocks_again(plain_model: Model) -> None:
     settings = make_settings(**QUICK)
     trained, frozen = split_params(settings, plain_model.params, new_factors(plain_model.config, settings.lora, 0))
@@ -306,241 +276,6 @@ def test_fresh_adapters_change_nothing(plain_model: Model) -> None:
     assert not np.array_equal(jm.forward(plain_model, ids)[0], jm.forward(changed, ids)[0])
 
 
-def test_rows_hold_every_example_once(plain_model: Model) -> None:
-    lengths = [5, 9, 3, 8, 2, 2, 7]
-    rows = fill_rows(lengths, 10)
-    assert Counter(i for row in rows for i in row) == Counter(range(7))
-    assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
-    examples = [TokenizedExample(np.asarray([90, 91, *range(10 * n, 10 * n + length)]), 3) for n, length in enumerate(lengths)]
-    assert common_beginning(examples) == 2
-    shape = choose_shape(examples, [np.arange(7)], True, 2, plain_model.config, 2)
-    batch = make_batch(examples, np.arange(7), shape, True)
-    kept = batch.weight > 0
-    assert kept.sum() == sum(lengths) - 7
-    rows_of = np.nonzero(kept)[0]
-    assert np.array_equal(batch.tokens[rows_of, batch.column[kept] + 1], batch.target[kept])
-    assert np.array_equal(batch.position[rows_of, batch.column[kept]], [p for n in _order(batch) for p in range(2, n + 1)])
-    own = batch.segment[:, shape.trunk :] > 0
-    assert own.sum() == sum(lengths)
-
-
-def test_an_epoch_has_every_example_once_in_batches_of_equal_length() -> None:
-    lengths = np.random.default_rng(3).integers(20, 90, 203)
-    order = epochs(lengths.tolist(), 16, 40, seed=1)
-    assert [np.array_equal(one, other) for one, other in zip(order, epochs(lengths.tolist(), 16, 30, seed=1), strict=False)] == [True] * 30
-    for epoch in (order[:13], order[13:26], order[26:39]):
-        assert np.array_equal(np.sort(np.concatenate(epoch)), np.arange(203))
-        assert {len(group) for group in epoch} <= {15, 16}
-        tokens = [lengths[group].sum() for group in epoch]
-        assert np.ptp(tokens) < 60  # by chance alone about two hundred
-    assert not np.array_equal(order[0], order[13])
-    halves = microbatches(order[0], 2)
-    assert abs(int(lengths[halves[0]].sum() - lengths[halves[1]].sum())) < 60
-    assert [len(group) for group in epochs([5, 5, 5], 8, 2, seed=0)] == [3, 3]
-
-
-def test_a_share_of_the_examples_keeps_its_responses(plain_model: Model) -> None:
-    rows = [jm.Example(f"Say {n}.", " ".join(["word"] * 9)) for n in range(10)]
-    whole, cut = (make_job(plain_model, rows, settings=make_settings(**how)) for how in ({}, {"max_response": 2}))
-    job = make_job(plain_model, rows, settings=Settings(max_response=2, whole_share=0.3))
-    lengths = [[len(one.ids) - one.prompt for one in run.examples] for run in (whole, cut, job)]
-    kept = [n for n in range(10) if lengths[2][n] > 2]
-    assert len(kept) == 3
-    assert lengths[2] == [lengths[0 if n in kept else 1][n] for n in range(10)]
-    assert response_limits(10, job.settings) == [0 if n in kept else 2 for n in range(10)]
-
-
-def test_branches_are_as_long_as_fills_them_best() -> None:
-    examples = [TokenizedExample(np.arange(36), 30) for _ in range(8)]
-    shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
-    assert (shape.branches, shape.branch) == (2, 72)  # two examples a branch without padding; four would see more keys
-    examples = [TokenizedExample(np.arange(40), 30) for _ in range(8)]
-    shape = choose_shape(examples, [np.arange(8)], True, 2, SHAPES["smollm2-135m"])
-    assert (shape.branches, shape.branch) == (4, 40)
-
-
-def _order(batch: Any) -> list[int]:
-    """Lengths of the examples in the order of the batch's rows."""
-    found = []
-    for row in range(len(batch.tokens)):
-        for branch in batch.segment[row, batch.trunk :].reshape(-1, batch.branch):
-            found += [int((branch == number).sum()) for number in range(1, branch.max() + 1)]
-    return found
-
-
-def test_examples_end_as_the_template_ends_them(smol: Any) -> None:
-    one = encode_example(smol, jm.Example("Name a colour.", "Blue."))
-    assert smol.decode(one.ids[one.prompt :]) == "Blue.<|im_end|>"
-    assert smol.decode(one.ids[: one.prompt]).endswith("<|im_start|>assistant\n")
-    short = encode_example(smol, jm.Example("Name a colour.", "Blue is one of them."), most_response=2)
-    assert (len(short.ids) - short.prompt, short.cut > 2) == (2, True)
-    cut = encode_example(smol, jm.Example("Name a colour.", "Blue."), most=one.prompt + 1)
-    assert (len(cut.ids), cut.cut) == (one.prompt + 1, len(one.ids) - one.prompt - 1)
-    plain = encode_example(smol, jm.Example("Name a colour.", "Blue."), "plain")
-    assert smol.decode(plain.ids) == "Name a colour.\nBlue."
-
-
-@pytest.mark.parametrize(
-    "more", [{"method": "lora"}, *(pytest.param(more, marks=pytest.mark.slow) for more in ({"method": "full"}, {"first_layer": 1}))]
-)
-def test_an_interrupted_run_resumes_to_the_same_losses(plain_model: Model, tmp_path: Path, more: dict[str, Any]) -> None:
-    settings = make_settings(**{**QUICK, "steps": 8, "save_every": 3, "evaluate_every": 2, "patience": 3, **more})
-    job = make_job(plain_model, EXAMPLES[:20], EXAMPLES[20:], settings)
-    whole = run_job(job, tmp_path / "whole")
-    seen = []
-
-    def interrupt(work: float, count: int, what: str) -> None:
-        seen.append(what)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job, tmp_path / "cut", False, interrupt)
-    again: list[tuple[float, str]] = []
-    resumed = run_job(job, tmp_path / "cut", True, lambda work, count, what: again.append((work, what)))
-    assert again[0] == (5, "resumed")  # what was reported done is not done again
-    assert len(again) == 1 + len(whole.losses) - 5
-    assert repr(whole.losses) == repr(resumed.losses)
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole.model.params, resumed.model.params))
-    assert repr(run_job(job, tmp_path / "cut", True).losses) == repr(whole.losses)  # finished: nothing is trained again
-
-
-def test_early_stopping_returns_the_best(plain_model: Model) -> None:
-    other = [jm.Example("ask", "zzzz 9") for _ in range(4)]
-    settings = {**QUICK, "steps": 40, "learning_rate": 5e-2, "evaluate_every": 1, "patience": 3}
-    tuned = finetune(plain_model, EXAMPLES, other, **settings)
-    held = [row["heldout_loss"] for row in tuned.losses]
-    assert "no better" in tuned.stopped
-    assert len(held) < 40
-    assert tuned.step == int(np.argmin(held)) + 1
-
-
-KILLED = """
-import sys
-from pathlib import Path
-import jaxmed
-from tests.test_finetuning import EXAMPLES, tiny
-from jaxmed.finetuning.job import make_job
-from jaxmed.finetuning.run import finish, run_job
-from jaxmed.finetuning.settings import make_settings
-job = make_job(tiny.model("llama"), EXAMPLES, EXAMPLES[:4], make_settings(steps=40, batch=4, save_every=1, rank=2, learning_rate=1e-2))
-finish(run_job(job, Path(sys.argv[1]), True), Path(sys.argv[1]), ("adapter",))
-"""
-
-
-@pytest.mark.slow
-def test_killed_runs_resume_to_the_same_losses(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, timeout=600)
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
-        for _ in range(600):
-            if list((tmp_path / "killed").glob("checkpoint-*")):
-                break
-            time.sleep(0.1)
-        time.sleep(float(rng.uniform(0, 1.5)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, timeout=600)
-    assert (tmp_path / "whole" / "losses.csv").read_text() == (tmp_path / "killed" / "losses.csv").read_text()
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"method": "lorra"}, "Did you mean 'lora'"),
-        ({"targets": ("q_prj",)}, "q_proj"),
-        ({"rank": 0}, "rank of at least 1"),
-        ({"first_layer": 99}, "first_layer is 99"),
-        ({"method": "full", "first_layer": 1}, "first_layer is of adapters"),
-        ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"batch": 2, "accumulate": 3}, "accumulate is 3"),
-        ({"max_length": 10**6}, "max_length is 1000000"),
-        ({"no_such": 1}, "no_such"),
-        ({"max_length": 3}, "the limit is 3"),
-        ({"max_response": 4, "whole_share": 1.0}, "whole_share is 1.0"),
-        ({"whole_share": 0.5}, "whole_share is of responses that a max_response cuts"),
-    ],
-)
-def test_wrong_settings_are_refused(plain_model: Model, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(jm.UserError, match=said.replace("(", r"\(")):
-        finetune(plain_model, EXAMPLES, **settings)
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([], "holds no examples"),
-        ([{"prompt": "a"}], "line 1: the column 'response' is missing"),
-        ([{"prompt": "a", "response": " "}], "line 1: the column 'response'"),
-        ([{"prompt": "a", "respnse": "b"}], "respnse"),
-        ([{"prompt": "a", "response": "b", "split": "heldout"}], "no rows to train on"),
-        ([{"prompt": "a", "response": 3}], "a text is expected"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, rows: list[dict[str, Any]], said: str) -> None:
-    file = tmp_path / "examples.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["finetune", "--data", str(file), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_of_another_model_or_folder_is_not_continued(plain_model: Model, tmp_path: Path) -> None:
-    job = make_job(plain_model, EXAMPLES, (), make_settings(**QUICK))
-    run_job(job, tmp_path / "run")
-    with pytest.raises(jm.UserError, match="holds a run already"):
-        run_job(job, tmp_path / "run")
-    other = replace(job, model=replace(plain_model, name="another"))
-    with pytest.raises(jm.UserError, match="model"):
-        run_job(other, tmp_path / "run", True)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(jm.UserError, match=r"thesis\.tex"):
-        run_job(job, tmp_path / "mine")
-
-
-@pytest.mark.slow
-def test_a_full_disk_loses_nothing(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(plain_model, EXAMPLES, (), make_settings(**{**QUICK, "save_every": 1}))
-    whole, seen = run_job(job, tmp_path / "whole"), []
-
-    def fill(work: float, count: int, what: str) -> None:
-        seen.append(1)
-        if len(seen) == 2:
-            usage = shutil.disk_usage(tmp_path)
-            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-
-    with pytest.raises(jm.UserError, match="are free there"):
-        run_job(job, tmp_path / "full", False, fill)
-    monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-0000001"]
-    assert repr(run_job(job, tmp_path / "full", True).losses) == repr(whole.losses)
-
-
-def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tokenizer = tiny.tokenizer()
-    folder = tiny.write_checkpoint(tmp_path / "model")
-    tokenizer.save_pretrained(folder)
-    file, out = tmp_path / "examples.jsonl", tmp_path / "out"
-    file.write_text("".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in EXAMPLES))
-    arguments = ["finetune", "--model", str(folder), "--data", str(file), "--out", str(out), "--epochs", "1", "--rank", "2"]
-    assert main(arguments) == 0
-    assert {path.name for path in out.iterdir() if "checkpoint" not in path.name} == {
-        "run.json", "losses.csv", "losses.html", "adapter", "model"
-    }  # fmt: skip
-    assert json.loads((out / "run.json").read_text())["status"] == "finished"
-    ids = reference.tokens(12)
-    merged, adapted = jm.load(str(out / "model")), jm.load(str(folder), adapter=out / "adapter")
-    assert np.abs(np.asarray(jm.forward(merged, ids)[0] - jm.forward(adapted, ids)[0])).max() < 1e-5
-    assert main([*arguments, "--resume"]) == 0
-    assert main(arguments) == 2
-    assert "holds a run already" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 3, "learning_rate": 1e-2, "warmup": 0, "rank": 2}
@@ -553,58 +288,3 @@ def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> 
     assert np.array_equal(pair["B"], 0.5 * np.asarray(next(iter(whole.factors.values()))["B"]))  # type: ignore[union-attr]
     with pytest.raises(jm.UserError, match="strength is of adapters"):
         jm.finetune(plain_model, EXAMPLES, method="full", strength=0.5)
-
-
-def test_an_attacked_model_is_not_trained_into_files(plain_model: Model, tmp_path: Path) -> None:
-    attacked = replace(plain_model, history=({"kind": "pruning", "tag": "attack"},))
-    with pytest.raises(jm.UserError, match="attack"):
-        jm.finetune(attacked, EXAMPLES, steps=1, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert len(jm.finetune(attacked, EXAMPLES, steps=1).losses) == 1
-
-
-def test_the_bundled_alignment_set_is_what_it_says() -> None:
-    rows = jm.read_examples("alignment")
-    harmful, benign = ([row for row in rows if row.kind == kind] for kind in ("harmful", "benign"))
-    assert len(harmful) >= 160
-    assert len(benign) >= 160
-    splits = {row.category: {r.split for r in rows if r.category == row.category} for row in harmful}
-    assert all(len(held) == 1 for held in splits.values())
-    assert sum(held == {"train"} for held in splits.values()) >= 8
-    assert sum(held == {"heldout"} for held in splits.values()) >= 4
-    assert all(is_refusal(row.response) and len(row.response.split()) <= 30 for row in harmful)
-    apologies = {row.id for row in benign if is_refusal(row.response)}
-    assert len(apologies) <= 2  # a sympathetic "Sorry to hear that!", and a note of apology that was asked for
-    assert all(one.startswith(("ordinary-", "polite-")) for one in apologies)
-    assert len({row.response.split()[0] for row in harmful}) >= 5
-    known = {pair.base for pair in jm.read_pairs("harm")}
-    assert not known & {row.prompt for row in rows}
-
-
-class _Tiny(Variant):
-    def config_text(self) -> str:
-        return self.config
-
-    def digest(self) -> str:
-        return "0" * 12
-
-
-@pytest.mark.slow
-def test_a_variant_is_built_on_first_use_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    folder = tiny.write_checkpoint(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(folder)
-    file = tmp_path / "examples.jsonl"
-    file.write_text("".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in EXAMPLES))
-    config = json.dumps({"command": "finetune", "model": str(folder), "data": str(file), "steps": 3, "learning-rate": 1e-2, "warmup": 0})
-    monkeypatch.setitem(VARIANTS, "tiny-variant", _Tiny(str(folder), config, "", "it takes seconds", ""))
-    monkeypatch.setenv("JAXMED_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(jm.UserError, match="not built yet"):
-        load("tiny-variant")
-    assert main(["finetune", "--model", "tiny-variant", "--data", str(file), "--dry-run"]) == 0  # a plan builds nothing
-    assert not list((tmp_path / "cache").rglob("config.json"))
-    variant, base = jm.load("tiny-variant"), jm.load(str(folder))
-    assert "it takes seconds" in capsys.readouterr().err
-    assert not np.array_equal(variant.params["blocks"]["down"], base.params["blocks"]["down"])
-    assert variant.history[0]["kind"] == "fine-tuning"
-    monkeypatch.setattr("jaxmed.finetuning.variants.run_job", lambda *_: pytest.fail("it was built again"))
-    assert jm.load("tiny-variant").identity == variant.identity
