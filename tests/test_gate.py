@@ -123,7 +123,7 @@ def test_attribution_is_the_derivative_of_patching(kind: str, layer: int, positi
     target, foil = (ids[0] for ids in contrast.answers.ids)
 
     def outcome(gate: jax.Array) -> jax.Array:
-        logits = jm.forward(model, contrast.base.ids, {"neuron": jm.Edit(touched * gate, value)}, logits="last")[0][0, 0]
+        logits = jm.forward(model, contrast.base.ids, {"neuron": jm.Edit(touched * gate[None, None, None], value)}, logits="last")[0][0, 0]
         return logits[target] - logits[foil]
 
     wanted = jax.grad(outcome)(np.zeros(model.config.neurons, np.float32))

@@ -142,7 +142,7 @@ def _normalise(config: ModelConfig, x: jax.Array, table: jax.Array, source: jax.
         total = total * jnp.exp(top - higher) + jnp.exp(masked - higher[..., None]).sum(-1)
         if source.shape[1]:
             chance = jnp.where(new, jnp.exp(jax.lax.dynamic_slice_in_dim(source, start, size, 1)), 0.0)
-            expected = expected + (apart * chance).sum(-1)
+            expected = expected + (apart * chance[None, None]).sum(-1)
         return higher, total, expected
 
     zero = jnp.zeros((*x.shape[:2], parts), jnp.float32)

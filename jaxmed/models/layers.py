@@ -224,7 +224,7 @@ def route(config: ModelConfig, products: jax.Array) -> jax.Array:
     """
     chances, number = jax.nn.softmax(products.astype(jnp.float32), axis=-1), jnp.arange(config.experts)
     own, other = chances[..., :, None], chances[..., None, :]
-    before = (other > own) | ((other == own) & (number < number[:, None]))
+    before = (other > own) | ((other == own) & lead(number[None] < number[:, None], other.ndim))
     weight = jnp.where(before.sum(-1) < config.experts_used, chances, 0.0)
     return weight / weight.sum(-1, keepdims=True) if config.experts_normed else weight
 
