@@ -114,7 +114,7 @@ def test_attribution_is_the_derivative_of_patching(kind: str, layer: int, positi
     model, pair = tiny.model(kind), replace(tiny.PAIRS[0], target=tiny.PAIRS[0].target[:1], foil=tiny.PAIRS[0].foil[:1])
     contrast = make_contrast(model, pair, Reading("pair", position, "chat", ("logit-diff",)))
     prepared = prepare(contrast, ("logit-diff",), ("neuron",))
-    found = neuron_attribution(prepared, open_window(prepared, contrast.patches[0]), layer, Readout(("logit-diff",)))
+    found = neuron_attribution(prepared, open_window(prepared, contrast.patches[0]), layer, Readout(("logit-diff",), 1))
     source = np.asarray(jm.forward(model, contrast.source.ids, taps=("neuron",))[1]["neuron"])
     value = np.zeros((model.config.layers, 1, len(contrast.base.ids), model.config.neurons), np.float32)
     touched = np.zeros_like(value)

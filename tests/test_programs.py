@@ -69,7 +69,7 @@ def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:
     window, config = open_window(prepared, prepared.contrast.patches[0]), plain_model.config
     rows, seen = 10, len(prepared.packed.tokens)
     h = np.zeros((rows, 1, config.width), np.float32)
-    how = {"reads": window.reads, "readout": Readout(("log-odds",)), "asked": window.reads.slots}
+    how = {"reads": window.reads, "readout": Readout(("log-odds",), 1), "asked": window.reads.slots}
     program = jax.make_jaxpr(lambda first: propagate(config, plain_model.params, window.restart, h, first, **how))
     found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers)
     readout = 2 * rows * config.width * len(window.reads.token) * len(window.reads.slots)
@@ -83,7 +83,7 @@ def test_planned_flops_of_a_long_window_equal_those_of_the_program(plain_model: 
     rows, seen, asked = 10, len(prepared.packed.tokens), len(window.reads.slots)
     assert are_few(asked, window.size)
     h = np.zeros((rows, window.size, config.width), np.float32)
-    how = {"reads": window.reads, "readout": Readout(("log-odds",)), "asked": window.reads.slots}
+    how = {"reads": window.reads, "readout": Readout(("log-odds",), 1), "asked": window.reads.slots}
     program = jax.make_jaxpr(lambda first: propagate(config, plain_model.params, window.restart, h, first, **how))
     found = count_flops(program(np.int32(0)).jaxpr, trips=config.layers - 1)
     readout = 2 * rows * config.width * len(window.reads.token) * asked

@@ -33,7 +33,7 @@ def _ready(model: Model, position: str | int = "last") -> Any:
 
 def _propagate(model: Model, window: Any, rows: Any, first: int, *how: Any) -> Any:
     reads = window.reads
-    return propagate(model.config, model.params, window.restart, rows, np.int32(first), reads, Readout(OUTCOME), reads.slots, *how)
+    return propagate(model.config, model.params, window.restart, rows, np.int32(first), reads, Readout(OUTCOME, 1), reads.slots, *how)
 
 
 def _one(name: str, model: Model, values: Any, patch: Any, layer: int, index: int) -> dict[str, jm.Edit]:

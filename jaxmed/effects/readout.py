@@ -74,7 +74,7 @@ class Readout:
     """
 
     outcomes: tuple[OutcomeName, ...]
-    parts: int = 1
+    parts: int
 
     def __call__(self, config: ModelConfig, params: Params, h: jax.Array, reads: Reads) -> jax.Array:
         """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""

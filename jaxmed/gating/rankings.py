@@ -51,7 +51,7 @@ def measure_features(
     model: Model, contrasts: Sequence[Contrast], outcome: OutcomeName, layer: int, report: Callable[[int], None] = lambda done: None
 ) -> Features:
     """The features of a layer, from two forwards and a backward of each contrast; `report` is called after each."""
-    readout, rows = Readout((outcome,)), []
+    readout, rows = Readout((outcome,), model.mesh.shape["model"]), []
     for contrast in contrasts:
         prepared = prepare(contrast, (outcome,), ("neuron", "residual_out"))
         window = open_window(prepared, contrast.patches[0])
