@@ -14,6 +14,11 @@ QUICK_COMPILES = " --xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_
 """Compiling takes most of the suite's time. XLA ends the process at a flag it does not know, hence the version."""
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_COMPILES
 
+if os.environ.get("JAXMED_TYPES"):
+    from tests.types_at_run import check_package
+
+    check_package()
+
 from jaxmed.memory import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jaxmed.runner import are_few
 from jaxmed.runs.cost import propagate_flops
 
 
+@runtime_checkable
 class Batch(Protocol):
     """Rows that are chunked by themselves."""
 

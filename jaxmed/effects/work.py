@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class OpenPair:
     windows: dict[bool, list[Window]]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """A way to compute effects."""
 
@@ -65,7 +66,7 @@ class Estimator(Protocol):
 
 def one_outcome(job: Job, values: np.ndarray) -> np.ndarray:
     """Drops the outcome axis where there is one outcome."""
-    return values if len(job.request.outcomes) > 1 else values[0]
+    return values if len(job.request.outcomes) > 1 else np.asarray(values[0])
 
 
 def in_table(job: Job, effect: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Batch:
         sampling: how tokens are chosen; `keys` has B rows.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | jax.Array
     padding: np.ndarray
     room: int
     read: Edits
@@ -80,6 +80,7 @@ class Place:
         return Prefix(key, value, counted, (columns < self.column) & (counted >= 0))
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Writes: [k, B] tokens at every step, without end; the first are those that follow the prompts."""
 

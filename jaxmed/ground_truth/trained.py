@@ -97,7 +97,7 @@ def _mean_total(model: Model, pairs: Sequence[PromptPair]) -> float:
         prompts = [render(model, pair, side, "text") for pair in used]
         logits = np.asarray(forward(model, np.stack([prompt.ids for prompt in prompts]), logits="last")[0][:, 0])
         ids = [
-            [answer_ids(model.tokenizer, prompt, text)[0] for text in pair.target + pair.foil]
+            [answer_ids(model.tokenizer, prompt, text)[0] for text in (*pair.target, *pair.foil)]
             for pair, prompt in zip(used, prompts, strict=True)
         ]
         chosen = np.take_along_axis(logits, np.asarray(ids), 1)

@@ -153,5 +153,5 @@ def _refuse_overlap(name: str, first: Where, second: Where) -> None:
             )
 
 
-def _shown(value: int) -> str:
+def _shown(value: np.integer) -> str:
     return {ANY: "any", CURRENT: "current"}.get(int(value), str(value))

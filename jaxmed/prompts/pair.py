@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +52,8 @@ class PromptPair:
     id: str
     base: str = ""
     source: str = ""
-    target: tuple[str, ...] = ()
-    foil: tuple[str, ...] = ()
+    target: Sequence[str] = ()
+    foil: Sequence[str] = ()
     category: str = ""
     system: str | None = None
     messages: dict[str, Chat] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ FIRST_LINE, LINES = 5.0, (10.0, 300.0)
 """Without a terminal: seconds before the first line of progress, and between two lines (shortest, longest)."""
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Told of progress after every item."""
 
