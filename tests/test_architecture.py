@@ -36,9 +36,10 @@ ALLOWED: dict[str, set[str]] = {
     "activation_table": {"errors", "files", "tokens", "interventions", "models", "runner", "cache"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "effects": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "runs"},
-    "gating": {"errors", "files", "prompts", "tokens", "models", "runs", "results", "statistics", "effects"},
     "batching": {"errors", "prompts", "tokens", "interventions", "models", "runner", "runs"},
-    "evaluation": {"errors", "files", "prompts", "tokens", "models", "generation", "batching", "statistics"},
+    "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "batching", "statistics"},
+    "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
+    | {"evaluation"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
     "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},

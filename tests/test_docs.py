@@ -41,7 +41,7 @@ UNRUN = {
     "docs/guides/gate.md": ("jaxmed gate",),
     "docs/guides/pruning.md": ("jaxmed study pruning",),
     "docs/guides/scale.md": ("jaxmed sweep --mesh",),
-    "docs/models.md": ("jaxmed parity",),
+    "docs/models.md": ("jaxmed evaluate --model qwen2.5-coder-0.5b-instruct", "jaxmed parity"),
     "docs/quickstart.md": ("pip install .", "jaxmed demo"),
     "docs/results/aligned-variant.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
     "docs/results/pruning-smollm2.md": ("jaxmed study pruning",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,22 @@ from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.engine import open_window, prepare
 from jaxmed.effects.readout import Readout
 from jaxmed.errors import UserError
+from jaxmed.evaluation.perplexity import perplexity
+from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.cases import Case, Layout, make_cases
+from jaxmed.gating.clamp import CLAMPS, Clamp, Group, clamp_edits, clamp_verdicts
 from jaxmed.gating.job import GateRequest, make_gate
 from jaxmed.gating.rankings import RANKINGS, Evidence, matched, order
 from jaxmed.gating.run import choose, measured, run_gate
 from jaxmed.gating.spec import GateSpec
 from jaxmed.gating.verdicts import adjacency, gating, gini, participation, smallest, sufficiency, whole_layer
+from jaxmed.generation import generate_ids
+from jaxmed.models.model import Model
 from jaxmed.results import open_results
+from jaxmed.tokens import text_ids
 from tests import tiny
 
-QUICK: dict[str, Any] = {"windows": (8,), "draws": 2, "shuffles": 19}
+QUICK: dict[str, Any] = {"windows": (8,), "draws": 2, "shuffles": 19, "tokens": 2, "text": ""}
 
 
 @cache
@@ -236,6 +242,84 @@ def test_few_groups_are_refused_and_up_to_ten_are_undecided() -> None:
     with pytest.raises(UserError, match="are too few, give 4"):
         jm.gate(planted.model, pairs[:3], "logit-diff", form="text", windows=())
     names = list(dict.fromkeys(pair.group for pair in pairs))[:6]
-    found = jm.gate(planted.model, [pair for pair in pairs if pair.group in names], "logit-diff", form="text", windows=(), draws=1)
+    found = jm.gate(
+        planted.model, [pair for pair in pairs if pair.group in names], "logit-diff", form="text", windows=(), draws=1, tokens=0
+    )
     assert {one.verdict for one in found.verdicts} == {"undecided", "described"}
     assert all("too few" in one.why for one in found.verdicts if one.verdict == "undecided")
+
+
+def _group(rng: np.random.Generator, neurons: int) -> Group:
+    values = {side: rng.normal(size=neurons).astype(np.float32) * 3 for side in ("base", "source")}
+    return Group(rng.permutation(neurons)[:5], rng.permutation(neurons)[:5], values)
+
+
+def test_a_clamp_holds_at_the_last_prompt_token_and_at_every_written_one() -> None:
+    model, group = tiny.model("llama"), _group(np.random.default_rng(0), tiny.model("llama").config.neurons)
+    prompts = [np.arange(5, 5 + length, dtype=np.int32) for length in (4, 7, 6)]
+    edits = clamp_edits(1, group, Clamp("top", "source", "base"), [len(ids) for ids in prompts])
+    written = generate_ids(model, prompts, 6, edits=edits, stops=())
+    plain = generate_ids(model, prompts, 6, stops=())
+    for ids, found in zip(prompts, written, strict=True):
+        text = ids.tolist()
+        for _ in range(6):
+            late = list(range(len(ids) - 1, len(text)))
+            at = [(place, unit) for place in late for unit in group.top]
+            values = group.values["source"][[unit for _, unit in at]]
+            held = jm.edits.resample("neuron", values, 1, [place for place, _ in at], [unit for _, unit in at])
+            text.append(int(jm.forward(model, np.asarray(text), held, logits="last")[0][0, 0].argmax()))
+        assert found.tolist() == text[len(ids) :]
+    assert any(a.tolist() != b.tolist() for a, b in zip(written, plain, strict=True))
+    assert clamp_edits(1, group, CLAMPS[0], [4]) is None
+
+
+def test_perplexity_under_a_clamp_is_that_of_edited_forwards(plain_model: Model, tmp_path: Path) -> None:
+    text = "a b c d e\n\nf g h\n\n" + "q" * 20
+    (tmp_path / "text.txt").write_text(text)
+    group = _group(np.random.default_rng(1), plain_model.config.neurons)
+    edits = jm.edits.resample("neuron", group.values["base"][group.top], 1, unit=group.top)
+    found = perplexity(plain_model, tmp_path / "text.txt", edits)
+    losses = []
+    for part in text.split("\n\n"):
+        ids = text_ids(plain_model.tokenizer, part)
+        scores = jax.nn.log_softmax(jm.forward(plain_model, ids, edits)[0][0], axis=-1)
+        losses += [-float(scores[at, token]) for at, token in enumerate(ids[1:])]
+    assert found.value == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
+    assert found.value != pytest.approx(perplexity(plain_model, tmp_path / "text.txt").value, rel=1e-3)
+    with pytest.raises(UserError, match="names positions or rows"):
+        perplexity(plain_model, tmp_path / "text.txt", jm.edits.zero("neuron", 1, position=2, unit=3))
+
+
+def test_answers_are_judged_once_and_compared_prompt_by_prompt(study: tuple[str, Any, Path]) -> None:
+    _, job, out = study
+    rows = read_csv(out / "answers.csv")
+    counted = int(job.counted.sum())
+    assert len(rows) == len(CLAMPS) * counted
+    assert all(sum(row["pair"] == pair.id for row in rows) == len(CLAMPS) for pair in job.pairs if not pair.control)
+    kept = (out / "answers.csv").read_bytes()
+
+    def never(*given: Any) -> list[float | None]:
+        raise AssertionError("a finished condition was answered again")
+
+    run_gate(job, out, resume=True, judge=never)
+    assert (out / "answers.csv").read_bytes() == kept
+
+
+def test_verdicts_on_answers(tmp_path: Path, study: tuple[str, Any, Path]) -> None:
+    """Made-up scores: the top group turns every refusal, random ones turn none."""
+    _, job, _ = study
+
+    def write(**refused: float) -> list[Any]:
+        rows = []
+        for pair in (pair for pair in job.pairs if not pair.control):
+            for clamp in CLAMPS:
+                score = refused.get(f"{clamp.group}_{clamp.values}_{clamp.prompts}", float(clamp.prompts == "base"))
+                rows.append({"half": "1", **asdict(clamp), "pair": pair.id, "score": score})
+        write_csv(tmp_path / "answers.csv", rows)
+        return clamp_verdicts(job, tmp_path, 2, [])
+
+    first, second, cost = write(top_source_base=0.0, top_base_source=1.0)
+    assert [(one.verdict, one.estimate) for one in (first, second)] == [("supported", -1.0), ("supported", 1.0)]
+    assert (cost.verdict, cost.estimate) == ("described", 0.0)
+    assert write(top_source_base=0.0, matched_source_base=0.0)[0].verdict == "not supported", "random neurons do as much"
+    assert write(none__base=0.0, matched_source_base=0.0)[0].verdict == "behaviour absent in this model"

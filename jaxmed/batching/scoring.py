@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +12,9 @@ import numpy as np
 
 from jaxmed.batching.answered import by_prompt
 from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
+from jaxmed.errors import UserError
+from jaxmed.interventions.checks import Extent, check_edits
+from jaxmed.interventions.edits import ANY, Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
@@ -62,16 +65,16 @@ def _apart(examples: Sequence[TokenizedExample], place: Place, members: Sequence
         begin = stop
 
 
-def _scored_stream(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+def _scored_stream(config: ModelConfig, params: Params, batch: Batch, edits: Mapping[str, Edit] | None = None) -> jax.Array:
     """The normed residual stream at every scored column [B,R,D]."""
-    h = run_tokens(config, params, batch.tokens, batch_layout(batch)).stream
+    h = run_tokens(config, params, batch.tokens, batch_layout(batch), edits=edits).stream
     return final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _score(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _score(config: ModelConfig, params: Params, batch: Batch, edits: Mapping[str, Edit] | None = None) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every scored token float32 [B,R], and whether none is likelier, bool [B,R]."""
-    x, scored = _scored_stream(config, params, batch), batch.target.shape[1]
+    x, scored = _scored_stream(config, params, batch, edits), batch.target.shape[1]
     size = -(-scored // -(-scored // PIECE))
     rest = -scored % size
     x, target = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(batch.target, ((0, 0), (0, rest)))
@@ -100,19 +103,35 @@ class ResponseScore:
 
 
 def score_responses(
-    model: Model, examples: Sequence[TokenizedExample], report: Callable[[int], None] = lambda done: None
+    model: Model,
+    examples: Sequence[TokenizedExample],
+    report: Callable[[int], None] = lambda done: None,
+    edits: Mapping[str, Edit] | None = None,
 ) -> list[ResponseScore]:
     """Every example's response under a model, in the examples' order.
 
     Args:
         report: called with the number of examples after every batch.
+        edits: interventions at every token of every example.
+
+    Raises:
+        UserError: edits that name a position or a row: examples share rows.
     """
     found: dict[int, ResponseScore] = {}
+    checked = _everywhere(model, edits) if edits else None
     for placed, batch in _passes(model, examples):
-        values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch))
+        values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch, checked))
         found |= {p.example: ResponseScore(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
         report(len(placed))
     return [found[at] for at in range(len(examples))]
+
+
+def _everywhere(model: Model, edits: Mapping[str, Edit]) -> dict[str, Edit]:
+    """The edits, checked."""
+    for site, edit in edits.items():
+        if edit.where is None or any((np.asarray(getattr(edit.where, name)) != ANY).any() for name in ("position", "row")):
+            raise UserError(f"The edit at {site!r} names positions or rows; responses are scored with edits of every token alone.")
+    return check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
 
 
 @partial(jax.jit, static_argnames=("config",))

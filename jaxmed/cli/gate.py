@@ -8,13 +8,14 @@ from typing import Any
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
+from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags
 from jaxmed.files import read_csv
 from jaxmed.gating.spec import GateSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate(ContrastFlags, RunFlags, GateSpec):
+class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
     """From single effects to a verdict: does a small group of a layer's neurons have most of its effect, on pairs that did not choose them,
     and does it gate what comes from before? With random, other-layer and shuffled controls, and other rankings beside ours."""
 
@@ -30,7 +31,8 @@ class Gate(ContrastFlags, RunFlags, GateSpec):
     def run(self) -> None:
         """Checks, plans, measures, judges, draws."""
         from jaxmed.gating.job import make_gate
-        from jaxmed.gating.run import LEGAL, run_gate
+        from jaxmed.gating.run import KEPT, LEGAL, run_gate
+        from jaxmed.prompts.readers import read_text
         from jaxmed.reports.gate import numbers, write_gate
         from jaxmed.runs.folder import check_folder
 
@@ -38,10 +40,16 @@ class Gate(ContrastFlags, RunFlags, GateSpec):
         check_folder(self.out, self.resume, LEGAL)
         source = self.source()
         job = make_gate(self.describe(), pairs, self.request(), None if source is None else source.describe())
+        if self.tokens and self.text:
+            read_text(self.text)
+        if self.tokens:
+            self.check_judge(self.out / KEPT)
         self._plan(job)
         if self.dry_run:
             return
-        run_gate(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume, show.progress)
+        job = job.with_weights(self.load(), None if source is None else source.load())
+        judge = self.make_judge(self.out / KEPT, False, self.mesh) if self.tokens else None
+        run_gate(job, self.out, self.resume, show.progress, judge)
         write_gate(self.out)
         rows = [[row["claim"], row["verdict"], numbers(row), row["why"]] for row in read_csv(self.out / "verdicts.csv")]
         show.table("verdicts", ["claim", "verdict", "estimate", "why"], rows, left=4)
@@ -58,6 +66,7 @@ class Gate(ContrastFlags, RunFlags, GateSpec):
     def _plan(self, job: Any) -> None:
         from jaxmed.effects.cost import plan
         from jaxmed.effects.job import estimate_rate
+        from jaxmed.gating.clamp import CLAMPS
         from jaxmed.runs.watch import show_time
 
         parts = {**job.singles, "first half, jointly": job.stand_in(0), "second half, jointly": job.stand_in(1)}
@@ -65,5 +74,8 @@ class Gate(ContrastFlags, RunFlags, GateSpec):
         plans = {name: plan(one, rate) for name, one in parts.items()}
         lines = [f"{name}: pairs {one.pairs}, effects {one.effects:,}, {one.cost.flops / 1e12:.2f} TFLOP" for name, one in plans.items()]
         seconds = sum(one.seconds or 0.0 for one in plans.values())
-        lines.append(f"about {show_time(seconds)} at this machine's matmul rate ({rate / 1e9:,.0f} GFLOP/s)")
+        answers = len(CLAMPS) * int(job.counted.sum())
+        lines += [f"{answers} answers of up to {self.tokens} tokens", *self.judge_lines()] if self.tokens else []
+        besides = ", and the answers" * bool(self.tokens)
+        lines.append(f"about {show_time(seconds)} at this machine's matmul rate ({rate / 1e9:,.0f} GFLOP/s){besides}")
         show.lines(f"gate: {job.model.name}, neurons of layer {job.layout.layer}", lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
+from jaxmed.interventions.edits import Edit
 from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
 from jaxmed.statistics import ratio_interval
@@ -33,13 +35,16 @@ class Perplexity:
     losses: np.ndarray
 
 
-def perplexity(model: Model, source: str | Path) -> Perplexity:
+def perplexity(model: Model, source: str | Path, edits: Mapping[str, Edit] | None = None) -> Perplexity:
     """Perplexity on a text file, or on the bundled text "neutral": paragraphs between blank lines, each on its own, without chat template.
 
     A paragraph of more than `SEGMENT` tokens is cut into such segments.
 
+    Args:
+        edits: interventions at every token.
+
     Raises:
-        UserError: no such file, or one without text.
+        UserError: no such file, or one without text; edits that name positions.
     """
     paragraphs = [part.strip() for part in read_text(source).split("\n\n") if part.strip()]
     ids = [text_ids(model.tokenizer, part) for part in paragraphs]
@@ -48,7 +53,7 @@ def perplexity(model: Model, source: str | Path) -> Perplexity:
     if not cut:
         raise UserError(f"{source} holds no text to predict: paragraphs of at least two tokens are needed.")
     losses = np.zeros((len(paragraphs), 2))
-    found = score_responses(model, [TokenizedExample(np.asarray(one, np.int32), 1) for _, one in cut])
+    found = score_responses(model, [TokenizedExample(np.asarray(one, np.int32), 1) for _, one in cut], edits=edits)
     for (number, one), scored in zip(cut, found, strict=True):
         losses[number] += -scored.log_probabilities.sum(dtype=np.float64), len(one) - 1
     total, count = losses.sum(0)

@@ -20,12 +20,14 @@ from jaxmed.effects.sets import UnitSet, read_sets
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run_sweep
 from jaxmed.errors import unknown
-from jaxmed.files import simple, write_text
+from jaxmed.evaluation.judges import Judge, refusal_rules
+from jaxmed.files import simple, write_json, write_text
 from jaxmed.gating.cases import Chosen, make_sets
+from jaxmed.gating.clamp import ANSWERS, CLAMPS, clamp_perplexity, clamp_verdicts, group_size, read_group, run_clamps
 from jaxmed.gating.job import AUTO, GateJob, GateRequest, gate_manifest, make_gate
 from jaxmed.gating.rankings import Evidence, measure_features
 from jaxmed.gating.spec import GateSpec
-from jaxmed.gating.tables import Measured, gate_rows, make_verdicts, write_tables
+from jaxmed.gating.tables import VERDICTS, Measured, enough, gate_rows, read_verdicts, write_tables
 from jaxmed.gating.verdicts import Verdict
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
@@ -33,12 +35,19 @@ from jaxmed.runs.folder import Legal, RunFolder
 from jaxmed.runs.watch import Display, no_display
 
 HALVES = (0, 1)
-TABLES = ("gate.csv", "verdicts.csv")
-LEGAL = Legal(("modules", "neurons", "half1", "half2", "sets1.json", "sets2.json", *TABLES, "report.html"), measured=TABLES)
+TABLES = ("gate.csv", VERDICTS, ANSWERS)
+SETS = tuple(f"{name}{half + 1}.json" for name in ("sets", "values") for half in HALVES)
+KEPT = "answers"
+"""What an endpoint's scores are kept beside."""
+SWEEPS = ("modules", "neurons", "half1", "half2")
+LEGAL = Legal((*SWEEPS, *SETS, *TABLES, f"{KEPT}.scores.jsonl", "report.html"), measured=TABLES)
 
 
-def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = no_display) -> None:
-    """Runs a study into `out`: four sweeps, gate.csv and verdicts.csv. What is finished is on disk at every moment.
+def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = no_display, judge: Judge | None = None) -> None:
+    """Runs a study into `out`: four sweeps, judged answers, gate.csv and verdicts.csv. What is finished is on disk at every moment.
+
+    Args:
+        judge: of answers; default: refusal rules.
 
     Raises:
         UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
@@ -52,7 +61,17 @@ def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = n
             sets = _sets(job, out, half, display)
             _sweep(job.joint(half, sets), out / f"half{half + 1}", f"joint patches, half {half + 1}", display)
             session.count(sweeps=1)
-        write_tables(job, measured(job, out), out)
+        found = measured(job, out)
+        write_tables(job, found, out, _clamped(job, found, out, judge or refusal_rules(), display) if job.request.spec.tokens else [])
+
+
+def _clamped(job: GateJob, found: Measured, out: Path, judge: Judge, display: Display) -> list[Verdict]:
+    """What the group does to answers, where it is clamped."""
+    k = group_size(job.layout, enough(job, found)[1])
+    groups = [read_group(job, out, half, k) for half in HALVES]
+    with display(f"answers, {k} neurons clamped", len(CLAMPS) * int(job.counted.sum()), "answers") as report:
+        run_clamps(job, groups, judge, out, report)
+    return clamp_verdicts(job, out, k, clamp_perplexity(job, groups))
 
 
 def _sweep(job: Job, out: Path, title: str, display: Display) -> None:
@@ -66,8 +85,10 @@ def _sets(job: GateJob, out: Path, half: int, display: Display) -> list[UnitSet]
     """What is patched in a half; chosen once, and kept."""
     file = out / f"sets{half + 1}.json"
     if not file.exists():
-        found = make_sets(job.cases, job.layout, choose(job, out, half, display))
-        write_text(file, json.dumps([simple(asdict(one)) for one in found]))
+        chosen = choose(job, out, half, display)
+        means = {side: getattr(chosen.evidence.features, side).mean(axis=0) for side in ("base", "source")}
+        write_json(out / f"values{half + 1}.json", simple(means))
+        write_text(file, json.dumps([simple(asdict(one)) for one in make_sets(job.cases, job.layout, chosen)]))
     return list(read_sets(file))
 
 
@@ -150,5 +171,4 @@ def gate(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "gate" if out is None else Path(out)
         run_gate(job, folder, resume)
-        found = measured(job, folder)
-    return Gated(tuple(make_verdicts(job, found)), tuple(gate_rows(job, found)))
+        return Gated(tuple(read_verdicts(folder)), tuple(gate_rows(job, measured(job, folder))))

@@ -24,5 +24,9 @@ class GateSpec:
     """Random orders that windows are compared with; the smallest p is 1 / (1 + shuffles)."""
     sufficient: float = 0.8
     """Part of the effect of the layer's whole MLP that a sufficient group has."""
+    tokens: int = 32
+    """Tokens of an answer at most, while the group is clamped; 0: nothing is written."""
+    text: str = "neutral"
+    """Text file, or the bundled neutral, whose perplexity is measured with the group clamped; empty: none."""
     seed: int = 0
     """Seed of the halves, of random groups and orders."""

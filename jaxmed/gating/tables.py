@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmed.files import write_csv
+from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.cases import Case
 from jaxmed.gating.job import GateJob
 from jaxmed.gating.rankings import RANKINGS
 from jaxmed.gating.verdicts import ABSENT, DESCRIBED, Curve, Verdict, adjacency, gating, sparsity, sufficiency, whole_layer
 from jaxmed.statistics import group_means, mean_interval, ratio_interval
 
+VERDICTS = "verdicts.csv"
 COLUMNS = ["role", "by", "k", "draw", "pairs", "mean", "ci_low", "ci_high", "share", "share_low", "share_high"]
 
 
@@ -98,12 +99,18 @@ def window_spreads(found: Measured, width: int) -> np.ndarray:
     return np.asarray([np.sqrt(np.mean(np.square(parts[number]))) for number in sorted(parts)])
 
 
+def enough(job: GateJob, found: Measured) -> tuple[Verdict, int | None]:
+    """Whether a small group suffices, and its size; see `sufficiency`."""
+    whole, part = found.by_group(found.whole), job.request.spec.sufficient
+    return sufficiency(found.curve("top"), found.curve("matched"), whole, job.layout.neurons, part)
+
+
 def make_verdicts(job: GateJob, found: Measured) -> list[Verdict]:
     """The claims, one by one."""
-    total, whole, spec = found.by_group(found.total), found.by_group(found.whole), job.request.spec
+    total, whole = found.by_group(found.total), found.by_group(found.whole)
     verdicts = [whole_layer(job.layout.layer, whole, total)]
-    enough, k = sufficiency(found.curve("top"), found.curve("matched"), whole, job.layout.neurons, spec.sufficient)
-    verdicts.append(enough)
+    small, k = enough(job, found)
+    verdicts.append(small)
     for module in job.layout.upstream:
         upstream = found.by_group(found.effects[Case("upstream", module)])
         verdicts.append(gating(module, k, upstream, found.curve("held", module), found.curve("held matched", module), total))
@@ -115,8 +122,13 @@ def make_verdicts(job: GateJob, found: Measured) -> list[Verdict]:
     return verdicts
 
 
-def write_tables(job: GateJob, found: Measured, out: Path) -> None:
-    """Writes gate.csv and verdicts.csv."""
+def write_tables(job: GateJob, found: Measured, out: Path, more: Sequence[Verdict] = ()) -> None:
+    """Writes gate.csv and verdicts.csv, with further verdicts at its end."""
     rows: list[Mapping[str, Any]] = list(gate_rows(job, found))
     write_csv(out / "gate.csv", rows, COLUMNS)
-    write_csv(out / "verdicts.csv", [asdict(one) for one in make_verdicts(job, found)])
+    write_csv(out / VERDICTS, [asdict(one) for one in (*make_verdicts(job, found), *more)])
+
+
+def read_verdicts(out: Path) -> list[Verdict]:
+    """The verdicts of a study's folder."""
+    return [Verdict(**row) for row in read_csv(out / VERDICTS, ("claim", "verdict", "unit", "why"))]

@@ -29,8 +29,8 @@ def split_edits(edits: Edits, where: str, lengths: Sequence[int], max_tokens: in
     for name, edit in edits.items():
         if edit.where is not None:
             _check(name, edit.where, where, np.asarray(lengths), max_tokens)
-    prompts = {name: found for name, edit in edits.items() if (found := _kept(edit, False)) is not None}
-    written = {name: found for name, edit in edits.items() if (found := _kept(edit, True)) is not None}
+    prompts = {name: found for name, edit in edits.items() if (found := _kept(edit, False, lengths)) is not None}
+    written = {name: found for name, edit in edits.items() if (found := _kept(edit, True, lengths)) is not None}
     return prompts if where != "generated" else {}, written if where != "prompt" else {}
 
 
@@ -55,19 +55,23 @@ def _check(name: str, entries: Where, where: str, lengths: np.ndarray, max_token
     raise UserError(f"The edit at {name!r} names position {position[at]}, which {why}; {legal}. While generating, {ADVICE}.")
 
 
-def _kept(edit: Edit, written: bool) -> Edit | None:
+def _kept(edit: Edit, written: bool, lengths: Sequence[int]) -> Edit | None:
     """The entries of an edit that may act on tokens of one kind, "current" standing for any written one; None where there are none."""
-    if edit.where is None or not (current := np.asarray(edit.where.position) == CURRENT).any():
+    if edit.where is None:
         return edit
-    if written:
-        entries = replace(edit.where, position=np.where(current, ANY, np.asarray(edit.where.position)))
-        return replace(edit, where=with_names(entries))
-    if current.all():
+    position, row = (np.asarray(x) for x in np.broadcast_arrays(edit.where.position, edit.where.row))
+    current, numbered = position == CURRENT, (position != ANY) & (position != CURRENT)
+    if written:  # what names a token of every prompt that it is about has acted when writing begins
+        shortest = np.where(row == ANY, np.min(lengths), np.asarray(lengths)[np.where(row == ANY, 0, row)])
+        kept = ~numbered | (position >= shortest)
+    else:
+        kept = ~current
+    if not kept.any():
         return None
-    count = len(current)
+    count = len(position)
     fields: Mapping[str, object] = {
-        name: np.asarray(value)[~current] if np.ndim(value) and np.shape(value)[0] == count else value
+        name: np.asarray(value)[kept] if np.ndim(value) and np.shape(value)[0] == count else value
         for name, value in (("gate", edit.gate), ("value", edit.value), ("add", edit.add))
     }
-    entries = jax.tree.map(lambda x: np.asarray(x)[~current], replace(edit.where, names=None))
-    return replace(edit, **fields, where=with_names(entries))
+    anywhere = replace(edit.where, position=np.where(current, ANY, position), names=None)
+    return replace(edit, **fields, where=with_names(jax.tree.map(lambda x: np.asarray(x)[kept], anywhere)))
