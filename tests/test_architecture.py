@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
     "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "experiments": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "evaluation", "pruning", "statistics"},
-    "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments"},
+    "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments"}
+    | {"effects", "evaluation", "gating", "statistics"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "loading": {"models", "finetuning", "parity"},
     "bench": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "effects", "runs", "distributed"},

@@ -36,7 +36,7 @@ def _runs(name: str, noise: float | None, seed: int) -> dict[str, Any]:
         prompts = [jm.tokens.render(planted.model, pair, side, "text") for pair in planted.pairs]
         ids = np.stack([prompt.ids for prompt in prompts])
         answers = [
-            [jm.tokens.answer_ids(planted.model.tokenizer, prompt, text)[0] for text in pair.target + pair.foil]
+            [jm.tokens.answer_ids(planted.model.tokenizer, prompt, text)[0] for text in (*pair.target, *pair.foil)]
             for pair, prompt in zip(planted.pairs, prompts, strict=True)
         ]
         found[side] = {"ids": ids, **jm.forward(planted.model, ids, taps=UNITS)[1]}

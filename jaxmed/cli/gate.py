@@ -33,7 +33,7 @@ class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
         from jaxmed.gating.job import make_gate
         from jaxmed.gating.run import KEPT, LEGAL, run_gate
         from jaxmed.prompts.readers import read_text
-        from jaxmed.reports.gate import numbers, write_gate
+        from jaxmed.reports.gate import write_gate
         from jaxmed.runs.folder import check_folder
 
         pairs = self.pairs_of(self.pairs)
@@ -51,9 +51,7 @@ class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
         judge = self.make_judge(self.out / KEPT, False, self.mesh) if self.tokens else None
         run_gate(job, self.out, self.resume, show.progress, judge)
         write_gate(self.out)
-        rows = [[row["claim"], row["verdict"], numbers(row), row["why"]] for row in read_csv(self.out / "verdicts.csv")]
-        show.table("verdicts", ["claim", "verdict", "estimate", "why"], rows, left=4)
-        show.out.print(f"report: {self.out / 'report.html'}", markup=False)
+        show_verdicts(self.out)
 
     def request(self) -> Any:
         """What is asked, in the words of the package."""
@@ -79,3 +77,12 @@ class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
         besides = ", and the answers" * bool(self.tokens)
         lines.append(f"about {show_time(seconds)} at this machine's matmul rate ({rate / 1e9:,.0f} GFLOP/s){besides}")
         show.lines(f"gate: {job.model.name}, neurons of layer {job.layout.layer}", lines)
+
+
+def show_verdicts(folder: Path) -> None:
+    """Prints the verdicts of a study's folder."""
+    from jaxmed.reports.verdicts import numbers
+
+    rows = [[row["claim"], row["verdict"], f"{numbers(row)} {row['unit']}", row["why"]] for row in read_csv(folder / "verdicts.csv")]
+    show.table("verdicts", ["claim", "verdict", "estimate", "why"], rows, left=4)
+    show.out.print(f"report: {folder / 'report.html'}", markup=False)

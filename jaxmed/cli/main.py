@@ -25,6 +25,7 @@ from jaxmed.cli.finetune import Finetune
 from jaxmed.cli.gate import Gate
 from jaxmed.cli.generate import Generate
 from jaxmed.cli.mask import Combine, Compare, Select
+from jaxmed.cli.mediation import Mediation
 from jaxmed.cli.models import Models
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.parser import parse
@@ -61,6 +62,7 @@ COMMANDS: dict[str, type] = {
     "prune compression": Compression,
     "prune dissociation": Dissociation,
     "prune attack": Attack,
+    "study mediation": Mediation,
     "study pruning": Pruning,
     "parity": Parity,
     "convert": Convert,

@@ -32,10 +32,11 @@ class Report(ConfigFlags):
 def write_report(folders: list[Path], file: Path) -> None:
     """Writes the HTML page of finished or half-made runs."""
     from jaxmed.reports.gate import write_gate
+    from jaxmed.reports.mediation import write_mediation
     from jaxmed.reports.page import write_report as write
     from jaxmed.reports.study import write_study
 
-    pages = {"study": write_study, "gate": write_gate}
+    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     if held:
         held[0](folders[0], file)

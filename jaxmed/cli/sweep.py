@@ -16,8 +16,6 @@ from jaxmed.cli.report import write_report
 class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
     """Which two runs are compared, and where: the flags of every command that patches."""
 
-    position: str = "last"
-    """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
     contrast: Literal["pair", "prefill", "model"] | None = None
     """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer; model, base's
     prompt in two models. Default: pair, or model where a source model is given."""
@@ -51,6 +49,8 @@ class SweepFlags(ContrastFlags):
 
     outcome: tuple[str, ...] = ("log-odds",)
     """One or several of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+    position: str = "last"
+    """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ()
     """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out. By
     default neuron, or none where --sets or --paths are given."""

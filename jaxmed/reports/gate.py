@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from jaxmed.errors import UserError
-from jaxmed.files import check_file, read_csv, write_text
+from jaxmed.files import read_csv
 from jaxmed.reports.figures import figures
-from jaxmed.reports.html import page_of
-from jaxmed.reports.packed import embedded
 from jaxmed.reports.record import read
-from jaxmed.reports.style import CATEGORICAL, INK, canvas, label, number
-from jaxmed.runs.folder import last_versions, read_run, seconds_spent
+from jaxmed.reports.style import CATEGORICAL, INK, Figure, canvas, label
+from jaxmed.reports.verdicts import finished_run, write_verdicts
 
 Rows = list[dict[str, str]]
 LEAD = (
@@ -30,6 +25,10 @@ GATED = (
     "Gating index: 1 - (effect of an earlier module while the first k neurons are held at their base values) / (its effect). 1: all of it "
     "goes through them; 0: none does, and they merely add. Dashed: random neurons of like size are held. Bars: 95 % intervals."
 )
+CLAMPED = (
+    "Scores of the answers to base and source prompts, as they are, and while the group (or random neurons of like size) keeps its mean "
+    "values of the other run, at the prompt's last token and at every written one."
+)
 WINDOWS = "Root mean square of the effects of windows of neurons: adjacent ones (line), and windows of shuffled orders (bars)."
 
 
@@ -39,51 +38,36 @@ def write_gate(folder: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: a folder without a finished study.
     """
-    out = out or folder / "report.html"
-    check_file(out)
-    run = read_run(folder)
-    manifest = run.get("manifest", {})
-    if "gate" not in manifest or not (folder / "verdicts.csv").is_file():
-        raise UserError(f"{folder} holds no finished study of a gate. Give the --out folder of `jaxmed gate`; --resume finishes it.")
-    rows, verdicts = read_csv(folder / "gate.csv"), read_csv(folder / "verdicts.csv")
-    drawn = [
-        ("How many neurons are enough", SUFFICIENT, _draw_sufficient(rows)),
-        ("Is it a gate", GATED, _draw_index(rows)),
-        *((f"Windows of {width} neurons", WINDOWS, _draw_windows(rows, width)) for width in _widths(rows)),
-    ]
-    outcome = manifest["gate"]["outcome"]
-    drawn += [(one.title, one.caption, one.plot) for one in figures(read(folder / "modules"), outcome, 1)]
-    parts = [{"id": f"part-{at}", "title": t, "caption": c, "data": embedded(plot)} for at, (t, c, plot) in enumerate(drawn)]
+    manifest = finished_run(folder, "gate", "gate")["manifest"]
     layout, request = manifest["layout"], manifest["gate"]
-    page = page_of(
-        "gate.html.j2",
-        title=f"Gate: neurons of layer {layout['layer']} of {manifest['model']['name']}",
-        lead=LEAD,
-        facts=[
-            ("Model", manifest["model"]["name"]),
-            ("Pairs", f"{len(manifest['pairs'])}"),
-            ("Outcome", outcome),
-            ("Position", str(request["position"])),
-            ("Control layer", str(layout["control"])),
-            ("Time", f"{seconds_spent(run):,.0f} s"),
-        ],
-        verdicts=[{**row, "numbers": numbers(row)} for row in verdicts],
-        parts=parts,
-        columns=list(rows[0]),
-        rows=[[row[name] if name in ("role", "by", "k", "draw", "pairs") else number(row[name]) for name in row] for row in rows],
-        manifest=json.dumps({key: manifest[key] for key in ("gate", "layout", "model", "pairs")}, indent=2, ensure_ascii=False),
-        versions=", ".join(f"{name} {version}" for name, version in last_versions(run).items()),
-        redraw=f"jaxmed report {shlex.quote(str(folder))}",
-    )
-    write_text(out, page)
-    return out
+    facts = [("Outcome", request["outcome"]), ("Position", str(request["position"])), ("Control layer", str(layout["control"]))]
+    drawn = gate_figures(folder) + figures(read(folder / "modules"), request["outcome"], 1)
+    title = f"Gate: neurons of layer {layout['layer']} of {manifest['model']['name']}"
+    shown = ("gate", "layout", "model", "source_model", "pairs")
+    return write_verdicts(folder, out, title, LEAD, facts, drawn, [folder / "gate.csv"], shown)
 
 
-def numbers(row: dict[str, str]) -> str:
-    """The estimate of a verdict with its interval or p, as far as there are some."""
-    found = row["estimate"] if row["estimate"].isdigit() else number(row["estimate"])
-    found += f" ({number(row['low'])} to {number(row['high'])})" if row["low"] not in ("", "nan") else ""
-    return found + (f", p = {number(row['p'])}" if row["p"] not in ("", "nan") else "")
+def gate_figures(folder: Path) -> list[Figure]:
+    """The figures of a study of a gate."""
+    rows, answers = read_csv(folder / "gate.csv"), folder / "answers.csv"
+    found = [Figure("How many neurons are enough", SUFFICIENT, _draw_sufficient(rows)), Figure("Is it a gate", GATED, _draw_index(rows))]
+    found += [Figure(f"Windows of {width} neurons", WINDOWS, _draw_windows(rows, width)) for width in _widths(rows)]
+    return [*found, Figure("Answers while the group is clamped", CLAMPED, _draw_answers(read_csv(answers)))] if answers.is_file() else found
+
+
+def _draw_answers(rows: Rows) -> go.Figure:
+    """Mean scores by condition."""
+    figure = canvas(300, "prompts", "mean score (rules: share of refusals)")
+    names = {"none": "as they are", "top": "group clamped", "matched": "random neurons clamped"}
+    for at, condition in enumerate(dict.fromkeys((row["group"], row["values"]) for row in rows)):
+        group, values = condition
+        mine = [row for row in rows if (row["group"], row["values"]) == condition and row["score"]]
+        prompts = list(dict.fromkeys(row["prompts"] for row in mine))
+        scores = [[float(row["score"]) for row in mine if row["prompts"] == which] for which in prompts]
+        name = names[group] + (f" at {values}'s values" if values else "")
+        means = [sum(one) / len(one) for one in scores]
+        figure.add_trace(go.Bar(x=prompts, y=means, name=name, marker={"color": CATEGORICAL[at]}))
+    return figure
 
 
 def _of(rows: Rows, role: str, by: str) -> Rows:

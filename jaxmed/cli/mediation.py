@@ -1,0 +1,64 @@
+"""The command `study mediation`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jaxmed.cli import show
+from jaxmed.cli.flags import RunFlags
+from jaxmed.cli.gate import show_verdicts
+from jaxmed.cli.judge import JudgeFlags
+from jaxmed.cli.sweep import ContrastFlags
+from jaxmed.studies.mediation_spec import MediationSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mediation(ContrastFlags, RunFlags, JudgeFlags, MediationSpec):
+    """Causal mediation end to end: where the request is read and the answer written, by which layers and modules, whether a few neurons of
+    the last layer gate it, with controls; one page that answers the claims one by one."""
+
+    outcome: str = "log-odds"
+    """One of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+    pairs: str = "harm"
+    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    out: Path = Path("jaxmed-mediation")
+    """Folder for the sweeps, the study of the gate, verdicts.csv and report.html."""
+
+    def run(self) -> None:
+        """Checks, plans, measures, answers, draws."""
+        from jaxmed.gating.run import KEPT
+        from jaxmed.prompts import read_pairs
+        from jaxmed.prompts.readers import read_text
+        from jaxmed.reports.mediation import write_mediation
+        from jaxmed.runs.folder import check_folder
+        from jaxmed.studies.mediation import LEGAL, make_mediation, run_mediation
+
+        pairs, controls = self.pairs_of(self.pairs), read_pairs(self.controls) if self.controls else []
+        check_folder(self.out, self.resume, LEGAL)
+        source = self.source()
+        contrast = self.contrast or ("pair" if source is None else "model")
+        spec = MediationSpec(**{one.name: getattr(self, one.name) for one in fields(MediationSpec)})
+        models = self.describe(), None if source is None else source.describe()
+        job = make_mediation(models[0], pairs, controls, spec, self.outcome, self.form, contrast, models[1])
+        kept = self.out / "gate" / KEPT
+        if self.tokens:
+            self.check_judge(kept)
+            read_text(self.text or "neutral")
+        self._plan(job)
+        if self.dry_run:
+            return
+        job = job.with_weights(self.load(), None if source is None else source.load())
+        run_mediation(job, self.out, self.resume, show.progress, self.make_judge(kept, False, self.mesh) if self.tokens else None)
+        write_mediation(self.out)
+        show_verdicts(self.out)
+
+    def _plan(self, job: Any) -> None:
+        from jaxmed.effects.job import estimate_rate
+        from jaxmed.runs.cost import cost_lines
+        from jaxmed.studies.mediation import mediation_steps
+
+        lines = cost_lines([step.cost for step in mediation_steps(job)], estimate_rate(job.gate.singles["neurons"]))
+        answers = self.judge_lines() if self.tokens else []
+        show.lines(f"study of mediation: {job.model.name}", [*lines, *answers, "besides loading, compiling and answers"])

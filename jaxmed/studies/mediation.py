@@ -1,0 +1,138 @@
+"""The study of mediation (after Ganguli and Moraffah 2026): where a request is read, where the answer is written, and by what.
+
+Four parts, each a sweep or study of its own folder that resumes by itself: `reading` and `writing` patch modules layer by layer, and thirds
+of the layers and all modules of a kind jointly, at two places; `control` does the same at the second place for pairs that do not differ in
+the behaviour; `gate` is `jaxmed gate`. Claims are answered from their tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmed.effects.cost import plan, progress_total
+from jaxmed.effects.job import Job, make_job, manifest
+from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.sets import UnitSet
+from jaxmed.effects.summary import summarise
+from jaxmed.effects.sweep import run_sweep
+from jaxmed.evaluation.judges import Judge
+from jaxmed.files import write_csv
+from jaxmed.gating.job import GateJob, GateRequest, gate_manifest, make_gate
+from jaxmed.gating.run import run_gate
+from jaxmed.models.model import Model
+from jaxmed.prompts.pair import PromptPair
+from jaxmed.runs.cost import Cost
+from jaxmed.runs.folder import Legal, RunFolder
+from jaxmed.runs.watch import Display, no_display
+from jaxmed.studies.claims import make_claims
+from jaxmed.studies.mediation_spec import MediationSpec
+from jaxmed.studies.steps import Step, run_steps
+
+MODULES = ("attention_out", "mlp_out", "both_out")
+THIRDS = ("early", "middle", "late")
+VERDICTS = "verdicts.csv"
+LEGAL = Legal(("reading", "writing", "control", "gate", VERDICTS, "report.html"), measured=(VERDICTS,))
+
+
+def joint_sets(layers: int) -> tuple[UnitSet, ...]:
+    """What is patched together: all that each third of the layers adds, and all attention and all MLP outputs."""
+    parts = zip(THIRDS, np.array_split(np.arange(layers), 3), strict=True)
+    thirds = [UnitSet(name, tuple(("both_out", int(layer), 0) for layer in part)) for name, part in parts]
+    kinds = [UnitSet(f"all {kind}", tuple((kind, layer, 0) for layer in range(layers))) for kind in MODULES[:2]]
+    return (*thirds, *kinds)
+
+
+@dataclass(frozen=True)
+class MediationJob:
+    """A checked study.
+
+    Attributes:
+        sweeps: "reading", "writing", and "control" where there are control pairs.
+        gate: the study of the gate.
+    """
+
+    spec: MediationSpec
+    sweeps: dict[str, Job]
+    gate: GateJob
+
+    @property
+    def model(self) -> Model:
+        return self.gate.model
+
+    def with_weights(self, model: Model, source_model: Model | None = None) -> MediationJob:
+        """The job on models that have weights."""
+        sweeps = {name: job.with_weights(model, source_model) for name, job in self.sweeps.items()}
+        return replace(self, sweeps=sweeps, gate=self.gate.with_weights(model, source_model))
+
+    def manifest(self) -> dict[str, Any]:
+        """What makes two studies the same study."""
+        shared = {key: value for key, value in gate_manifest(self.gate).items() if key not in ("gate", "layout")}
+        requests = {name: manifest(job)["request"] for name, job in self.sweeps.items()}
+        controls = manifest(self.sweeps["control"])["tokens"] if "control" in self.sweeps else []
+        return {"mediation": asdict(self.spec), "sweeps": requests, "controls": controls, **shared}
+
+
+def make_mediation(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    controls: Sequence[PromptPair],
+    spec: MediationSpec,
+    outcome: OutcomeName = "log-odds",
+    form: str = "chat",
+    contrast: str = "pair",
+    source_model: Model | None = None,
+) -> MediationJob:
+    """Everything that can be refused before a study runs; needs the tokenizer and the config, not the weights.
+
+    Raises:
+        UserError: what a sweep or the study of a gate refuses.
+    """
+    gate = make_gate(model, pairs, GateRequest(spec, outcome, spec.write_at, form, contrast), source_model)
+    request = gate.request.sweep(units=MODULES, sets=joint_sets(model.config.layers))
+    places = {"reading": spec.read_at, "writing": spec.write_at}
+    sweeps = {name: make_job(model, pairs, replace(request, position=place), source_model) for name, place in places.items()}
+    if controls:
+        sweeps["control"] = make_job(model, controls, replace(request, position=spec.write_at), source_model)
+    return MediationJob(spec, sweeps, gate)
+
+
+def mediation_steps(job: MediationJob, display: Display = no_display, judge: Judge | None = None) -> list[Step]:
+    """The parts of a study, with what they cost."""
+
+    def sweep(name: str) -> Step:
+        def run(out: Path) -> None:
+            one = job.sweeps[name]
+            with display(name, progress_total(one), "effects") as report:
+                run_sweep(one, out / name, True, report)
+            summarise(out / name, job.model, one.request.top, one.request.seed)
+
+        return Step(name, (), replace(plan(job.sweeps[name]).cost, title=name), run)
+
+    def gate(out: Path) -> None:
+        run_gate(job.gate, out / "gate", True, display, judge)
+
+    def answer(out: Path) -> None:
+        write_csv(out / VERDICTS, [asdict(one) for one in make_claims(job.gate, out)])
+
+    sweeps = [sweep(name) for name in job.sweeps]
+    parts = (*job.gate.singles.values(), job.gate.stand_in(0), job.gate.stand_in(1))
+    costs = sum((plan(one).cost for one in parts), Cost("gate"))
+    names = tuple(step.name for step in sweeps)
+    return [*sweeps, Step("gate", (), costs, gate), Step("claims", (*names, "gate"), Cost("claims"), answer)]
+
+
+def run_mediation(job: MediationJob, out: Path, resume: bool = False, display: Display = no_display, judge: Judge | None = None) -> None:
+    """Runs a study into `out`. What is finished is on disk at every moment.
+
+    Raises:
+        UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
+    """
+    steps = mediation_steps(job, display, judge)
+    needed = sum(step.cost.written for step in steps)
+    with RunFolder.open(out, job.manifest(), resume, LEGAL, needed) as folder, folder.session():
+        run_steps(steps, out)
