@@ -191,7 +191,8 @@ COLUMNS_OF_TABLES = (
 
 
 @pytest.mark.parametrize(
-    ("extra", "more"), zip(COLUMNS_OF_TABLES, ({"outcome": ("log-odds", "logprob")}, {}, {"position": -1}), strict=True)
+    ("extra", "more"),
+    list(zip(COLUMNS_OF_TABLES, ({"outcome": ("log-odds", "logprob")}, {}, {"position": -1}), strict=True)),
 )
 def test_extra_columns_of_any_name_are_carried_along(tmp_path: Path, model: Any, extra: dict[str, Any], more: dict[str, Any]) -> None:
     pairs = [jm.PromptPair(one.id, one.base, one.source, one.target, one.foil, extra=extra) for one in tiny.PAIRS]
