@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -118,13 +119,66 @@ def test_all_problems_of_a_file_are_said_at_once(folder: Path, tmp_path: Path, c
     assert re.search(r"2 problems.*entry 1.*entry 3", capsys.readouterr().err, re.S)
 
 
-@pytest.mark.parametrize("more", [["--text", "neutral"], ["--text", "", "--given"]])
-def test_edits_act_on_answers_alone(folder: Path, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", [["--text", "", "--given"], ["--text", "", "--tasks", "arc_easy"]])
+def test_edits_do_not_act_on_what_is_given_or_on_tasks(
+    folder: Path, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = _write(tmp_path / "e.json", [{"kind": "zero", "site": "mlp_out"}])
     rows = _write(tmp_path / "rows.jsonl", json.dumps({"prompt": "how to", "response": "so"}) + "\n")
     asked = ["evaluate", "--model", str(folder), "--examples", str(rows), "--edits", str(file)]
     assert main([*asked, *more]) == 2
-    assert "act on answers alone" in capsys.readouterr().err
+    assert "act on answers and perplexity alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "zero", "site": "mlp_out", "layer": 1},
+        {"kind": "resample", "site": "neuron", "layer": [0, 2], "unit": [3, 17], "values": [0.5, -2.0]},
+        {"kind": "ablate-direction", "site": "residual_out", "direction": [1.0, *[0.0] * 14, 2.0]},
+        {"kind": "steer", "site": "residual_out", "layer": 1, "direction": [3.0, *[0.0] * 15], "coefficient": 2},
+    ],
+)
+def test_perplexity_under_edits_is_that_of_edited_forward_passes(folder: Path, entry: dict[str, Any], tmp_path: Path) -> None:
+    file = _write(tmp_path / "e.json", [entry])
+    text = _write(tmp_path / "text.txt", "a b c d e\n\nf g h\n\n" + "q" * 20)
+    asked = ["evaluate", "--model", str(folder), "--examples", "", "--text", str(text), "--edits", str(file)]
+    assert main([*asked, "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["perplexity"]
+    model, losses = jm.load(str(folder)), []
+    for part in text.read_text().split("\n\n"):
+        ids = jm.tokens.text_ids(model.tokenizer, part)
+        scores = jax.nn.log_softmax(jm.forward(model, ids, read_edits(file))[0][0], axis=-1)
+        losses += [-float(scores[at, token]) for at, token in enumerate(ids[1:])]
+    assert found["tokens"] == len(losses)
+    assert found["value"] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "more", "said"),
+    [
+        ({"kind": "zero", "site": "mlp_out", "position": 1}, [], "names positions or rows"),
+        ({"kind": "zero", "site": "mlp_out", "position": "current"}, [], "names positions or rows"),
+        ({"kind": "scale", "site": "attention_pattern", "unit": 1, "factor": 0.5}, [], "pairs of tokens"),
+        ({"kind": "zero", "site": "mlp_out"}, ["--edited", "generated"], "--edited generated"),
+        ({"kind": "zero", "site": "mlp_out", "layer": 3}, [], "names layer 3"),
+    ],
+)
+def test_edits_of_some_tokens_leave_no_perplexity(
+    folder: Path,
+    entry: dict[str, Any],
+    more: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jaxmed.cli.flags.SourceFlags.load", lambda self: pytest.fail("weights were loaded"))
+    file = _write(tmp_path / "e.json", [entry])
+    assert main(["evaluate", "--model", str(folder), "--examples", "", "--edits", str(file), *more]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert "--text ''" in found
 
 
 @pytest.mark.parametrize("position", ["current", [0, "current"]])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.errors import Notice
 from jaxmed.generation import generate_ids, texts, writers
 from jaxmed.interventions.edits import where
 from jaxmed.models.load import load
@@ -128,7 +130,6 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
         ({"max_tokens": 0}, "at least 1"),
         ({"top_p": 0.0}, "top_p"),
         ({"temperature": -1.0}, "temperature"),
-        ({"max_tokens": 600}, "exceed what this model takes"),
         ({"where": "answer"}, "generated"),
         ({"stop_texts": ["fine", "half \ud800"]}, "half of a surrogate pair"),
         ({"edits": {"attention_pattern": jm.Edit(1.0, 0.0)}}, "grow with it"),
@@ -138,6 +139,21 @@ def test_texts_go_in_and_out(plain_model: Model) -> None:
 def test_wrong_requests_are_refused(plain_model: Model, more: dict[str, Any], said: str) -> None:
     with pytest.raises(jm.UserError, match=said):
         generate_ids(plain_model, **{"prompts": PROMPTS, "max_tokens": 4, **more})
+
+
+@pytest.mark.parametrize("max_tokens", [4, 5, 40])
+def test_answers_may_be_longer_than_rotary_models_were_made_for_and_not_than_learned_positions(max_tokens: int) -> None:
+    model = tiny.model("llama")
+    asked = [np.arange(3, 12), np.arange(3, 15)]
+    short, learned = (replace(model, config=replace(model.config, max_length=16, **how)) for how in ({}, {"rope": None}))
+    free = [ids.tolist() for ids in generate_ids(model, asked, max_tokens, stops=[])]
+    if max_tokens == 4:  # 12 tokens and 4 more fit
+        assert [ids.tolist() for ids in generate_ids(short, asked, max_tokens, stops=[])] == free
+        return
+    with pytest.warns(Notice, match=f"{12 + max_tokens} tokens exceed the 16"):
+        assert [ids.tolist() for ids in generate_ids(short, asked, max_tokens, stops=[])] == free
+    with pytest.raises(jm.UserError, match="learned positions for 16"):
+        generate_ids(learned, asked, max_tokens)
 
 
 WRITTEN = {

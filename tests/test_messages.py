@@ -127,15 +127,48 @@ def test_all_problems_of_a_pairs_file_are_said_at_once(folder: Path, tmp_path: P
     for command in (["check", str(file)], ["sweep", "--pairs", str(file), "--out", str(tmp_path / "out")]):
         file.write_text("\n".join(json.dumps(one) for one in (*rows, {"id": "e"}, {"id": "f", "bse": "x"})))
         said = _refused(capsys, *command, "--model", folder, "--outcome", "logit-diff")
-        assert "2 problems" in said
-        assert "line 5" in said
-        assert "line 6" in said
+        for problem in ("2 problems", "line 5", "line 6", "pair 'b'", "pair 'c'"):
+            assert problem in said
         file.write_text("\n".join(json.dumps(one) for one in rows))
         said = _refused(capsys, *command, "--model", folder, "--outcome", "logit-diff")
         assert "2 problems" in said
         assert "pair 'b'" in said
         assert "pair 'c'" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["a,x,y,S,N", "a,v,w,S,N"], ["line 3: id 'a' was used before"]),
+        (["a,x,,S,N", "b,x,y,S,S"], ["line 2: pair 'a': needs", "pair 'b': 'S' is both"]),
+        (["a,x,y,two,N", "b,x,y", "c,x,y,,N"], ["pair 'a': outcome", "line 3: 3 fields", "pair 'c': outcome"]),
+        (["a,x", "b,y"], ["line 2: 2 fields", "line 3: 2 fields"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "sweep", "trace"])
+def test_rows_that_are_no_pairs_hide_no_problem_of_the_others(
+    folder: Path, tmp_path: Path, command: str, rows: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("\n".join(["id,base,source,target,foil", *rows]))
+    asked = [command, str(file)] if command == "check" else [command, "--pairs", str(file), "--out", str(tmp_path / "out")]
+    found = _refused(capsys, *asked, "--model", folder)
+    for problem in said:
+        assert problem in found
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [("target", 3, "a text or a list of texts is"), ("messages", [1], "an object is"), ("base", 1.5, "a text is")],
+)
+def test_types_are_said_in_words(
+    folder: Path, tmp_path: Path, column: str, value: object, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "a", "base": "x", "source": "y", "target": ["S"], "foil": ["N"], column: value}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert f"{column!r} holds {value!r}; {said} expected" in _refused(capsys, "check", tmp_path / "p.jsonl", "--model", folder)
 
 
 def test_check_says_what_it_has_checked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

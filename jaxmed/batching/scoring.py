@@ -15,6 +15,7 @@ from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, co
 from jaxmed.errors import UserError
 from jaxmed.interventions.checks import Extent, check_edits
 from jaxmed.interventions.edits import ANY, Edit
+from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
@@ -118,7 +119,7 @@ def score_responses(
         UserError: edits that name a position or a row: examples share rows.
     """
     found: dict[int, ResponseScore] = {}
-    checked = _everywhere(model, edits) if edits else None
+    checked = check_everywhere(model, edits) if edits else None
     for placed, batch in _passes(model, examples):
         values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch, checked))
         found |= {p.example: ResponseScore(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
@@ -126,12 +127,27 @@ def score_responses(
     return [found[at] for at in range(len(examples))]
 
 
-def _everywhere(model: Model, edits: Mapping[str, Edit]) -> dict[str, Edit]:
-    """The edits, checked."""
-    for site, edit in edits.items():
-        if edit.where is None or any((np.asarray(getattr(edit.where, name)) != ANY).any() for name in ("position", "row")):
+def check_everywhere(model: Model, edits: Mapping[str, Edit]) -> dict[str, Edit]:
+    """The edits, checked; needs the config, not the weights.
+
+    Raises:
+        UserError: edits that the model cannot take, or that do not act on every token alike.
+    """
+    checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
+    for site, edit in checked.items():
+        if "S" in SITES[site].axes:
+            raise UserError(f"The edit at {site!r} acts on pairs of tokens; responses that are scored share rows. Edit another site.")
+        if not _acts_everywhere(edit):
             raise UserError(f"The edit at {site!r} names positions or rows; responses are scored with edits of every token alone.")
-    return check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
+    return checked
+
+
+def _acts_everywhere(edit: Edit) -> bool:
+    """Whether an edit is the same at every token: entries that name neither row nor position, or dense fields with one of each."""
+    if edit.where is not None:
+        return all((np.asarray(getattr(edit.where, name)) == ANY).all() for name in ("position", "row"))
+    shapes = (np.shape(given) for given in (edit.gate, edit.value, edit.add))  # a scalar, or [L, B, T, ...]
+    return edit.tokens is None and all(shape[1:3] in ((), (1, 1)) for shape in shapes)
 
 
 @partial(jax.jit, static_argnames=("config",))

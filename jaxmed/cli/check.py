@@ -25,14 +25,12 @@ class Check(SweepFlags, ConfigFlags):
 
     def run(self) -> None:
         """Reads, tokenises, counts."""
-        pairs = self.pairs_of(self.pairs)
-        model, source = self.describe(), self.source()
-        job = self.job(model, pairs, source_model=None if source is None else source.describe())
+        pairs, job = self.checked(self.pairs, self.job)
         tokens = [len(one.base.ids) for one in job.contrasts]
         shorter = sum(len(one.base.ids) != len(one.source.ids) for one in job.contrasts)
         groups = ", ".join(f"{count} {name or 'without a category'}" for name, count in Counter(pair.category for pair in pairs).items())
         lines = [
-            f"{len(pairs)} pairs are in order for {model.name}: {groups}",
+            f"{len(pairs)} pairs are in order for {job.model.name}: {groups}",
             f"base prompts have {min(tokens)} to {max(tokens)} tokens; base and source differ in length in {shorter} pairs",
             f"answers are of the outcome{'s' * (len(self.outcome) > 1)} {', '.join(self.outcome)}; patched tokens: {self.position}",
         ]

@@ -21,26 +21,28 @@ KINDS = ("zero", "resample", "mean", "scale", "steer", "ablate-direction", "nois
 
 @dataclass(frozen=True, kw_only=True)
 class EditFlags:
-    """Interventions in the activations while a model answers."""
+    """Interventions in the activations while a model reads and answers."""
 
     edits: Path | None = None
-    """JSON list of interventions, such as [{"kind": "zero", "site": "neuron", "layer": 3, "unit": 17}]; see the guide on generation."""
+    """JSON list of interventions, such as [{"kind": "zero", "site": "neuron", "layer": 3, "unit": 17}]; see the guide on edits."""
     edited: Literal["both", "prompt", "generated"] = "both"
     """Tokens that --edits act on: those of the prompt, the generated ones, or both."""
 
     def how(self, model: Any, lengths: Sequence[int], most: int) -> dict[str, Any]:
-        """The arguments of `generate` that the flags stand for.
+        """The arguments of `generate` that the flags stand for, once the model has room for the answers.
 
         Args:
             lengths: tokens of every prompt.
             most: tokens written at most.
 
         Raises:
-            UserError: edits that this model cannot take, or that match no token.
+            UserError: edits that this model cannot take, or that match no token; more tokens than it has learned positions for.
         """
         from jaxmed.interventions.checks import Extent, check_edits
         from jaxmed.interventions.writing import split_edits
+        from jaxmed.tokens import check_length
 
+        check_length(model.config, max(lengths, default=0) + most, "A prompt with its answer")
         if self.edits is None:
             return {}
         edits = read_edits(self.edits)
@@ -50,6 +52,25 @@ class EditFlags:
         except UserError as error:
             raise UserError(f"{self.edits}: {error}") from None
         return {"edits": edits, "where": self.edited}
+
+    def everywhere(self, model: Any) -> dict[str, Any]:
+        """The edits for plain text, where nothing is written: those of every token.
+
+        Raises:
+            UserError: edits of some tokens alone, or that this model cannot take.
+        """
+        from jaxmed.evaluation.perplexity import check_everywhere
+
+        if self.edits is None:
+            return {}
+        edits, advice = read_edits(self.edits), "Add --text '' to leave perplexity out."
+        if self.edited != "both":
+            raise UserError(f"--edited {self.edited}: perplexity is measured with edits of every token alone. {advice}")
+        try:
+            check_everywhere(model, edits)
+        except UserError as error:
+            raise UserError(f"{self.edits}: {error} {advice}") from None
+        return edits
 
 
 def read_edits(file: Path) -> dict[str, Any]:

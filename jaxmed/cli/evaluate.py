@@ -49,10 +49,8 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
         if self.out is not None and not self.resume:
             check_absent(self.out)
-        if self.edits is not None and (self.text or self.tasks or self.given):
-            raise UserError(
-                "--edits act on answers alone: perplexity, tasks and given responses would be those of the unedited model. Add --text ''."
-            )
+        if self.edits is not None and (self.tasks or self.given):
+            raise UserError("--edits act on answers and perplexity alone: tasks and given responses would be those of the unedited model.")
         rows = chosen(self.examples, self.split, self.limit, responses=self.given) if self.examples else []
         whose = f"responses of {self.examples}" if self.given else f"answers of up to {self.tokens} tokens from {self.model}"
         plan = [f"{len(rows)} {whose}", *self.judge_lines()] if rows else []
@@ -107,8 +105,10 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
     def _check_model(self, rows: Sequence[Any]) -> None:
         """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""
         model = self.describe()
-        if not self.given:
+        if rows and not self.given:
             self._edits(model, rows)
+        if self.text:
+            self.everywhere(model)
         if self.text and self.against:
             self._other().describe()
 
@@ -164,7 +164,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
         if not self.text:
             return {}
-        here = perplexity(model, self.text)
+        here = perplexity(model, self.text, self.everywhere(model))
         found: dict[str, Any] = {"value": here.value, "tokens": here.tokens}
         if self.against:
             other = perplexity(self._other().load(), self.text)

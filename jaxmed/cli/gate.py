@@ -36,10 +36,8 @@ class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
         from jaxmed.reports.gate import write_gate
         from jaxmed.runs.folder import check_folder
 
-        pairs = self.pairs_of(self.pairs)
         check_folder(self.out, self.resume, LEGAL)
-        source = self.source()
-        job = make_gate(self.describe(), pairs, self.request(), None if source is None else source.describe())
+        _, job = self.checked(self.pairs, lambda model, pairs, other: make_gate(model, pairs, self.request(), other))
         if self.tokens and self.text:
             read_text(self.text)
         if self.tokens:
@@ -47,6 +45,7 @@ class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
         self._plan(job)
         if self.dry_run:
             return
+        source = self.source()
         job = job.with_weights(self.load(), None if source is None else source.load())
         judge = self.make_judge(self.out / KEPT, False, self.mesh) if self.tokens else None
         run_gate(job, self.out, self.resume, show.progress, judge)

@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jaxmed.cli import show
@@ -77,9 +78,14 @@ GROUPS: dict[str, str] = {
 """First words that several commands share, and what those commands are for."""
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    """A notice as a line of its own; other warnings as Python shows them."""
+def _show_warning(
+    told: set[str], message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A notice as a line of its own, once, whatever told of it; other warnings as Python shows them."""
     own = f"jaxmed: {message}\n"
+    if issubclass(category, Notice) and own in told:
+        return
+    told.add(own)
     (file or sys.stderr).write(own if issubclass(category, Notice) else warnings.formatwarning(message, category, filename, lineno, line))
 
 
@@ -88,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = partial(_show_warning, set())
     arguments = sys.argv[1:] if arguments is None else arguments
     with signals.handled():
         return _run(arguments)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, RunFlags
 from jaxmed.cli.report import write_report
+from jaxmed.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,30 @@ class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
         from jaxmed.prompts import read_pairs
 
         return self.first(read_pairs(source))
+
+    def checked(self, source: str, make: Callable[[Any, Sequence[Any], Any], T]) -> tuple[Sequence[Any], T]:
+        """The pairs of a file or bundled set, and the job that `make(model, pairs, source model)` makes of them; loads no weights.
+
+        Raises:
+            UserError: rows that are no pairs, together with what is wrong with the others.
+        """
+        from jaxmed.prompts.rows import RefusedRows
+
+        refused = None
+        try:
+            pairs = self.pairs_of(source)
+        except RefusedRows as error:
+            pairs, refused = error.others, error
+            if not pairs:
+                raise
+        try:
+            other = self.source()
+            made = make(self.describe(), pairs, None if other is None else other.describe())
+        except UserError as error:
+            raise error if refused is None else UserError(f"{refused}\nOf the other rows: {error}") from None
+        if refused is not None:
+            raise refused
+        return pairs, made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +155,13 @@ class Sweep(SweepFlags, RunFlags):
         from jaxmed.results import LEGAL
         from jaxmed.runs.folder import check_folder
 
-        pairs = self.pairs_of(self.pairs)
         check_folder(self.out, self.resume, LEGAL)
-        source = self.source()
         summary = {"seed": self.seed, "top": self.top, "by": self.by}
-        job = self.job(self.describe(), pairs, None if source is None else source.describe(), **summary)
+        _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))
         if self.dry_run:
             show_plan(job, "sweep", self.out if self.resume else None)
             return
+        source = self.source()
         ranked = sweep_job(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume)
         write_report([self.out], self.out / "report.html")
         show.top_units(self.out, ranked)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmed.batching.scoring import score_responses
+from jaxmed.batching.scoring import check_everywhere, score_responses
 from jaxmed.errors import UserError
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.model import Model
 from jaxmed.prompts.readers import read_text
 from jaxmed.statistics import ratio_interval
 from jaxmed.tokens import TokenizedExample, text_ids
+
+__all__ = ["SEGMENT", "Perplexity", "check_everywhere", "perplexity", "perplexity_ratio"]
 
 SEGMENT = 512
 """Tokens of plain text that see each other when perplexity is measured."""
@@ -44,7 +46,7 @@ def perplexity(model: Model, source: str | Path, edits: Mapping[str, Edit] | Non
         edits: interventions at every token.
 
     Raises:
-        UserError: no such file, or one without text; edits that name positions.
+        UserError: no such file, or one without text; edits that name positions, rows or pairs of tokens.
     """
     paragraphs = [part.strip() for part in read_text(source).split("\n\n") if part.strip()]
     ids = [text_ids(model.tokenizer, part) for part in paragraphs]

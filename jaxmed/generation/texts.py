@@ -75,9 +75,7 @@ def generate_ids(
         raise UserError(f"{said}.")
     if where not in WHERE:
         raise unknown("where", where, WHERE)
-    check_tokens(config, prompts, "A prompt", model.tokenizer)
-    if (longest := max(map(len, prompts))) + max_tokens > config.max_length:
-        raise UserError(f"A prompt of {longest} tokens and {max_tokens} more exceed what this model takes: {config.max_length}.")
+    check_tokens(config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
     checked = _check(model, edits)
     halves = split_edits(checked, where, [len(prompt) for prompt in prompts], max_tokens)
     ends = np.asarray(stop_tokens(model) if stops is None else stops, np.int32)

@@ -24,9 +24,12 @@ SPAN = "span_"
 """Columns of a pairs file whose names begin so say where a named span stands."""
 
 
+WORDS = {"target": "a text or a list of texts", "foil": "a text or a list of texts", "messages": "an object", "extra": "an object"}
+
+
 def expected(name: str) -> str:
-    """The types that a field of a pair may have, in words."""
-    return " or ".join(kind.__name__ for kind in KINDS.get(name, (str,)))
+    """What a field of a pair may hold, in words."""
+    return WORDS.get(name, "a text")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class PromptPair:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, KINDS.get(name, str)):
-                raise UserError(f"pair {quoted(self.id)}: {name!r} is {quoted(value)}; a {expected(name)} is expected.")
+                raise UserError(f"pair {quoted(self.id)}: {name!r} is {quoted(value)}; {expected(name)} is expected.")
         if said := odd_text(vars(self)):
             raise UserError(f"pair {quoted(self.id)}: {said}.")
         for name in ("target", "foil"):

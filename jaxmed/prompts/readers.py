@@ -74,7 +74,7 @@ def _pair(row: Any) -> PromptPair:
         problems.append("the column 'id' is missing or empty.")
     for key, value in given.items():
         if not isinstance(value, KINDS.get(key, str)):
-            problems.append(f"column {key!r} holds {quoted(value)}; a {expected(key)} is expected.")
+            problems.append(f"column {key!r} holds {quoted(value)}; {expected(key)} is expected.")
     if problems:
         raise UserError(" ".join(problems))
     extra = {**(row.get("extra") or {})} if isinstance(row.get("extra"), dict) else {}

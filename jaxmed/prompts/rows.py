@@ -23,6 +23,18 @@ WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
 """Names of HEx-PHI's files: lists of prompts."""
 
 
+class RefusedRows(UserError):
+    """Rows of a file that are refused.
+
+    Attributes:
+        others: what was made of the other rows.
+    """
+
+    def __init__(self, message: object, others: Sequence[Any]):
+        super().__init__(message)
+        self.others = list(others)
+
+
 def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection[str], what: str) -> tuple[str, Rows]:
     """What a source is called, and its rows.
 
@@ -57,7 +69,8 @@ def read_all(name: str, rows: Rows, read: Callable[[str, Any], T], columns: Sequ
         empty: what is said of a source without rows.
 
     Raises:
-        UserError: rows that `read` refuses or that could not be read, all listed with their places; no rows.
+        RefusedRows: rows that `read` refuses or that could not be read, all listed with their places.
+        UserError: no rows.
     """
     found: list[T] = []
     problems: list[str] = []
@@ -71,7 +84,7 @@ def read_all(name: str, rows: Rows, read: Callable[[str, Any], T], columns: Sequ
         except UserError as error:
             problems.append(f"{at}: {error}")
     if problems:
-        raise all_problems(name, problems, f"Columns: {', '.join(columns)}.")
+        raise RefusedRows(all_problems(name, problems, f"Columns: {', '.join(columns)}."), found)
     if not found:
         raise UserError(f"{name} {empty}")
     return found
