@@ -9,22 +9,18 @@ from typing import Any
 from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.judge import JudgeFlags
-from jaxmed.cli.sweep import ContrastFlags
+from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
 from jaxmed.files import read_csv
 from jaxmed.gating.spec import GateSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate(ContrastFlags, RunFlags, JudgeFlags, GateSpec):
+class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateSpec):
     """From single effects to a verdict: does a small group of a layer's neurons have most of its effect, on pairs that did not choose them,
     and does it gate what comes from before? With random, other-layer and shuffled controls, and other rankings beside ours."""
 
-    outcome: str = "log-odds"
-    """One of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
     position: str = "last"
     """Patched tokens: last, user_last, header, user, all, an index (negative counts from the end), or a substring."""
-    pairs: str = "harm"
-    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
     out: Path = Path("jaxmed-gate")
     """Folder for the sweeps, the chosen sets, gate.csv, verdicts.csv and report.html."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,15 @@ from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.gate import show_verdicts
 from jaxmed.cli.judge import JudgeFlags
-from jaxmed.cli.sweep import ContrastFlags
+from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
 from jaxmed.studies.mediation_spec import MediationSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mediation(ContrastFlags, RunFlags, JudgeFlags, MediationSpec):
+class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, MediationSpec):
     """Causal mediation end to end: where the request is read and the answer written, by which layers and modules, whether a few neurons of
     the last layer gate it, with controls; one page that answers the claims one by one."""
 
-    outcome: str = "log-odds"
-    """One of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
-    pairs: str = "harm"
-    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
     out: Path = Path("jaxmed-mediation")
     """Folder for the sweeps, the study of the gate, verdicts.csv and report.html."""
 
@@ -35,13 +32,16 @@ class Mediation(ContrastFlags, RunFlags, JudgeFlags, MediationSpec):
         from jaxmed.runs.folder import check_folder
         from jaxmed.studies.mediation import LEGAL, make_mediation, run_mediation
 
-        pairs, controls = self.pairs_of(self.pairs), read_pairs(self.controls) if self.controls else []
+        controls = read_pairs(self.controls) if self.controls else []
         check_folder(self.out, self.resume, LEGAL)
         source = self.source()
         contrast = self.contrast or ("pair" if source is None else "model")
         spec = MediationSpec(**{one.name: getattr(self, one.name) for one in fields(MediationSpec)})
-        models = self.describe(), None if source is None else source.describe()
-        job = make_mediation(models[0], pairs, controls, spec, self.outcome, self.form, contrast, models[1])
+
+        def made(model: Any, pairs: Sequence[Any], other: Any) -> Any:
+            return make_mediation(model, pairs, controls, spec, self.outcome, self.form, contrast, other)
+
+        _, job = self.checked(self.pairs, made)
         kept = self.out / "gate" / KEPT
         if self.tokens:
             self.check_judge(kept)

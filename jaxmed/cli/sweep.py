@@ -16,6 +16,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsFlag:
+    """What is compared."""
+
+    pairs: str = "harm"
+    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneOutcomeFlag:
+    """What is read, where it is one."""
+
+    outcome: str = "log-odds"
+    """One of: logit-diff, log-odds, logprob, prefix-gap, sequence-logprob, kl (units: nats, logit-diff: logits)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
     """Which two runs are compared, and where: the flags of every command that patches."""
 
@@ -134,11 +150,9 @@ class SweepFlags(ContrastFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(SweepFlags, RunFlags):
+class Sweep(PairsFlag, SweepFlags, RunFlags):
     """Exact effects of every unit on an outcome: effect = y(base; unit := its value in source) - y(base)."""
 
-    pairs: str = "harm"
-    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
     method: Literal["exact"] = "exact"
