@@ -179,6 +179,16 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         ranked = sweep_job(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume)
         write_report([self.out], self.out / "report.html")
         show.top_units(self.out, ranked)
+        show_stability(self.out)
+
+
+def show_stability(folder: Path) -> None:
+    """Prints how far the ranking is the same for other pairs, and the margin of null pairs, where the table says so."""
+    from jaxmed.reports.stability import stability
+    from jaxmed.results import open_results
+
+    if told := stability(open_results(folder, check=False)):
+        show.lines("The ranking and other pairs", [f"{label}: {line}" for label, line in told])
 
 
 def show_plan(job: Any, title: str, out: Path | None = None) -> float:

@@ -13,13 +13,15 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.mediators import EXPERT
+from jaxmed.effects.unit_blocks import UnitBlocks
 from jaxmed.files import write_csv
 from jaxmed.models.model import Model
 from jaxmed.models.transformer import head, matrix_rows
 
 STATISTICS = ("ci_low", "ci_high", "t", "p", "p_adjusted", "q")
+MARGIN = "p_margin"
 WEAKEST = ("weakest_category", "weakest_mean")
-COLUMNS = ["rank", "unit", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share", *STATISTICS]
+COLUMNS = ["rank", "unit", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share", *STATISTICS, MARGIN]
 COLUMNS += ["pairs_agreeing", *WEAKEST, "promotes", "suppresses"]
 
 
@@ -34,10 +36,11 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
     unit, outcome, mean = found.attrs["unit"], found.attrs["outcome"], found["mean"].values
     coordinate = table[unit].attrs["coordinate"]
     total = _mean_total(table, outcome, pairs)
-    values = effects.isel(pair=pairs).transpose("pair", ...).values.reshape(len(pairs), -1)
     categories = _categories(table, pairs)
+    first = statistics.strongest(mean, found["t"].values, found.attrs["smallest_p"])[:top]
+    taken = statistics.take(UnitBlocks(effects, pairs), first)
     rows = []
-    for rank, flat in enumerate(statistics.strongest(mean, found["t"].values, found.attrs["smallest_p"])[:top], 1):
+    for rank, (flat, values) in enumerate(zip(first, taken.T, strict=True), 1):
         at = np.unravel_index(flat, mean.shape)
         if not np.isfinite(mean[at]):
             break
@@ -54,9 +57,9 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
                 "category": found.attrs["category"],
                 "mean": float(mean[at]),
                 "share": float(mean[at]) / total if total else float("nan"),
-                **{name: float(found[name].values[at]) for name in STATISTICS},
-                "pairs_agreeing": f"{int((np.sign(values[:, flat]) == np.sign(mean[at])).sum())}/{len(values)}",
-                **_weakest(values[:, flat], table.group.values[pairs], categories, float(mean[at])),
+                **{name: float(found[name].values[at]) for name in (*STATISTICS, MARGIN) if name in found},
+                "pairs_agreeing": f"{int((np.sign(values) == np.sign(mean[at])).sum())}/{len(values)}",
+                **_weakest(values, table.group.values[pairs], categories, float(mean[at])),
             }
         )
     return rows
@@ -109,6 +112,6 @@ def name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
 
 
 def write_top(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes top.csv; the columns of experts and categories are there where a row has one."""
-    some = (*EXPERT, *WEAKEST, "category")
+    """Writes top.csv; the columns of experts, categories and the margin are there where a row has one."""
+    some = (*EXPERT, *WEAKEST, MARGIN, "category")
     write_csv(folder / results.TOP, rows, [name for name in COLUMNS if name not in some or any(row.get(name) for row in rows)])

@@ -13,14 +13,20 @@ from jaxmed import results, statistics
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.ranking import name_tokens, ranked, write_top
 from jaxmed.effects.table import TOGETHER
+from jaxmed.effects.unit_blocks import UnitBlocks
 from jaxmed.errors import notice
 from jaxmed.models.model import Model
 from jaxmed.results import NOT_FINITE
 from jaxmed.runs.folder import RunFolder, hold, read_run
 
+NULL = "paraphrase"
+"""The `control` of pairs whose sides say the same in other words: null pairs, whose effects set the margin."""
+
 
 def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int = 0, by: str = "") -> xr.Dataset:
-    """Adds statistics and the noise floor to the table in `folder`, writes top.csv, and returns the table.
+    """Adds statistics and the noise floor to the table in `folder`, writes top.csv, and returns the table, lazily read.
+
+    Effects are read a block of units at a time: memory holds the statistics, and what `UnitBlocks` reads at once.
 
     Args:
         model: for the tokens promoted; without it, those columns are left out.
@@ -30,21 +36,18 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
     Raises:
         UserError: a table that is damaged.
     """
-    table = results.open_results(folder).load()
-    parts = _parts(table, by)
+    table = results.open_results(folder)
+    parts, null = _parts(table, by), _null_pairs(table)
     rows: list[dict[str, Any]] = []
     added: dict[str, Any] = {"noise_floor": _noise(table)}
     for unit in swept_variables(table):
-        stacked = table[unit] if "outcome" in table[unit].dims else table[unit].expand_dims(outcome=[table.attrs["outcome"]])
-        found = []
+        found: dict[str, list[xr.Dataset]] = {}
         for category, pairs in parts.items():
-            of_outcomes = []
-            for outcome in map(str, stacked.outcome.values):
-                effects = stacked.sel(outcome=outcome)
-                of_outcomes.append(_statistics(table, effects, pairs, seed).assign_attrs(unit=unit, outcome=outcome, category=category))
-                rows += ranked(table, effects, of_outcomes[-1], pairs, top)
-            found.append(xr.concat(of_outcomes, "outcome") if "outcome" in table[unit].dims else of_outcomes[0])
-        added |= dict(_variables(unit, found))
+            for outcome, effects in _outcomes(table, unit):
+                of_pairs = _statistics(table, effects, pairs, null, seed)
+                found.setdefault(category, []).append(of_pairs.assign_attrs(unit=unit, outcome=outcome, category=category))
+                rows += ranked(table, effects, found[category][-1], pairs, top)
+        added |= dict(_variables(unit, found, "outcome" in table[unit].dims))
     name_tokens(rows, model)
     if wrong := results.not_finite(table):
         notice(f"{folder}: not finite in {', '.join(f'{count} (pair, layer) of {name}' for name, count in wrong.items())}. {NOT_FINITE}")
@@ -52,7 +55,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         results.append(folder, added)
         write_top(folder, rows)
         RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
-    return results.open_results(folder, check=False).load()
+    return results.open_results(folder, check=False)
 
 
 def swept_variables(table: xr.Dataset) -> list[str]:
@@ -75,26 +78,73 @@ def _noise(table: xr.Dataset) -> tuple[Any, np.ndarray, dict[str, Any]]:
     return noise.dims, noise.values, {}
 
 
-def _statistics(table: xr.Dataset, effects: xr.DataArray, pairs: np.ndarray, seed: int) -> xr.Dataset:
-    """Statistics of one unit kind and outcome over some pairs."""
-    effects = effects.isel(pair=pairs).transpose("pair", ...)
-    shape = effects.shape[1:]
-    found = statistics.summarise(effects.values.reshape(len(pairs), -1), table.group.values[pairs], table.split.values[pairs], seed=seed)
+def _null_pairs(table: xr.Dataset) -> np.ndarray:
+    """Indices of the control pairs in which nothing is to happen, where other pairs are counted."""
+    control = table.control.values
+    return np.flatnonzero((control == NULL) & (control == "").any())
+
+
+def _outcomes(table: xr.Dataset, unit: str) -> Iterator[tuple[str, xr.DataArray]]:
+    """(outcome, effects with the axis `pair` first), not read yet."""
+    if "outcome" not in table[unit].dims:
+        yield table.attrs["outcome"], table[unit]
+        return
+    for outcome in map(str, table.outcome.values):
+        yield outcome, table[unit].sel(outcome=outcome)
+
+
+def _statistics(table: xr.Dataset, effects: xr.DataArray, pairs: np.ndarray, null: np.ndarray, seed: int) -> xr.Dataset:
+    """Statistics of one unit kind and outcome over some pairs, against the margin of the null pairs where there are some."""
+    groups, margin = table.group.values, float("nan")
+    if len(null):
+        margin = statistics.null_margin(UnitBlocks(effects, null), groups[null], len(np.unique(groups[pairs])))
+    found = statistics.summarise(UnitBlocks(effects, pairs), groups[pairs], table.split.values[pairs], seed=seed, margin=margin)
     fields = {"mean": found.mean, "ci_low": found.low, "ci_high": found.high, "t": found.t}
     fields |= {"p": found.p, "p_adjusted": found.p_adjusted, "q": found.q}
+    fields |= {"p_margin": found.p_margin} if found.p_margin is not None else {}
     coords = {name: effects.coords[name] for name in effects.dims if name != "pair"}
     coords |= {name: effects.coords[name] for name in effects.coords if {*effects.coords[name].dims} <= {*effects.dims[1:]}}
-    arrays = {name: (effects.dims[1:], values.reshape(shape)) for name, values in fields.items()}
+    arrays = {name: (effects.dims[1:], values.reshape(effects.shape[1:])) for name, values in fields.items()}
     attributes = {"interval": found.interval, "smallest_p": found.smallest_p, "ranked": statistics.ranked_by(found.smallest_p)}
-    return xr.Dataset(arrays, coords=coords, attrs=attributes)
+    return xr.Dataset(arrays, coords=coords, attrs={**attributes, "told": _told(found, margin, len(np.unique(groups[null])))})
 
 
-def _variables(unit: str, found: list[xr.Dataset]) -> Iterator[tuple[str, tuple[Any, np.ndarray, dict[str, Any]]]]:
-    """The statistics of a unit as variables of the table, and those of its categories with `by_category` as their first axis."""
-    told = {name: found[0].attrs[name] for name in ("interval", "smallest_p", "ranked")}
-    for name in found[0].data_vars:
-        whole = found[0][name]
-        yield f"{unit}_{name}", (whole.dims, whole.values, told if name == "mean" else {})
-        if len(found) > 1:
-            names = {"by_category": [part.attrs["category"] for part in found[1:]]}
-            yield f"{unit}_by_category_{name}", (("by_category", *whole.dims), np.stack([part[name].values for part in found[1:]]), names)
+def _told(found: statistics.Summary, margin: float, null_groups: int) -> dict[str, float]:
+    """What holds for a unit kind as a whole, of one outcome: attributes of the mean, those alone that are known."""
+    told: dict[str, float] = {f"top{k}_jaccard": value for k, value in found.stability.items()}
+    if found.replication is not None:
+        told |= {"picked": found.replication.picked, "replicated": found.replication.replicated}
+    return told | ({"margin": margin, "null_groups": null_groups} if found.p_margin is not None else {})
+
+
+def _variables(
+    unit: str, found: dict[str, list[xr.Dataset]], outcomes: bool
+) -> Iterator[tuple[str, tuple[Any, np.ndarray, dict[str, Any]]]]:
+    """The statistics of a unit as variables of the table, and those of its categories with `by_category` as their first axis.
+
+    Args:
+        found: category -> statistics of every outcome; "" is all pairs.
+        outcomes: whether they are the rows of an axis `outcome`.
+    """
+    whole, categories = found[""], [name for name in found if name]
+    about = {name: whole[0].attrs[name] for name in ("interval", "smallest_p", "ranked")} | _by_outcome(whole)
+    for name in whole[0].data_vars:
+        if not all(name in one for of_pairs in found.values() for one in of_pairs):
+            continue
+        dims = (*(["outcome"] if outcomes else []), *whole[0][name].dims)
+        stacked = {
+            category: np.stack([one[name].values for one in of_pairs]) if outcomes else of_pairs[0][name].values
+            for category, of_pairs in found.items()
+        }
+        yield f"{unit}_{name}", (dims, stacked[""], about if name == "mean" else {})
+        if categories:
+            told = {"by_category": categories} | (
+                {"of_categories": [_by_outcome(found[one]) for one in categories]} if name == "mean" else {}
+            )
+            yield f"{unit}_by_category_{name}", (("by_category", *dims), np.stack([stacked[one] for one in categories]), told)
+
+
+def _by_outcome(found: list[xr.Dataset]) -> dict[str, list[float]]:
+    """`_told` of every outcome, one list per name; names that all of them have."""
+    told = [one.attrs["told"] for one in found]
+    return {name: [one[name] for one in told] for name in told[0] if all(name in one for one in told)}

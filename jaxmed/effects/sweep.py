@@ -195,4 +195,4 @@ def sweep(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)
         run_sweep(job, folder, resume, watch)
-        return summarise(folder, model, top, seed, by)
+        return summarise(folder, model, top, seed, by).load()

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmed.reports.cautions import noise_floor
 from jaxmed.reports.record import Record, is_partial, labels, mean_total, used_pairs
+from jaxmed.reports.stability import stability
 from jaxmed.reports.style import MISSING, count, number, percent, spans
 
 MOST_ROWS = 200
@@ -33,7 +34,7 @@ class Table:
 
 
 _TEXTS = ("promotes", "suppresses")
-_SOME = ("index", "expert", "t", "weakest in", *_TEXTS)
+_SOME = ("index", "expert", "t", "p_margin", "weakest in", *_TEXTS)
 """Columns that are left out where they are empty."""
 
 
@@ -72,6 +73,7 @@ def _cells(row: dict[str, str]) -> dict[str, str]:
         "p": number(row.get("p")),
         "p_adjusted": number(row.get("p_adjusted")),
         "q": number(row.get("q")),
+        "p_margin": number(row.get("p_margin"), ""),
         "pairs agreeing": row.get("pairs_agreeing") or MISSING,
         "weakest in": f"{row['weakest_category']}: {number(row.get('weakest_mean'))}" if row.get("weakest_category") else "",
         **{name: row.get(name) or "" for name in _TEXTS},
@@ -109,6 +111,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         found += [
             ("Intervals", str(attributes.get("interval", MISSING)).split(":")[0]),
             ("Smallest p", number(attributes.get("smallest_p"))),
+            *stability(record.table),
         ]
     return found
 

@@ -19,7 +19,7 @@ from jaxmed.files.arrays import find_damage, open_array, reason
 from jaxmed.results.table import TABLE, Table, label, open_group
 from jaxmed.runs.folder import RUN, RunFolder, read_run
 
-STATISTICS = ("_mean", "_ci_low", "_ci_high", "_t", "_p", "_p_adjusted", "_q", "noise_floor")
+STATISTICS = ("_mean", "_ci_low", "_ci_high", "_t", "_p", "_p_adjusted", "_q", "_p_margin", "noise_floor")
 """Endings of what `summarise` writes, which is made again from the effects."""
 
 

@@ -1,5 +1,6 @@
 """Statistics of effects over pairs, and every interval of the package: numpy in, numpy out."""
 
+from jaxmed.statistics.blocks import Blocks, group_means, take
 from jaxmed.statistics.flips import DISCOVERIES, flip_tests, max_t, replicate, sign_flip, smallest_p, studentised
 from jaxmed.statistics.intervals import (
     FEWEST_FOR_INTERVAL,
@@ -11,11 +12,15 @@ from jaxmed.statistics.intervals import (
     resample_weights,
     wilson,
 )
-from jaxmed.statistics.summary import Summary, group_means, ranked_by, share, strongest, summarise
+from jaxmed.statistics.stability import TOP
+from jaxmed.statistics.summary import Replication, Summary, null_margin, ranked_by, share, strongest, summarise
 
 __all__ = [
     "DISCOVERIES",
     "FEWEST_FOR_INTERVAL",
+    "TOP",
+    "Blocks",
+    "Replication",
     "Summary",
     "auc",
     "auc_interval",
@@ -23,6 +28,7 @@ __all__ = [
     "group_means",
     "max_t",
     "mean_interval",
+    "null_margin",
     "percentile_interval",
     "ranked_by",
     "ratio_interval",
@@ -34,5 +40,6 @@ __all__ = [
     "strongest",
     "studentised",
     "summarise",
+    "take",
     "wilson",
 ]

@@ -1,15 +1,35 @@
-"""All statistics of effects over pairs. The unit of resampling is the group."""
+"""All statistics of effects over pairs, a block of units at a time. The unit of resampling is the group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxmed.statistics.flips import flip_tests, replicate, scaled, smallest_p, studentised
+from jaxmed.statistics.blocks import Blocks, Grouping, as_blocks, group_means, take
+from jaxmed.statistics.flips import FlipTest, held_out_q, picked, scaled, smallest_p, strength, studentised
 from jaxmed.statistics.intervals import FEWEST_FOR_INTERVAL, INTERVAL, mean_interval
+from jaxmed.statistics.stability import FEWEST_FOR_STABILITY, Stability
 
-_BLOCK = 1 << 14
+LEVEL = 0.05
+FEWEST_IN_HALF = 3
+"""Groups of discovery and held-out pairs below which nothing is replicated."""
+NULL_QUANTILE = 0.999
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What held-out groups say of the units that discovery groups picked.
+
+    Attributes:
+        picked: units that the discovery groups picked.
+        replicated: those of them with q <= 0.05 in the held-out groups and a mean of the same sign.
+    """
+
+    picked: int
+    replicated: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,9 @@ class Summary:
         q: Benjamini-Hochberg q in the held-out groups of the units that the discovery groups picked; NaN elsewhere.
         smallest_p: the smallest p that this number of groups can reach.
         interval: how the interval was made, or why there is none.
+        p_margin: p of |mean| being above the margin, adjusted as `p_adjusted`; None without a margin.
+        stability: k -> mean Jaccard index of the first k units over resamples of groups; see `Stability.jaccard`.
+        replication: None where either half has fewer than `FEWEST_IN_HALF` groups.
     """
 
     mean: np.ndarray
@@ -36,48 +59,119 @@ class Summary:
     q: np.ndarray
     smallest_p: float
     interval: str
+    p_margin: np.ndarray | None = None
+    stability: Mapping[int, float] = field(default_factory=dict)
+    replication: Replication | None = None
 
 
-def group_means(x: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of x [pairs, units] within each group: [groups, units], and the groups' names in order of first appearance."""
-    names, first, index = np.unique(groups, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))[index]  # of the group that a pair belongs to
-    if len(names) == len(groups):
-        return np.asarray(x, np.float64), names[np.argsort(first)]
-    means = np.zeros((len(names), x.shape[1]))
-    for begin in range(0, x.shape[1], _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        np.add.at(means[:, block], rank, x[:, block])
-    return means / np.bincount(rank)[:, None], names[np.argsort(first)]
+class _Means:
+    """Group means of a run's pairs, a block of units at a time, with the sides that groups are on."""
+
+    def __init__(self, x: Blocks, groups: np.ndarray, splits: np.ndarray | None):
+        self.x, self.grouping = x, Grouping(groups)
+        self.groups, self.units = len(self.grouping.names), x.shape[1]
+        of_group = dict(zip(groups, splits, strict=True)) if splits is not None else {}
+        side = np.asarray([of_group.get(name, "") for name in self.grouping.names])
+        self.discovery, self.heldout = side == "discovery", side == "heldout"
+        self.halved = min(self.discovery.sum(), self.heldout.sum()) >= FEWEST_IN_HALF
+
+    def whole(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(units, group means [groups, block]) of the units that have a finite value in every group."""
+        for block, effects in self.x.blocks():
+            means = self.grouping.means(effects)
+            kept = np.isfinite(means).all(axis=0)
+            yield block.start + np.flatnonzero(kept), means if kept.all() else means[:, kept]
 
 
-def summarise(x: np.ndarray, groups: np.ndarray, splits: np.ndarray | None = None, flips: int = 2000, seed: int = 0) -> Summary:
+def summarise(
+    x: np.ndarray | Blocks,
+    groups: np.ndarray,
+    splits: np.ndarray | None = None,
+    flips: int = 2000,
+    seed: int = 0,
+    margin: float = math.nan,
+) -> Summary:
     """All statistics of effects x [pairs, units]; `groups` and `splits` are labels of the pairs.
 
-    Beside x, memory holds its group means and a copy of them in single precision, and blocks of units.
+    x is read block by block, some times over. Memory holds what is returned, [units] each, and blocks.
+
+    Args:
+        margin: what |mean| is tested against; see `null_margin`.
     """
-    means, names = group_means(np.asarray(x), groups)
-    count, units = means.shape
-    whole = np.isfinite(means).all(axis=0)
-    low, high = mean_interval(means)
-    t, p, p_adjusted, q = np.full((4, units), np.nan)
-    kept = means if whole.all() else means[:, whole]
-    if count >= 2:
-        t[whole] = studentised(kept)
-        p[whole], p_adjusted[whole] = flip_tests(scaled(kept), flips, seed)
-    if splits is not None:
-        of_group = dict(zip(groups, splits, strict=True))
-        side = np.asarray([of_group[name] for name in names])
-        discovery, heldout = kept[side == "discovery"], kept[side == "heldout"]
-        if min(len(discovery), len(heldout)) >= 3:
-            q[whole] = replicate(discovery, heldout, seed=seed)
+    means = _Means(as_blocks(x), groups, splits)
+    count, units = means.groups, means.units
+    mean, low, high, t, q, half_t = np.full((6, units), np.nan)
+    r, r_margin = np.zeros((2, units), np.float32)
+    stability = Stability(count, ranked_by(smallest_p(count, flips)) == "|t|", seed)
+    for those, values in means.whole():
+        mean[those], (low[those], high[those]) = values.mean(axis=0), mean_interval(values)
+        t[those] = studentised(values) if count >= 2 else np.nan
+        r[those] = np.abs(strength(scaled(values)))
+        r_margin[those] = np.maximum(strength(scaled(_beyond(values, margin))), 0) if math.isfinite(margin) else 0
+        half_t[those] = studentised(values[means.discovery]) if means.halved else np.nan
+        if count >= FEWEST_FOR_STABILITY:
+            stability.add(those, values)
+    replication = _replicate(means, half_t, q, seed) if means.halved else None
+    del half_t
+    whole = np.isfinite(mean)
+    p, p_adjusted = _flip(means, r, whole, flips, seed)
+    p_margin = _flip(means, r_margin, whole, flips, seed, margin)[1] if math.isfinite(margin) else None
     note = f"95 % {INTERVAL}; {count} groups"
     if count < FEWEST_FOR_INTERVAL:
         note = f"none: {count} groups are too few for an interval that holds its level (at least {FEWEST_FOR_INTERVAL})"
-    return Summary(means.mean(axis=0), low, high, t, p, p_adjusted, q, smallest_p(count, flips), note)
+    told = (smallest_p(count, flips), note, p_margin, stability.jaccard(), replication)
+    return Summary(mean, low, high, t, p, p_adjusted, q, *told)
 
 
-LEVEL = 0.05
+def _flip(means: _Means, r: np.ndarray, whole: np.ndarray, flips: int, seed: int, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """(p, p_adjusted), each [units], of units whose observed r [units] is known; NaN where a unit is not whole, and below two groups."""
+    found = np.full((2, means.units), np.nan)
+    if means.groups >= 2:
+        place = np.cumsum(whole) - 1  # of a unit among those that are whole
+        test = FlipTest(r[whole], means.groups, flips, seed)
+        for those, values in means.whole():
+            test.add(place[those], scaled(_beyond(values, margin) if margin else values))
+        found[:, whole] = test.p, test.adjusted()
+    return found[0], found[1]
+
+
+def _beyond(means: np.ndarray, margin: float) -> np.ndarray:
+    """Group means with the sign that makes a unit's mean positive, minus the margin."""
+    return means * np.where(means.mean(axis=0) < 0, -1.0, 1.0) - margin
+
+
+def _replicate(means: _Means, t: np.ndarray, q: np.ndarray, seed: int) -> Replication:
+    """Fills q [units] in for the units with the largest |t| [units] in discovery groups."""
+    known = np.flatnonzero(~np.isnan(t))
+    those = known[picked(t[known])]
+    values = means.grouping.means(take(means.x, those))
+    q[those] = held_out_q(values[means.heldout], seed=seed)
+    agree = np.sign(values[means.discovery].mean(axis=0)) == np.sign(values[means.heldout].mean(axis=0))
+    return Replication(len(those), int((agree & (q[those] <= LEVEL)).sum()))
+
+
+def null_margin(x: np.ndarray | Blocks, groups: np.ndarray, count: int) -> float:
+    """The size of mean effect that rewording alone has: a quantile over units of null pairs' |mean effect|.
+
+    The 99.9th percentile over units, so of fewer than a thousand units nearly the largest one: a unit beyond it does what one in a thousand
+    does at most where nothing is meant to happen, and a handful of units that react to wording do not set the margin for all.
+    A part of a null mean is noise between groups, which shrinks with the square root of their number; another part, how a unit reacts to
+    any rewording, does not shrink. So with more null groups than `count` the margin grows by the ratio of the roots, as the noise of a mean
+    over `count` groups would, and with fewer it stays as it is: too large rather than too small.
+
+    Args:
+        x: effects [pairs, units] of the null pairs.
+        count: groups of the pairs that are tested against the margin.
+
+    Returns:
+        The margin; NaN where no unit has a finite effect in all null pairs.
+    """
+    means = _Means(as_blocks(x), groups, None)
+    sizes = np.full(means.units, np.nan)
+    for those, values in means.whole():
+        sizes[those] = np.abs(values.mean(axis=0))
+    known = sizes[~np.isnan(sizes)]
+    return float(np.quantile(known, NULL_QUANTILE)) * max(1.0, math.sqrt(means.groups / count)) if len(known) else math.nan
 
 
 def ranked_by(smallest: float) -> str:
