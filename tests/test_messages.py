@@ -239,6 +239,26 @@ def test_a_table_of_sites_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsy
     assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
 
 
+LONG = ("layer", "index", "mean", "share", "p", "p_adjusted", "pairs agreeing", "weakest in", "output vector promotes")
+UNIT = ["1", "10", "-0.38", "-0.759", "0.5", "1", "2/2", "x -0.17", "'one' 'two' 'three' 'four' 'five'"]
+
+
+@pytest.mark.parametrize(("width", "lines"), [(200, 1), (80, 2), (30, 9)])
+def test_a_row_that_is_too_wide_has_its_last_cell_below(
+    width: int, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr(show, "out", Console(width=width, force_terminal=True, highlight=False, soft_wrap=True, no_color=True))
+    show.table("largest mean effects", LONG, [UNIT, ["2", *UNIT[1:]]])
+    said = capsys.readouterr().out.splitlines()
+    first, second = (next(at for at, line in enumerate(said) if re.match(rf"(layer)?\s*{layer}\b", line)) for layer in (1, 2))
+    assert second - first >= lines
+    assert (second - first == lines) or width < 80
+    assert ("layer 1" in said) == (width < 80)
+    assert all(len(line.rstrip()) <= width for line in said[1:])
+
+
 def _piped(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],

@@ -26,28 +26,49 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     """Prints a table whose first `left` columns are texts and the others numbers. No cell is ever cut or torn.
 
     What is piped has the width that it needs. On a terminal that is too narrow for that, headers are broken into lines; where that does
-    not help, each row becomes a paragraph of its own.
+    not help, the last column stands below each row; where that does not either, each row becomes a paragraph of its own.
     """
     out.print(visible(title), style="bold", markup=False)
     rows = [[visible(cell) for cell in row] for row in rows]  # names come from files
-    cells = [max((cell_len(row[number]) for row in rows), default=0) for number in range(len(columns))]
-    for shortest in (max(map(len, columns)), HEADER, 0):
-        heads = [_broken(column, max(cell, shortest)) for column, cell in zip(columns, cells, strict=True)]
-        widths = [max(cell, *map(len, head)) for cell, head in zip(cells, heads, strict=True)]
-        if out.is_terminal and sum(widths) + 2 * len(widths) - 2 > out.width:
-            continue
-        deepest = max(map(len, heads))
-        titles = [[""] * (deepest - len(head)) + head for head in heads]
-        for line in [*zip(*titles, strict=True), ["-" * width for width in widths], *rows]:
-            pads = [" " * (width - cell_len(cell)) for width, cell in zip(widths, line, strict=True)]
-            shown = [cell + pad if at < left else pad + cell for at, (cell, pad) in enumerate(zip(line, pads, strict=True))]
-            out.print("  ".join(shown).rstrip(), markup=False)
-        return
+    most = out.width if out.is_terminal else None
+    for count in (len(columns), len(columns) - 1):
+        for shortest in (max(map(len, columns)), HEADER, 0):
+            grid = _grid(columns[:count], [row[:count] for row in rows], shortest, left)
+            if count < 2 or (most is not None and max(map(cell_len, grid)) > most):
+                continue
+            heads = len(grid) - len(rows)
+            for number, line in enumerate(grid, -heads):
+                out.print(line.rstrip(), markup=False)
+                if number >= 0:
+                    _below(columns[count:], rows[number][count:])
+            return
     for row in rows:
-        out.print(row[0], markup=False)
-        for column, cell in zip(columns[1:], row[1:], strict=True):
-            text = textwrap.fill(f"{column}: {cell}", max(20, out.width), initial_indent="  ", subsequent_indent="    ")
-            out.print(text, markup=False)
+        out.print(f"{columns[0]} {row[0]}" if row[0].isdigit() else row[0], markup=False)
+        _below(columns[1:], row[1:])
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], shortest: int, left: int) -> list[str]:
+    """The lines of a table, headers broken where they are longer than their cells and than `shortest`."""
+    cells = [max((cell_len(row[number]) for row in rows), default=0) for number in range(len(columns))]
+    heads = [_broken(column, max(cell, shortest)) for column, cell in zip(columns, cells, strict=True)]
+    widths = [max(cell, *map(len, head)) for cell, head in zip(cells, heads, strict=True)]
+    deepest = max(map(len, heads))
+    titles = [[""] * (deepest - len(head)) + head for head in heads]
+    found = []
+    for line in [*zip(*titles, strict=True), ["-" * width for width in widths], *rows]:
+        pads = [" " * (width - cell_len(cell)) for width, cell in zip(widths, line, strict=True)]
+        shown = [cell + pad if at < left else pad + cell for at, (cell, pad) in enumerate(zip(line, pads, strict=True))]
+        found.append("  ".join(shown))
+    return found
+
+
+def _below(columns: Sequence[str], cells: Sequence[str]) -> None:
+    """Cells with the names of their columns, below a row; empty ones are left out."""
+    for column, cell in zip(columns, cells, strict=True):
+        if not cell:
+            continue
+        text = textwrap.fill(f"{column}: {cell}", max(20, out.width), initial_indent="  ", subsequent_indent="    ")
+        out.print(text, markup=False)
 
 
 HEADER = 9
