@@ -165,6 +165,9 @@ def test_a_sound_run_has_no_warning(sound: str) -> None:
         ({"pairs": 4}, "No confidence intervals: 4 groups are too few"),
         ({"pairs": 4}, "smallest p that this number of groups can reach is 0.125"),
         ({"noise": 0.5}, "near the noise floor"),
+        ({"totals": [0.0] * 12}, "The outcome is -1.00 in base and source of every pair. The mean total (0) is not above the noise floor"),
+        ({"totals": [1.0, -1.0] * 6}, "there is nothing to have a share of"),
+        ({"totals": [3.0, -1.0] * 6}, "The 95 % interval of the mean total, [-0.3"),
         ({"undone": 5}, "Partial run: 21 of 36 (pair, layer) chunks are done, 7 of 12 pairs in full. Means are over 7 pairs"),
     ],
 )

@@ -31,6 +31,23 @@ def test_share_is_a_ratio_of_means() -> None:
     assert statistics.share(x, total, np.asarray(["a", "b"]))[0] == pytest.approx(0.5)
 
 
+def test_nothing_is_divided_by_a_total_of_zero() -> None:
+    x, total, groups = np.asarray([[1.0], [1.0]]), np.asarray([1.0, -1.0]), np.asarray(["a", "b"])
+    assert np.isnan(statistics.share(x, total, groups)).all()
+    assert np.isnan(statistics.ratio_interval(np.ones(20), np.tile([1.0, -1.0], 10))).all()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_effects_that_are_all_zero_are_not_found(groups: int) -> None:
+    splits = np.asarray(["discovery", "heldout"])[np.arange(groups) % 2]
+    found = statistics.summarise(np.zeros((groups, 150)), np.arange(groups).astype(str), splits, margin=0.0)
+    assert (found.mean == 0).all()
+    for p in (found.p, found.p_adjusted, found.p_margin):
+        assert p is not None
+        assert np.isnan(p).all() if groups == 1 else (p == 1).all()
+    assert found.replication is None or found.replication.replicated == 0
+
+
 def test_smallest_p_of_a_sign_flip() -> None:
     x = np.asarray([[1.0], [1.1], [0.9], [1.2]])
     assert statistics.sign_flip(x)[0] == statistics.smallest_p(4) == 2 / 16

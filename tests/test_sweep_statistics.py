@@ -202,3 +202,12 @@ def test_without_null_pairs_there_is_no_margin(plain_model: Model, tmp_path: Pat
     assert len(table.neuron_mean.attrs["top10_jaccard"]) == 2
     assert "p_margin" not in (tmp_path / "run" / "top.csv").read_text().splitlines()[0]
     assert "neuron_p_margin" not in jm.sweep(plain_model, _pairs(2)[8:], unit="neuron")  # nothing but null pairs
+
+
+def test_a_total_of_nothing_is_no_denominator(plain_model: Model, tmp_path: Path) -> None:
+    """Base and source are the same text."""
+    same = [jm.PromptPair(f"{n}", f"{n} do a", f"{n} do a", ("S",), ("N",)) for n in range(3)]
+    jm.sweep(plain_model, same, unit="mlp_out", out=tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "top.csv").read_text().splitlines()))
+    assert {row["share"] for row in rows} == {"nan"}
+    assert "there is nothing to have a share of" in write_report([tmp_path / "run"], tmp_path / "page.html").read_text()

@@ -56,7 +56,7 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
                 "outcome": outcome,
                 "category": found.attrs["category"],
                 "mean": float(mean[at]),
-                "share": float(mean[at]) / total if total else float("nan"),
+                "share": float(mean[at]) / total,
                 **{name: float(found[name].values[at]) for name in (*STATISTICS, MARGIN) if name in found},
                 "pairs_agreeing": f"{int((np.sign(values) == np.sign(mean[at])).sum())}/{len(values)}",
                 **_weakest(values, table.group.values[pairs], categories, float(mean[at])),
@@ -65,12 +65,19 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
     return rows
 
 
+def noise_floor(table: xr.Dataset) -> xr.DataArray:
+    """Spread of the base outcome over all passes of a pair: [pair], or [outcome, pair]."""
+    highest = np.maximum(table.base_highest.max("layer"), table.base_outcome)  # the full forward is one more way to the same number
+    return highest - np.minimum(table.base_lowest.min("layer"), table.base_outcome)
+
+
 def _mean_total(table: xr.Dataset, outcome: str, pairs: np.ndarray) -> float:
-    """y(source) - y(base), as a mean over groups."""
-    ends = table[["base_outcome", "source_outcome"]]
-    ends = ends.sel(outcome=outcome) if "outcome" in ends.dims else ends
-    totals = (ends.source_outcome - ends.base_outcome).values[pairs]
-    return float(statistics.group_means(totals[:, None], table.group.values[pairs])[0].mean())
+    """y(source) - y(base), as a mean over groups; NaN where it is not above the noise floor: nothing is to be divided by it then."""
+    ends = table[["base_outcome", "source_outcome"]].assign(noise=noise_floor(table))
+    ends = (ends.sel(outcome=outcome) if "outcome" in ends.dims else ends).isel(pair=pairs)
+    totals = (ends.source_outcome - ends.base_outcome).values
+    total = float(statistics.group_means(totals[:, None], table.group.values[pairs])[0].mean())
+    return total if abs(total) > np.nan_to_num(ends.noise.values).max() else float("nan")
 
 
 def _categories(table: xr.Dataset, pairs: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from jaxmed import results, statistics
 from jaxmed.effects.mediators import MEDIATORS
-from jaxmed.effects.ranking import name_tokens, ranked, write_top
+from jaxmed.effects.ranking import name_tokens, noise_floor, ranked, write_top
 from jaxmed.effects.table import TOGETHER
 from jaxmed.effects.unit_blocks import UnitBlocks
 from jaxmed.errors import notice
@@ -39,7 +39,8 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
     table = results.open_results(folder)
     parts, null = _parts(table, by), _null_pairs(table)
     rows: list[dict[str, Any]] = []
-    added: dict[str, Any] = {"noise_floor": _noise(table)}
+    noise = noise_floor(table)
+    added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})}
     for unit in swept_variables(table):
         found: dict[str, list[xr.Dataset]] = {}
         for category, pairs in parts.items():
@@ -70,12 +71,6 @@ def _parts(table: xr.Dataset, by: str) -> dict[str, np.ndarray]:
     counted = table.control.values == "" if (table.control.values == "").any() else np.ones(table.sizes["pair"], bool)
     names = list(dict.fromkeys(map(str, table.category.values[counted]))) if by else []
     return {name: np.flatnonzero(counted & (table.category.values == name if name else True)) for name in ("", *filter(None, names))}
-
-
-def _noise(table: xr.Dataset) -> tuple[Any, np.ndarray, dict[str, Any]]:
-    highest = np.maximum(table.base_highest.max("layer"), table.base_outcome)  # the full forward is one more way to the same number
-    noise = highest - np.minimum(table.base_lowest.min("layer"), table.base_outcome)
-    return noise.dims, noise.values, {}
 
 
 def _null_pairs(table: xr.Dataset) -> np.ndarray:

@@ -11,14 +11,18 @@ from jaxmed.reports.record import (
     Record,
     finished_chunks,
     is_partial,
+    labels,
     mean_effect,
     mean_total,
+    noise_floor,
     select,
+    shared_total,
     totals,
     used_pairs,
 )
 from jaxmed.reports.style import count, number, percent
 from jaxmed.results import NEAR_TIE, NOT_FINITE, near_ties, not_finite
+from jaxmed.statistics import mean_interval
 
 LEVEL = 0.05
 CLEAR = 10.0  # an effect this many times the noise floor is read without a second thought
@@ -36,7 +40,7 @@ def cautions(record: Record) -> list[Caution]:
     """Everything that applies to a run, serious ones first."""
     found = [*_progress(record), *_finite(record), *_statistics(record), *_routing(record)]
     for outcome in record.outcomes:
-        found += [*_signs(record, outcome), *_noise(record, outcome), *_carrying(record, outcome)]
+        found += [*_nothing(record, outcome), *_signs(record, outcome), *_noise(record, outcome), *_carrying(record, outcome)]
     return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
 
 
@@ -99,6 +103,29 @@ def _routing(record: Record) -> Iterator[Caution]:
         )
 
 
+def _nothing(record: Record, outcome: str) -> Iterator[Caution]:
+    """A total that is nothing, or that may be nothing for other pairs."""
+    base, source = totals(record, outcome)
+    used, mean = used_pairs(record), mean_total(record, outcome)
+    about, floor = _about(record, outcome), noise_floor(record, outcome)
+    if abs(mean) <= floor:
+        constant = np.ptp(np.concatenate([base[used], source[used]])) <= floor
+        level = f"The outcome{about} is {number(float(base[used[0]]))} in base and source of every pair. " if constant else ""
+        yield Caution(
+            f"{level}The mean total{about} ({number(mean)}) is not above the noise floor ({number(floor)}): there is nothing to have a "
+            "share of, and no share is given."
+        )
+        return
+    groups = labels(record, "group")[used]
+    by_group = np.asarray([(source - base)[used][groups == name].mean() for name in dict.fromkeys(groups)])
+    low, high = (float(end) for end in mean_interval(by_group))
+    if low <= 0 <= high:
+        yield Caution(
+            f"The 95 % interval of the mean total{about}, [{number(low)}, {number(high)}], holds zero: for other pairs the total may be "
+            "nothing, or opposite. No share is to be quoted."
+        )
+
+
 def _signs(record: Record, outcome: str) -> Iterator[Caution]:
     base, source = totals(record, outcome)
     total = (source - base)[used_pairs(record)]
@@ -115,16 +142,6 @@ def _signs(record: Record, outcome: str) -> Iterator[Caution]:
             "so a positive share is an effect toward the foil.",
             serious=False,
         )
-
-
-def noise_floor(record: Record, outcome: str) -> float:
-    """Largest spread over a pair's base outcomes, max over pairs; NaN where nothing is done."""
-    if "noise_floor" in record.table and not is_partial(record):
-        stored = select(record.table["noise_floor"], outcome).values
-        return float(np.nanmax(stored)) if np.isfinite(stored).any() else float("nan")
-    low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
-    spread = (high.max("layer") - low.min("layer")).values
-    return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")
 
 
 def _median(record: Record, unit: str, outcome: str) -> float:
@@ -150,11 +167,11 @@ def _noise(record: Record, outcome: str) -> Iterator[Caution]:
 
 
 def _carrying(record: Record, outcome: str) -> Iterator[Caution]:
-    last, total = int(record.table["layer"].values[-1]), mean_total(record, outcome)
+    last, total = int(record.table["layer"].values[-1]), shared_total(record, outcome)
     for unit in record.shown("carry"):
         mean = mean_effect(record, unit, outcome).sel(layer=last)
         mean = mean.isel(position=-1) if "position" in mean.dims else mean
-        share = float(mean) / total if total else float("nan")
+        share = float(mean) / total
         at_last = f"its share at the last layer is {number(share)} by identity"
         identity = at_last if abs(share - 1) < 0.01 else "its share grows with depth by construction"
         replaced = f"{unit}{_about(record, outcome)} replaces everything computed up to its layer; {identity}"

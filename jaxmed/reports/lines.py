@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from jaxmed.reports.record import Record, labels, mean_effect, mean_total, select, statistic, swept, totals, used_pairs
+from jaxmed.reports.record import Record, labels, mean_effect, mean_total, select, shared_total, statistic, swept, totals, used_pairs
 from jaxmed.reports.style import CATEGORICAL, MISSING, Figure, canvas, label, number, percent
 
 MOST_PAIRS = 40
@@ -89,10 +89,10 @@ def _pairs(plot: go.Figure, record: Record, unit: str, outcome: str) -> None:
 
 
 def _line(plot: go.Figure, record: Record, unit: str, outcome: str) -> None:
-    mean, total = mean_effect(record, unit, outcome), mean_total(record, outcome)
+    mean, total = mean_effect(record, unit, outcome), shared_total(record, outcome)
     fields = [statistic(record, unit, outcome, name) for name in ("ci_low", "ci_high", "p")]
     low, high, p = (np.full(mean.shape, np.nan) if field is None else field.values for field in fields)
-    shares = [percent(v / total) if total else MISSING for v in mean.values]
+    shares = [percent(v / total) for v in mean.values]
     ranges = [f"[{number(a)}, {number(b)}]" if np.isfinite(a) else MISSING for a, b in zip(low, high, strict=True)]
     colour, dash, symbol = _style(record, unit)
     plot.add_scatter(

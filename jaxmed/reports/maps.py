@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from jaxmed.reports.record import Record, index_axis, mean_effect, mean_total, statistic, swept, used_pairs
-from jaxmed.reports.style import DIVERGING, EMPTY, MISSING, SEQUENTIAL, Figure, canvas, label, number, percent
+from jaxmed.reports.record import Record, index_axis, mean_effect, shared_total, statistic, swept, used_pairs
+from jaxmed.reports.style import DIVERGING, EMPTY, SEQUENTIAL, Figure, canvas, label, number, percent
 
 DOTS = 20
 
@@ -130,12 +130,12 @@ def head_map(record: Record, unit: str, outcome: str) -> Figure:
     """Layer by head: the mean effect, with share and both p on hover."""
     mean = swept(mean_effect(record, unit, outcome)).transpose("layer", "head_index")
     stored = [statistic(record, unit, outcome, field) for field in ("p", "p_adjusted")]
-    total = mean_total(record, outcome)
+    total = shared_total(record, outcome)
     tests = [
         np.full(mean.shape, np.nan) if p is None else p.sel(layer=mean["layer"]).transpose("layer", "head_index").values for p in stored
     ]
     notes = [
-        [[percent(v / total) if total else MISSING, number(p), number(adjusted)] for v, p, adjusted in zip(*row, strict=True)]
+        [[percent(v / total), number(p), number(adjusted)] for v, p, adjusted in zip(*row, strict=True)]
         for row in zip(mean.values, *tests, strict=True)
     ]
     hover = "layer %{y}<br>head %{x}<br>mean effect %{z:.3g}<br>share %{customdata[0]}<br>p %{customdata[1]}<br>p_adjusted %{customdata[2]}"

@@ -164,3 +164,19 @@ def mean_total(record: Record, outcome: str) -> float:
     used = used_pairs(record)
     total, groups = (source - base)[used], labels(record, "group")[used]
     return float(np.mean([total[groups == name].mean() for name in dict.fromkeys(groups)])) if len(used) else float("nan")
+
+
+def shared_total(record: Record, outcome: str) -> float:
+    """The mean total that effects are a share of; NaN where it is not above the noise floor."""
+    total = mean_total(record, outcome)
+    return total if abs(total) > np.nan_to_num(noise_floor(record, outcome)) else float("nan")
+
+
+def noise_floor(record: Record, outcome: str) -> float:
+    """Largest spread over a pair's base outcomes, max over pairs; NaN where nothing is done."""
+    if "noise_floor" in record.table and not is_partial(record):
+        stored = select(record.table["noise_floor"], outcome).values
+        return float(np.nanmax(stored)) if np.isfinite(stored).any() else float("nan")
+    low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
+    spread = (high.max("layer") - low.min("layer")).values
+    return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.reports.cautions import noise_floor
-from jaxmed.reports.record import Record, is_partial, labels, mean_total, used_pairs
+from jaxmed.reports.record import Record, is_partial, labels, mean_total, noise_floor, used_pairs
 from jaxmed.reports.stability import stability
 from jaxmed.reports.style import MISSING, count, number, percent, spans
 

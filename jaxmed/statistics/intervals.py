@@ -71,10 +71,14 @@ def _untransform(t: float, skewness: np.ndarray, n: int) -> np.ndarray:
 
 
 def ratio_interval(above: np.ndarray, below: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """(ratio of the means, low, high) of paired values [n]: the interval of the mean of what each pair adds to the ratio (delta method)."""
+    """(ratio of the means, low, high) of paired values [n]: the interval of the mean of what each pair adds to the ratio (delta method).
+
+    NaN where the mean of `below` is zero.
+    """
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    ratio = float(above.mean() / below.mean())
-    low, high = mean_interval(ratio + (above - ratio * below) / below.mean(), level)
+    mean = float(below.mean()) or math.nan
+    ratio = float(above.mean()) / mean
+    low, high = mean_interval(ratio + (above - ratio * below) / mean, level)
     return ratio, float(low), float(high)
 
 

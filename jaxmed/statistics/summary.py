@@ -191,7 +191,10 @@ def strongest(mean: np.ndarray, t: np.ndarray, smallest: float) -> np.ndarray:
 
 
 def share(x: np.ndarray, total: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Mean effect over mean total [units] (never the mean of ratios), both as means over groups; x [pairs, units], total [pairs]."""
+    """Mean effect over mean total [units] (never the mean of ratios), both as means over groups; x [pairs, units], total [pairs].
+
+    NaN where the mean total is zero.
+    """
     means, _ = group_means(np.asarray(x, np.float64), groups)
     totals, _ = group_means(np.asarray(total, np.float64)[:, None], groups)
-    return means.mean(axis=0) / totals.mean()
+    return means.mean(axis=0) / (totals.mean() or math.nan)
