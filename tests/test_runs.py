@@ -84,6 +84,28 @@ def test_a_run_of_another_request_is_not_continued(tmp_path: Path, now: dict[str
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
+MODEL = {"name": "m", "revision": None, "weights": "5ecc", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        ({**MODEL, "name": "/elsewhere/m"}, True),
+        ({**MODEL, "name": "./m"}, True),
+        ({**MODEL, "name": "hub/m", "weights": "0292"}, False),
+        ({**MODEL, "weights": "0292"}, False),
+        ({**MODEL, "dtype": "bfloat16"}, False),
+    ],
+)
+def test_a_model_is_its_weights_whatever_it_is_called(tmp_path: Path, now: dict[str, Any], same: bool) -> None:
+    _run(tmp_path / "out", {"model": MODEL})
+    if same:
+        _run(tmp_path / "out", {"model": now}, resume=True)
+    else:
+        with pytest.raises(UserError, match="another request"):
+            _run(tmp_path / "out", {"model": now}, resume=True)
+
+
 def test_what_is_reused_is_taken_from_the_run_that_goes_on(tmp_path: Path) -> None:
     _run(tmp_path / "out", {"a": 1, "chunk": {"neuron": 8}})
     with RunFolder.open(tmp_path / "out", {"a": 1, "chunk": {"neuron": 16}}, True, LEGAL, reused=("chunk",)) as folder:

@@ -81,12 +81,19 @@ def last_versions(record: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(out: Path, stored: Mapping[str, Any], now: Mapping[str, Any], reused: Sequence[str] = ()) -> None:
     """Raises a UserError where the manifest of a run in `out` is not that of the run that would continue it; see `RunFolder.open`."""
     now = simple(now)
-    different = [key for key in now if key not in reused and stored.get(key) != now[key]]
+    different = [key for key in now if key not in reused and not _same(stored.get(key), now[key])]
     if different:
         shown = "\n".join(f"  - {key}: {_differ(stored.get(key), now[key])}" for key in different)
         raise UserError(
             f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
         )
+
+
+def _same(stored: Any, now: Any) -> bool:
+    """Whether two entries agree. A model is its weights, whatever path or name it was loaded by."""
+    if isinstance(stored, dict) and isinstance(now, dict) and stored.get("weights") and {"name", "weights"} <= now.keys():
+        return {**stored, "name": now["name"]} == now
+    return stored == now
 
 
 def _differ(stored: Any, now: Any) -> str:
