@@ -45,12 +45,14 @@ UNRUN = {
     "docs/guides/evaluation.md": ("jaxmed evaluate --examples harmbench.csv", "pip install '.[harness]'"),
     "docs/guides/finetuning.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
     "docs/guides/gate.md": ("jaxmed gate",),
+    "docs/guides/mediation.md": ("jaxmed study mediation", "jaxmed study mediation"),
     "docs/guides/pruning.md": ("jaxmed study pruning",),
     "docs/guides/scale.md": ("jaxmed sweep --mesh",),
     "docs/guides/sweep.md": ("figure.write_image",),
     "docs/models.md": ("jaxmed evaluate --model qwen2.5-coder-0.5b-instruct", "jaxmed parity"),
     "docs/quickstart.md": ("pip install .", "jaxmed demo"),
     "docs/results/aligned-variant.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
+    "docs/results/mediation.md": ("jaxmed study mediation",),
     "docs/results/pruning-smollm2.md": ("jaxmed study pruning",),
 }
 """All of them: page -> how each begins."""

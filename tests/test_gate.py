@@ -64,11 +64,8 @@ def test_a_gate_is_told_from_what_merely_adds(study: tuple[str, Any, Path]) -> N
     gate = found["the group gates the effect of the strongest earlier mlp_out"]
     assert gate["verdict"] == ("supported" if name == "gate" else "not supported")
     assert float(gate["estimate"]) == pytest.approx(0.85 * planted.gating_index, abs=0.03)
-    rows = {
-        (row.role, row.by, row.k): measured(job, out).by_group(values).mean()
-        for row, values in measured(job, out).effects.items()
-        if row.draw == 0
-    }
+    effects = measured(job, out)
+    rows = {(case.role, case.by, case.k): effects.by_group(values).mean() for case, values in effects.effects.items() if not case.draw}
     all_of_them = 1 - rows["held", "strongest earlier mlp_out", 4] / rows["upstream", "strongest earlier mlp_out", 0]
     assert all_of_them == pytest.approx(planted.gating_index, abs=0.03)  # three neurons are planted
 
@@ -256,13 +253,13 @@ def _group(rng: np.random.Generator, neurons: int) -> Group:
 
 def test_a_clamp_holds_at_the_last_prompt_token_and_at_every_written_one() -> None:
     model, group = tiny.model("llama"), _group(np.random.default_rng(0), tiny.model("llama").config.neurons)
-    prompts = [np.arange(5, 5 + length, dtype=np.int32) for length in (4, 7, 6)]
+    prompts = [np.arange(5, 5 + length, dtype=np.int32) for length in (4, 6)]
     edits = clamp_edits(1, group, Clamp("top", "source", "base"), [len(ids) for ids in prompts])
-    written = generate_ids(model, prompts, 6, edits=edits, stops=())
-    plain = generate_ids(model, prompts, 6, stops=())
+    written = generate_ids(model, prompts, 3, edits=edits, stops=())
+    plain = generate_ids(model, prompts, 3, stops=())
     for ids, found in zip(prompts, written, strict=True):
         text = ids.tolist()
-        for _ in range(6):
+        for _ in range(3):
             late = list(range(len(ids) - 1, len(text)))
             at = [(place, unit) for place in late for unit in group.top]
             values = group.values["source"][[unit for _, unit in at]]

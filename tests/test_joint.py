@@ -104,6 +104,20 @@ def test_ways_to_the_logits_equal_full_forwards(kind: str, position: str) -> Non
     assert np.abs(table.neuron_via_later[0, last]).max() <= tolerances.EFFECTS
 
 
+def test_windows_of_layers_are_sets_of_their_modules(plain_model: Model) -> None:
+    found = jm.sweep(plain_model, tiny.PAIRS[:1], layer_window=2)
+    assert [str(name) for name in found.set.values] == [
+        f"{kind} {at}-{at + 1}" for kind in ("attention_out", "mlp_out", "both_out") for at in (0, 1)
+    ]
+    wanted = jm.patch(plain_model, tiny.PAIRS[0], [("mlp_out", 1), ("mlp_out", 2)]).effect
+    assert float(found.joint.sel(set="mlp_out 1-2")[0]) == pytest.approx(wanted, abs=tolerances.EFFECTS)
+    one = jm.sweep(plain_model, tiny.PAIRS[:1], unit="both_out", layer_window=1)
+    assert np.abs(one.joint.sel(set=[f"both_out {at}-{at}" for at in range(3)]).values - one.both_out.values).max() <= tolerances.EFFECTS
+    for width in (4, -1):
+        with pytest.raises(UserError, match="1 to 3 layers"):
+            jm.sweep(plain_model, tiny.PAIRS[:1], layer_window=width)
+
+
 HELD = {
     "a module": ([("neuron", 0, 3), ("head_out", 1, 2)], [("mlp_out", 1)]),
     "neurons and a head": ([("mlp_out", 0)], [("neuron", 1, 5), ("neuron", 2, 1), ("head_out", 2, 0)]),

@@ -110,6 +110,8 @@ class SweepFlags(ContrastFlags):
     sets: Path | None = None
     """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
+    layer_window: int = 0
+    """Adjacent layers whose attention outputs, MLP outputs, or both, are patched together, as sets for every place; 0: none."""
     paths: Path | None = None
     """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
     direction: Literal["forward", "reverse"] = "forward"
@@ -123,9 +125,10 @@ class SweepFlags(ContrastFlags):
         """
         from jaxmed.effects.job import make_job
         from jaxmed.effects.request import Request
-        from jaxmed.effects.sets import read_paths, read_sets
+        from jaxmed.effects.sets import layer_windows, read_paths, read_sets
 
         sets = () if self.sets is None else read_sets(self.sets)
+        sets += layer_windows(model.config.layers, self.layer_window) if self.layer_window else ()
         paths = () if self.paths is None else read_paths(self.paths)
         return make_job(
             model,

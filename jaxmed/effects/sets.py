@@ -71,6 +71,19 @@ def membership(config: ModelConfig, rows: Sequence[Sequence[Unit]], window: int,
     return found
 
 
+def layer_windows(layers: int, width: int, kinds: Sequence[str] = ("attention_out", "mlp_out", "both_out")) -> tuple[UnitSet, ...]:
+    """Sets of modules of `width` adjacent layers, for every place of the window: "mlp_out 3-7" (causal tracing: Meng et al. 2022).
+
+    Raises:
+        UserError: a width that is not 1 to `layers`.
+    """
+    if not 1 <= width <= layers:
+        raise UserError(f"--layer-window {width} is out of range: 1 to {layers} layers.")
+    firsts = range(layers - width + 1)
+    units = {(kind, first): tuple((kind, layer, 0) for layer in range(first, first + width)) for kind in kinds for first in firsts}
+    return tuple(UnitSet(f"{kind} {first}-{first + width - 1}", members) for (kind, first), members in units.items())
+
+
 def kinds_of(units: Iterable[Unit]) -> tuple[str, ...]:
     """The kinds of units."""
     return tuple(dict.fromkeys(kind for kind, _, _ in units))

@@ -20,7 +20,7 @@ from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.patches import PATCHES, mean_records
 from jaxmed.effects.request import Request
-from jaxmed.effects.sets import UnitPath, as_set, as_unit
+from jaxmed.effects.sets import UnitPath, as_set, as_unit, layer_windows
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item, one_outcome
@@ -146,6 +146,7 @@ def sweep(
     paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
     by: str = "",
     patch: str = "resample",
+    layer_window: int = 0,
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
@@ -173,6 +174,7 @@ def sweep(
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
         patch: what is written in the place of a unit's base value: "resample", its value in source; "zero"; "mean", its mean over the
             source runs of all pairs, at their patched tokens.
+        layer_window: adjacent layers whose modules are patched together, as further sets "mlp_out 3-7" for every place; 0: none.
         by: "category": statistics and top.csv of every category of pairs too.
         watch: called with (FLOPs done, effects done, pair id) after every item.
 
@@ -183,9 +185,10 @@ def sweep(
         UserError: anything in the arguments that cannot be used; nothing has run then.
     """
     outcomes = (outcome,) if isinstance(outcome, str) or callable(outcome) else tuple(outcome)
-    unit = (() if sets or paths else "neuron") if unit is None else unit
+    unit = (() if sets or paths or layer_window else "neuron") if unit is None else unit
     units = (unit,) if isinstance(unit, str) else tuple(unit)
     joint = tuple(as_set(name, given) for name, given in (sets or {}).items())
+    joint += layer_windows(model.config.layers, layer_window) if layer_window else ()
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)

@@ -85,8 +85,9 @@ class GateJob:
         return [self.pairs[number] for number in np.flatnonzero(self.halves == half)]
 
     def joint(self, half: int, sets: Sequence[UnitSet]) -> Job:
-        """The sweep of a half, with the sets that the other one has chosen."""
-        return make_job(self.model, self.tested(half), self.request.sweep(units=(), sets=tuple(sets)), self.source_model)
+        """The sweep of a half, with the sets that the other one has chosen; one layer stands for all, since sets have none of their own."""
+        request = self.request.sweep(units=(), sets=tuple(sets), layers=(self.layout.layer,))
+        return make_job(self.model, self.tested(half), request, self.source_model)
 
     def upstream_unit(self, name: str, chosen: dict[str, Unit]) -> Unit:
         """The module that a name stands for."""

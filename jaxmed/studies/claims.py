@@ -24,7 +24,7 @@ def make_claims(gate: GateJob, out: Path) -> list[Verdict]:
     total = writing["total"]
     claims = [
         _difference("late layers carry it", writing, "late", "early"),
-        _difference("MLPs carry more of it than attention", writing, "all mlp_out", "all attention_out"),
+        _difference("MLPs of late layers carry more of it than attention there", writing, "late mlp_out", "late attention_out"),
         _two_stages(reading, writing),
     ]
     if (out / "control").is_dir():

@@ -20,6 +20,7 @@ from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.sets import UnitSet
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run_sweep
+from jaxmed.errors import UserError
 from jaxmed.evaluation.judges import Judge
 from jaxmed.files import write_csv
 from jaxmed.gating.job import GateJob, GateRequest, gate_manifest, make_gate
@@ -32,6 +33,7 @@ from jaxmed.runs.watch import Display, no_display
 from jaxmed.studies.claims import make_claims
 from jaxmed.studies.mediation_spec import MediationSpec
 from jaxmed.studies.steps import Step, run_steps
+from jaxmed.tokens import BY_POSITION
 
 MODULES = ("attention_out", "mlp_out", "both_out")
 THIRDS = ("early", "middle", "late")
@@ -40,11 +42,13 @@ LEGAL = Legal(("reading", "writing", "control", "gate", VERDICTS, "report.html")
 
 
 def joint_sets(layers: int) -> tuple[UnitSet, ...]:
-    """What is patched together: all that each third of the layers adds, and all attention and all MLP outputs."""
-    parts = zip(THIRDS, np.array_split(np.arange(layers), 3), strict=True)
-    thirds = [UnitSet(name, tuple(("both_out", int(layer), 0) for layer in part)) for name, part in parts]
-    kinds = [UnitSet(f"all {kind}", tuple((kind, layer, 0) for layer in range(layers))) for kind in MODULES[:2]]
-    return (*thirds, *kinds)
+    """What is patched together: all that each third of the layers adds, and attention and MLP outputs of the late third and of all."""
+    thirds = dict(zip(THIRDS, np.array_split(np.arange(layers), 3), strict=True))
+    parts = {name: ("both_out", part) for name, part in thirds.items()}
+    parts |= {
+        f"{name} {kind}": (kind, part) for name, part in (("late", thirds["late"]), ("all", np.arange(layers))) for kind in MODULES[:2]
+    }
+    return tuple(UnitSet(name, tuple((kind, int(layer), 0) for layer in part)) for name, (kind, part) in parts.items())
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ def make_mediation(
     Raises:
         UserError: what a sweep or the study of a gate refuses.
     """
+    if spec.read_at in BY_POSITION:
+        raise UserError(
+            f"A study looks at one place where it is read; --read-at {spec.read_at} names one after another. Give user_last, ..."
+        )
     gate = make_gate(model, pairs, GateRequest(spec, outcome, spec.write_at, form, contrast), source_model)
     request = gate.request.sweep(units=MODULES, sets=joint_sets(model.config.layers))
     places = {"reading": spec.read_at, "writing": spec.write_at}
