@@ -22,10 +22,10 @@ from jaxmed.errors import UserError
 from jaxmed.evaluation.perplexity import perplexity
 from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.cases import Case, Layout, make_cases
-from jaxmed.gating.clamp import CLAMPS, Clamp, Group, clamp_edits, clamp_verdicts
+from jaxmed.gating.clamp import CLAMPS, Clamp, Group, Judging, clamp_edits, clamp_verdicts
 from jaxmed.gating.job import GateRequest, make_gate
 from jaxmed.gating.rankings import RANKINGS, Evidence, matched, order
-from jaxmed.gating.run import choose, measured, run_gate
+from jaxmed.gating.run import RULES, choose, measured, run_gate
 from jaxmed.gating.spec import GateSpec
 from jaxmed.gating.verdicts import adjacency, gating, gini, participation, smallest, sufficiency, whole_layer
 from jaxmed.generation import generate_ids
@@ -298,8 +298,10 @@ def test_answers_are_judged_once_and_compared_prompt_by_prompt(study: tuple[str,
     def never(*given: Any) -> list[float | None]:
         raise AssertionError("a finished condition was answered again")
 
-    run_gate(job, out, resume=True, judge=never)
+    run_gate(job, out, resume=True, judging=Judging(never, RULES.settings))
     assert (out / "answers.csv").read_bytes() == kept
+    with pytest.raises(UserError, match="judging"):
+        run_gate(job, out, resume=True, judging=Judging(never, {"judge": "http"}))
 
 
 def test_verdicts_on_answers(tmp_path: Path, study: tuple[str, Any, Path]) -> None:

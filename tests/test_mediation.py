@@ -118,6 +118,7 @@ def test_claims_follow_from_joint_effects() -> None:
     assert centres == pytest.approx([2 * 0.1 / 0.9, 2 * 0.7 / 0.8])
 
 
+@pytest.mark.slow
 def test_an_absent_behaviour_is_said_and_nothing_is_divided(tmp_path: Path) -> None:
     planted = jm.planted("gate")
     controls = [pair for pair in planted.pairs if pair.control]
@@ -183,6 +184,7 @@ def test_the_command_plans_and_refuses(command: list[str], tmp_path: Path, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_study_of_eight_billion_weights_is_planned_without_them(smol: Any) -> None:
     config = replace(SHAPES["llama-3.1-8b"], dtype="bfloat16")
     shapes = jax.eval_shape(lambda: random_params(config, 0, jm.make_mesh("data=1")))

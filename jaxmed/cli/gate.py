@@ -10,6 +10,7 @@ from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
+from jaxmed.evaluation.judges import JudgeSettings
 from jaxmed.files import read_csv
 from jaxmed.gating.spec import GateSpec
 
@@ -43,8 +44,7 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
             return
         source = self.source()
         job = job.with_weights(self.load(), None if source is None else source.load())
-        judge = self.make_judge(self.out / KEPT, False, self.mesh) if self.tokens else None
-        run_gate(job, self.out, self.resume, show.progress, judge)
+        run_gate(job, self.out, self.resume, show.progress, judging(self, self.out / KEPT))
         write_gate(self.out)
         show_verdicts(self.out)
 
@@ -72,6 +72,15 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
         besides = ", and the answers" * bool(self.tokens)
         lines.append(f"about {show_time(seconds)} at this machine's matmul rate ({rate / 1e9:,.0f} GFLOP/s){besides}")
         show.lines(f"gate: {job.model.name}, neurons of layer {job.layout.layer}", lines)
+
+
+def judging(flags: Any, kept: Path) -> Any:
+    """Who judges the answers, by the flags of a command; scores of an endpoint are kept beside `kept`. Rules, where nothing is written."""
+    from jaxmed.gating.clamp import Judging
+    from jaxmed.gating.run import RULES
+
+    settings = {one.name: str(getattr(flags, one.name)) for one in fields(JudgeSettings)}
+    return Judging(flags.make_judge(kept, False, flags.mesh), settings) if flags.tokens else RULES
 
 
 def show_verdicts(folder: Path) -> None:

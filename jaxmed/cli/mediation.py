@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
-from jaxmed.cli.gate import show_verdicts
+from jaxmed.cli.gate import judging, show_verdicts
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
 from jaxmed.studies.mediation_spec import MediationSpec
@@ -50,7 +50,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         if self.dry_run:
             return
         job = job.with_weights(self.load(), None if source is None else source.load())
-        run_mediation(job, self.out, self.resume, show.progress, self.make_judge(kept, False, self.mesh) if self.tokens else None)
+        run_mediation(job, self.out, self.resume, show.progress, judging(self, kept))
         write_mediation(self.out)
         show_verdicts(self.out)
 

@@ -6,7 +6,7 @@ last token and at every token that is written. Means are of the pairs that chose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,14 @@ CLAMPS = (
     Clamp("top", "source", "source"),
 )
 """All conditions: the effect on base prompts, its reverse, and what the same clamp does to prompts that need none."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges answers, and the settings that decide the scores: they make two studies the same."""
+
+    judge: Judge
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from jaxmed.gating.rankings import Evidence, Features
 from jaxmed.gating.spec import GateSpec
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
+from jaxmed.prompts.examples import digest
 from jaxmed.prompts.pair import PromptPair
+from jaxmed.prompts.readers import read_text
 from jaxmed.tokens import BY_POSITION
 
 MODULES = ("attention_out", "mlp_out")
@@ -173,4 +175,5 @@ def gate_manifest(job: GateJob) -> dict[str, Any]:
     request = {**asdict(job.request), "outcome": outcome_name(job.request.outcome)}
     sweeps = {name: manifest(one) for name, one in job.singles.items()}
     shared = {key: value for key, value in sweeps["modules"].items() if key not in ("request", "chunk", "layers")}
-    return {"gate": request, "layout": asdict(job.layout), **shared}
+    text = job.request.spec.text if job.request.spec.tokens else ""
+    return {"gate": request, "layout": asdict(job.layout), "contents": digest([], read_text(text) if text else ""), **shared}

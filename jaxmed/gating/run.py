@@ -23,7 +23,7 @@ from jaxmed.errors import unknown
 from jaxmed.evaluation.judges import Judge, refusal_rules
 from jaxmed.files import simple, write_json, write_text
 from jaxmed.gating.cases import Chosen, make_sets
-from jaxmed.gating.clamp import ANSWERS, CLAMPS, clamp_perplexity, clamp_verdicts, group_size, read_group, run_clamps
+from jaxmed.gating.clamp import ANSWERS, CLAMPS, Judging, clamp_perplexity, clamp_verdicts, group_size, read_group, run_clamps
 from jaxmed.gating.job import AUTO, GateJob, GateRequest, gate_manifest, make_gate
 from jaxmed.gating.rankings import Evidence, measure_features
 from jaxmed.gating.spec import GateSpec
@@ -43,17 +43,21 @@ SWEEPS = ("modules", "neurons", "half1", "half2")
 LEGAL = Legal((*SWEEPS, *SETS, *TABLES, f"{KEPT}.scores.jsonl", "report.html"), measured=TABLES)
 
 
-def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = no_display, judge: Judge | None = None) -> None:
+RULES = Judging(refusal_rules(), {"judge": "rules"})
+
+
+def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = no_display, judging: Judging = RULES) -> None:
     """Runs a study into `out`: four sweeps, judged answers, gate.csv and verdicts.csv. What is finished is on disk at every moment.
 
     Args:
-        judge: of answers; default: refusal rules.
+        judging: of answers; default: refusal rules.
 
     Raises:
         UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
     """
     needed = sum(plan(one).cost.written for one in (*job.singles.values(), *(job.stand_in(half) for half in HALVES)))
-    with RunFolder.open(out, gate_manifest(job), resume, LEGAL, needed) as folder, folder.session() as session:
+    same = {**gate_manifest(job), **({"judging": dict(judging.settings)} if job.request.spec.tokens else {})}
+    with RunFolder.open(out, same, resume, LEGAL, needed) as folder, folder.session() as session:
         for name, one in job.singles.items():
             _sweep(one, out / name, name, display)
             session.count(sweeps=1)
@@ -62,7 +66,7 @@ def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = n
             _sweep(job.joint(half, sets), out / f"half{half + 1}", f"joint patches, half {half + 1}", display)
             session.count(sweeps=1)
         found = measured(job, out)
-        write_tables(job, found, out, _clamped(job, found, out, judge or refusal_rules(), display) if job.request.spec.tokens else [])
+        write_tables(job, found, out, _clamped(job, found, out, judging.judge, display) if job.request.spec.tokens else [])
 
 
 def _clamped(job: GateJob, found: Measured, out: Path, judge: Judge, display: Display) -> list[Verdict]:

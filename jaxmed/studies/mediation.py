@@ -21,10 +21,10 @@ from jaxmed.effects.sets import UnitSet
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run_sweep
 from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import Judge
 from jaxmed.files import write_csv
+from jaxmed.gating.clamp import Judging
 from jaxmed.gating.job import GateJob, GateRequest, gate_manifest, make_gate
-from jaxmed.gating.run import run_gate
+from jaxmed.gating.run import RULES, run_gate
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.cost import Cost
@@ -109,7 +109,7 @@ def make_mediation(
     return MediationJob(spec, sweeps, gate)
 
 
-def mediation_steps(job: MediationJob, display: Display = no_display, judge: Judge | None = None) -> list[Step]:
+def mediation_steps(job: MediationJob, display: Display = no_display, judging: Judging = RULES) -> list[Step]:
     """The parts of a study, with what they cost."""
 
     def sweep(name: str) -> Step:
@@ -122,7 +122,7 @@ def mediation_steps(job: MediationJob, display: Display = no_display, judge: Jud
         return Step(name, (), replace(plan(job.sweeps[name]).cost, title=name), run)
 
     def gate(out: Path) -> None:
-        run_gate(job.gate, out / "gate", True, display, judge)
+        run_gate(job.gate, out / "gate", True, display, judging)
 
     def answer(out: Path) -> None:
         write_csv(out / VERDICTS, [asdict(one) for one in make_claims(job.gate, out)])
@@ -134,13 +134,13 @@ def mediation_steps(job: MediationJob, display: Display = no_display, judge: Jud
     return [*sweeps, Step("gate", (), costs, gate), Step("claims", (*names, "gate"), Cost("claims"), answer)]
 
 
-def run_mediation(job: MediationJob, out: Path, resume: bool = False, display: Display = no_display, judge: Judge | None = None) -> None:
+def run_mediation(job: MediationJob, out: Path, resume: bool = False, display: Display = no_display, judging: Judging = RULES) -> None:
     """Runs a study into `out`. What is finished is on disk at every moment.
 
     Raises:
         UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
     """
-    steps = mediation_steps(job, display, judge)
+    steps = mediation_steps(job, display, judging)
     needed = sum(step.cost.written for step in steps)
     with RunFolder.open(out, job.manifest(), resume, LEGAL, needed) as folder, folder.session():
         run_steps(steps, out)
