@@ -16,8 +16,10 @@ import jaxmed as jm
 from jaxmed.cli.main import main
 from jaxmed.effects.attribution import neuron_attribution
 from jaxmed.effects.contrast import Reading, make_contrast
+from jaxmed.effects.cost import plan
 from jaxmed.effects.engine import open_window, prepare
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.sets import read_sets
 from jaxmed.errors import UserError
 from jaxmed.evaluation.perplexity import perplexity
 from jaxmed.files import read_csv, write_csv
@@ -93,6 +95,14 @@ def test_all_neurons_together_are_the_mlp_and_the_rest_completes_them(study: tup
         first = order("effect", choose(job, out, half).evidence)[0]
         mine = job.halves == half
         assert np.abs(found.effects[Case("top", "effect", 1)][mine] - neurons[mine][:, first]).max() <= 1e-4
+
+
+def test_plans_count_what_will_run(study: tuple[str, Any, Path]) -> None:
+    _, job, out = study
+    for half in (0, 1):
+        real = job.joint(half, read_sets(out / f"sets{half + 1}.json"))
+        assert plan(job.stand_in(half)).cost.passes == plan(real).cost.passes
+        assert plan(job.stand_in(half)).cost.flops == pytest.approx(plan(real).cost.flops, rel=0.5), "upstream modules are not known yet"
 
 
 def test_a_finished_study_is_resumed_and_redrawn_without_change(study: tuple[str, Any, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,6 @@ def test_the_command_plans_and_refuses(command: list[str], tmp_path: Path, capsy
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_study_of_eight_billion_weights_is_planned_without_them(smol: Any) -> None:
     config = replace(SHAPES["llama-3.1-8b"], dtype="bfloat16")
     shapes = jax.eval_shape(lambda: random_params(config, 0, jm.make_mesh("data=1")))

@@ -11,6 +11,9 @@ from jaxmed.effects.mediators import Unit
 from jaxmed.effects.sets import UnitSet
 from jaxmed.gating.rankings import RANKINGS, Evidence, matched, order
 
+UPSTREAM = ("upstream", "held", "held matched")
+"""Roles in which a module before the layer is patched."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -130,7 +133,7 @@ def make_sets(cases: Sequence[Case], layout: Layout, chosen: Chosen) -> list[Uni
     def one(case: Case) -> UnitSet:
         layer = layout.control if case.role == "other layer" else layout.layer
         units = tuple(("neuron", layer, int(index)) for index in np.sort(neurons(case)))
-        if case.role in ("upstream", "held", "held matched"):
+        if case.role in UPSTREAM:
             return UnitSet(case.name, (chosen.upstream[case.by],), units)
         return UnitSet(case.name, units)
 

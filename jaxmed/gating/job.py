@@ -14,8 +14,7 @@ from jaxmed.effects.outcomes import OutcomeName, outcome_name
 from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitSet
 from jaxmed.errors import UserError
-from jaxmed.gating.cases import Case, Chosen, Layout, ladder, make_cases, make_sets
-from jaxmed.gating.rankings import Evidence, Features
+from jaxmed.gating.cases import UPSTREAM, Case, Layout, ladder, make_cases
 from jaxmed.gating.spec import GateSpec
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -101,14 +100,15 @@ class GateJob:
         return replace(self, model=model, source_model=source_model, singles=singles)
 
     def stand_in(self, half: int) -> Job:
-        """A sweep of a half that takes what the real one will take, before anything is known: for plans."""
-        size, config = self.layout.neurons, self.model.config
-        flat = np.zeros((1, size), np.float32)
-        features = Features(flat, flat, flat, np.zeros((1, config.width), np.float32), np.zeros((size, config.width), np.float32))
+        """A sweep of a half whose sets begin where the real ones will, before anything is known: for plans."""
         middle = {name: (kind, self.layout.layer // 2, 0) for kind, name in AUTO.items()}
-        upstream = {name: self.upstream_unit(name, middle) for name in self.layout.upstream}
-        chosen = Chosen(Evidence(np.zeros(size), 1.0, features, 0), np.zeros(size), upstream, 0)
-        return self.joint(half, make_sets(self.cases, self.layout, chosen))
+
+        def first(case: Case) -> Unit:
+            if case.role in UPSTREAM:
+                return self.upstream_unit(case.by, middle)
+            return "neuron", self.layout.control if case.role == "other layer" else self.layout.layer, 0
+
+        return self.joint(half, [UnitSet(case.name, (first(case),)) for case in self.cases])
 
 
 def make_gate(model: Model, pairs: Sequence[PromptPair], request: GateRequest, source_model: Model | None = None) -> GateJob:

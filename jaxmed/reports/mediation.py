@@ -35,7 +35,9 @@ def write_mediation(folder: Path, out: Path | None = None) -> Path:
     for name, title in {**places, "control": "Control pairs"}.items():
         if (folder / name).is_dir():
             record = read(folder / name)
-            drawn += [Figure(f"{title}: {one.title}", one.caption, one.plot) for one in figures(record, record.outcomes[0], 1)]
+            own = figures(record, record.outcomes[0], 1)
+            own = own[:-1] if name == "reading" else own  # base and source end alike, wherever they are patched
+            drawn += [Figure(f"{title}: {one.title}", one.caption, one.plot) for one in own]
     drawn += gate_figures(folder / "gate")
     facts = [("Outcome", read(folder / "writing").outcomes[0]), ("Read at", spec["read_at"]), ("Written at", spec["write_at"])]
     title = f"Mediation in {manifest['model']['name']}"
