@@ -79,7 +79,7 @@ class Group:
 
 def group_size(layout: Layout, k: int | None) -> int:
     """How many neurons are clamped: as many as suffice, where these are few; else as many as may be called few."""
-    most = max(at for at in layout.ladder if at <= max(FEW, SPARSE * layout.neurons))
+    most = max(at for at in layout.matchable if at <= max(FEW, SPARSE * layout.neurons))
     return k if k is not None and k <= most else most
 
 
