@@ -161,7 +161,7 @@ def test_rows_that_are_no_pairs_hide_no_problem_of_the_others(
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
-    [("target", 3, "a text or a list of texts is"), ("messages", [1], "an object is"), ("base", 1.5, "a text is")],
+    [("target", True, "a text or a list of texts is"), ("messages", [1], "an object is"), ("base", 1.5, "a text is")],
 )
 def test_types_are_said_in_words(
     folder: Path, tmp_path: Path, column: str, value: object, said: str, capsys: pytest.CaptureFixture[str]

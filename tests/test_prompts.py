@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,7 +74,7 @@ def test_csv_and_parquet_equal_jsonl(tmp_path: Path) -> None:
         (json.dumps(ROW), "used before, at line 1"),
         (json.dumps({**ROW, "id": "b", "base": None}), "needs 'base' and 'source'"),
         (json.dumps({**ROW, "id": "b", "target": [""]}), "non-empty texts"),
-        (json.dumps({**ROW, "id": "b", "target": 3}), "column 'target' holds 3"),
+        (json.dumps({**ROW, "id": "b", "target": True}), "column 'target' holds True"),
         (json.dumps({**ROW, "id": "b", "split": "train"}), "'train' is not one of"),
     ],
 )
@@ -141,9 +142,24 @@ def test_optional_cells_may_be_empty(tmp_path: Path) -> None:
     assert (pair.system, pair.messages, pair.response, pair.group) == (None, None, None, "a")
 
 
+@pytest.mark.parametrize(("given", "read"), [(4, "4"), (4.0, "4"), (-0.5, "-0.5"), ([4, "five"], "4"), ("4.0", "4.0")])
+def test_numeric_answers_are_texts(given: Any, read: str, tmp_path: Path) -> None:
+    rows = [{**ROW, "target": given}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert jm.read_pairs(tmp_path / "pairs.jsonl")[0].target[0] == jm.read_pairs(rows)[0].target[0] == read
+    if not isinstance(given, list):
+        assert jm.read_examples([{"prompt": "2 + 2", "response": given}])[0].response == read
+
+
+@pytest.mark.parametrize("given", [True, float("nan"), {"a": 4}, [True]])
+def test_what_is_no_answer_is_refused(given: Any) -> None:
+    with pytest.raises(jm.UserError, match="target"):
+        jm.read_pairs([{**ROW, "target": given}])
+
+
 def test_all_problems_of_a_file_are_told_at_once() -> None:
-    rows = [{**ROW, "id": "", "targt": ["S"], "foil": 4}, {**ROW, "id": 5, "split": "dev"}]
+    rows = [{**ROW, "id": "", "targt": ["S"], "foil": {"no": 1}}, {**ROW, "id": 5, "split": "dev"}]
     with pytest.raises(jm.UserError) as caught:
         jm.read_pairs(rows)
-    for said in ("'targt'", "'id' is missing", "'foil' holds 4", "'dev' is not one of"):
+    for said in ("'targt'", "'id' is missing", "'foil' holds", "'dev' is not one of"):
         assert said in str(caught.value)

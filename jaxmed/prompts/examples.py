@@ -12,7 +12,7 @@ from typing import Any
 from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.prompts.formats import FORMATS, as_columns
 from jaxmed.prompts.readers import misspelt
-from jaxmed.prompts.rows import read_all, read_rows, without_index
+from jaxmed.prompts.rows import as_text, read_all, read_rows, without_index
 
 BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude")
 HELDOUT = "heldout"
@@ -45,6 +45,8 @@ class Example:
 
 
 COLUMNS = tuple(f.name for f in fields(Example))
+NUMBERED = ("id", "category", "response")
+"""Columns whose numbers are read as texts."""
 
 
 def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool = True) -> list[Example]:
@@ -75,6 +77,7 @@ def _example(row: Any, responses: bool) -> Example:
         raise unknown("column", column, COLUMNS, known) if column else UserError("the column 'prompt' is missing or empty.")
     problems = [str(error) for column in row if column not in COLUMNS and (error := misspelt(column, COLUMNS, row)) is not None]
     row = {column: value for column, value in row.items() if column in COLUMNS and value is not None and value != ""}
+    row |= {column: as_text(row[column]) for column in NUMBERED if column in row}
     problems += [f"column {key!r} holds {quoted(value)}; a text is expected." for key, value in row.items() if not isinstance(value, str)]
     for column in ("prompt", "response") if responses else ("prompt",):
         if not str(row.get(column, "")).strip():

@@ -11,12 +11,12 @@ from typing import Any
 
 from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.prompts.pair import KINDS, PromptPair, expected
-from jaxmed.prompts.rows import read_all, read_rows, without_index
+from jaxmed.prompts.rows import as_text, read_all, read_rows, without_index
 
 BUNDLED = ("harm", "control", "facts")
 COLUMNS = tuple(f.name for f in fields(PromptPair) if f.name != "extra")
-LABELS = ("id", "category", "group", "split", "control")
-"""Columns whose whole numbers are read as texts."""
+NUMBERED = ("id", "category", "group", "split", "control", "target", "foil", "response")
+"""Columns whose numbers are read as texts."""
 TEXTS = ("neutral", "neutral-short")
 
 
@@ -68,7 +68,7 @@ def _pair(row: Any) -> PromptPair:
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
     row = without_index(row)
     given = {key: value for key, value in row.items() if value is not None and value != "" and key in COLUMNS}
-    given |= {key: str(given[key]) for key in LABELS if isinstance(given.get(key), int) and not isinstance(given[key], bool)}
+    given |= {key: as_text(given[key]) for key in NUMBERED if key in given}
     problems = [str(error) for column in row if column not in COLUMNS and (error := misspelt(column, COLUMNS, row)) is not None]
     if not given.get("id"):
         problems.append("the column 'id' is missing or empty.")

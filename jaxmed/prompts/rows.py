@@ -23,6 +23,19 @@ WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
 """Names of HEx-PHI's files: lists of prompts."""
 
 
+LARGEST = 10**15
+"""Numbers from here on are no answers, and floats do not hold all of them."""
+
+
+def as_text(value: Any) -> Any:
+    """A number as people write it, and numbers in a list likewise: answers such as 4, and 4.0 where a column has gaps; else the value."""
+    if isinstance(value, list | tuple):
+        return [as_text(one) for one in value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
+        return value
+    return str(int(value)) if value == int(value) else str(value)
+
+
 class RefusedRows(UserError):
     """Rows of a file that are refused.
 
