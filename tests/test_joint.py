@@ -148,7 +148,8 @@ def test_held_units_keep_their_base_values_while_the_others_respond(kind: str, p
         wanted = naive.outcome(model, pair, "base", "log-odds", merge(edits, *_held_edits(model, pair, held))) - base
         found = float(table.joint.sel(set=name)[0])
         assert found == pytest.approx(wanted, abs=tolerances.EFFECTS), name
-        assert abs(found - float(free.joint.sel(set=name)[0])) > tolerances.EFFECTS, "holding them changes nothing here"
+        if not model.config.experts:  # there a neuron of an unused expert does nothing, held or not
+            assert abs(found - float(free.joint.sel(set=name)[0])) > tolerances.EFFECTS, "holding them changes nothing here"
     assert abs(float(table.joint.sel(set="the stream")[0])) <= tolerances.EFFECTS, "nothing goes past a held residual stream"
     assert jm.patch(model, pair, [("mlp_out", 0)], position=position, held=HELD["neurons and a head"][1]).effect == pytest.approx(
         float(table.joint.sel(set="neurons and a head")[0]), abs=tolerances.EFFECTS

@@ -107,7 +107,7 @@ class Block(nnx.Module):
 
     def add_attention(self, h: jax.Array, raw: jax.Array, touch: Touch = untouched) -> jax.Array:
         """residual_in [B,T,D] and the output projection, bias not yet added [B,T,D] -> residual_mid."""
-        raw = touch("attention_raw", raw + lead(self.out_bias[...], raw.ndim) if self.config.out_bias else raw)
+        raw = touch("attention_raw", raw + lead(self.out_bias[...], raw.ndim).astype(raw.dtype) if self.config.out_bias else raw)
         return touch("residual_mid", h + touch("attention_out", self.post(raw, "attention_post_norm")))
 
     def mlp(self, h: jax.Array, touch: Touch = untouched) -> jax.Array:
@@ -125,7 +125,7 @@ class Block(nnx.Module):
             weight = touch("routing", route(config, scores))
             neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
         raw = self.times(neuron, "down")
-        raw = touch("mlp_raw", raw + lead(self.down_bias[...], raw.ndim) if config.mlp_bias else raw)
+        raw = touch("mlp_raw", raw + lead(self.down_bias[...], raw.ndim).astype(raw.dtype) if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
 
     def post(self, raw: jax.Array, norm: str) -> jax.Array:

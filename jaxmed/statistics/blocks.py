@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 _BLOCK = 1 << 13
 
 
+@runtime_checkable
 class Blocks(Protocol):
     """Effects [pairs, units] that can be read as often as needed, a block of units at a time: (units, effects [pairs, block])."""
 
