@@ -128,7 +128,7 @@ def test_wrong_settings_are_refused(plain_model: Model, settings: dict[str, Any]
         ([{"prompt": "a", "response": " "}], "line 1: the column 'response'"),
         ([{"prompt": "a", "respnse": "b"}], "respnse"),
         ([{"prompt": "a", "response": "b", "split": "heldout"}], "no rows to train on"),
-        ([{"prompt": "a", "response": 3}], "a text is expected"),
+        ([{"prompt": "a", "response": ["b"]}], "a text is expected"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, rows: list[dict[str, Any]], said: str) -> None:
