@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from jaxmed.reports.style import number
@@ -31,5 +32,6 @@ def _line(means: Mapping[str, Mapping[str, Any]], outcomes: list[str], names: tu
 
 def _numbers(told: Mapping[str, Any], outcomes: list[str], names: tuple[str, ...], text: str) -> Iterator[str]:
     for at, outcome in enumerate(outcomes):
-        shown = text.format(*(number(told[name][at]) for name in names))
+        values = [told[name][at] for name in names]
+        shown = text.format(*(f"{one:,}" if isinstance(one, int | np.integer) else number(one) for one in values))
         yield f"{shown} ({outcome})" if outcome else shown
