@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.effects.job import make_job
 from jaxmed.effects.outcomes import encode_answers
+from jaxmed.effects.request import Request
 from jaxmed.tokens import answer_ids, encode_example, locate, render, written_text
 from tests.tokenizers_of_families import KINDS, TEMPLATES, tokenizer
 
@@ -184,6 +188,46 @@ def test_templates_of_models_that_think(thought: str) -> None:
         assert fast.decode(got.ids[got.prompt :]) == "Sure.<|end|>"
 
 
+def test_where_answers_stand_in_whole_conversations_is_told(plain_model: jm.Model) -> None:
+    pair = jm.PromptPair("p", "hi", "you", ("Sure",), ("No",))
+    model = replace(plain_model, config=replace(plain_model.config, vocabulary=420))
+
+    def told(thought: str, pair: jm.PromptPair = pair) -> list[str]:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            make_job(replace(model, tokenizer=tokenizer("byte-level BPE", THOUGHTS.get(thought, thought))), [pair], Request())
+        return [str(one.message) for one in heard if "Outcomes are read" in str(one.message)]
+
+    (said,) = told("an empty thought in past turns")
+    assert "stand behind '<t>\\n</t>\\n'" in said
+    assert "--prefill" in said
+    (said,) = told("a thought that is asked for")
+    assert "past turns another way" in said
+    assert not told("an empty thought in past turns", replace(pair, base_prefill="<t>\n</t>\n", source_prefill="<t>\n</t>\n"))
+    assert not told("ChatML")
+
+
+def test_a_template_that_wants_contents_in_parts_gets_them() -> None:
+    """In the manner of models that see pictures: a text alone would be left out in silence."""
+    fast = tokenizer(
+        "byte-level BPE",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )
+    prompt = render(fast, "hi there")
+    assert prompt.text == "<|user|>hi there<|end|><|assistant|>"
+    assert prompt.text[slice(*prompt.user)] == "hi there"
+    got = encode_example(fast, jm.Example("hi there", "Sure, here.", system="Name a colour."))
+    assert fast.decode(got.ids[1:]) == "<|system|>Name a colour.<|end|><|user|>hi there<|end|><|assistant|>Sure, here.<|end|>"
+
+
+def test_a_template_that_says_a_date_keeps_it() -> None:
+    constant = (
+        "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}|{{ messages[0].content }}"
+    )
+    assert render(tokenizer("byte-level BPE", constant), "hi").text == "26 Jul 2024|hi"
+
+
 @pytest.mark.parametrize(
     ("template", "header"), [("Llama 2", " [/INST]"), ("ChatML", "<|im_start|>assistant\n"), ("DeepSeek", "Assistant:")]
 )
@@ -203,7 +247,8 @@ def test_the_header_is_what_follows_the_users_turn(template: str, header: str) -
         "{% set today = strftime_now %}{{ today('%d %B %Y') }}",
         "{% macro day(form='%d') %}{{ strftime_now(form) }}{% endmacro %}{{ day() + ' ' + day('%B') + ' ' + day(form='%Y') }}",
         "{{ strftime_now(format='%d %B %Y') }}",
-        "{% if date_string is not defined %}{% set date_string = 'today' %}{% endif %}{{ date_string | replace('Jan', 'January') }}",
+        "{{ date_string | replace('Jan', 'January') }}",
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %B %Y') %}{% endif %}{{ date_string }}",
     ],
 )
 def test_dates_are_fixed_in_every_form(template: str) -> None:

@@ -38,6 +38,8 @@ class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
     contrast: Literal["pair", "prefill", "model"] | None = None
     """How a pair becomes two runs: pair, as it stands; prefill, base's request with the pair's two openings of the answer; model, base's
     prompt in two models. Default: pair, or model where a source model is given."""
+    prefill: str = ""
+    """Opening of the assistant's turn in pairs that have none of their own, such as a model's empty thought."""
     source_model: str | None = None
     """Model that values come from, on the same tokens: a more (or less) aligned sibling of --model, of the same sizes and vocabulary."""
     source_revision: str | None = None
@@ -59,7 +61,10 @@ class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
         """The pairs of a file or bundled set, as many as the limit leaves."""
         from jaxmed.prompts import read_pairs
 
-        return self.first(read_pairs(source))
+        return [self._opened(pair) for pair in self.first(read_pairs(source))]
+
+    def _opened(self, pair: Any) -> Any:
+        return replace(pair, base_prefill=pair.base_prefill or self.prefill, source_prefill=pair.source_prefill or self.prefill)
 
     def checked(self, source: str, make: Callable[[Any, Sequence[Any], Any], T]) -> tuple[Sequence[Any], T]:
         """The pairs of a file or bundled set, and the job that `make(model, pairs, source model)` makes of them; loads no weights.
@@ -73,7 +78,7 @@ class ContrastFlags(ModelFlags, LimitFlag, FormFlag):
         try:
             pairs = self.pairs_of(source)
         except RefusedRows as error:
-            pairs, refused = error.others, error
+            pairs, refused = [self._opened(pair) for pair in error.others], error
             if not pairs:
                 raise
         try:

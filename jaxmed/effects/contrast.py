@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxmed.effects.outcomes import Answers, OutcomeName, encode_answers
-from jaxmed.errors import UserError, all_problems
+from jaxmed.errors import UserError, all_problems, notice, quoted
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.tokens import PackedPrompt, Patch, align, check_tokens, pack, render
+from jaxmed.tokens import OTHERWISE, PackedPrompt, Patch, align, check_tokens, pack, render
 
 
 @dataclass(frozen=True)
@@ -116,4 +116,18 @@ def make_contrasts(model: Model, pairs: Sequence[PromptPair], reading: Reading, 
         raise UserError(problems[0])
     if problems:
         raise all_problems("pairs", problems)
+    if not all(callable(outcome) for outcome in reading.outcomes):
+        _tell_gap(model, CONTRASTS[reading.contrast](pairs[0]), reading.form)
     return tuple(found)
+
+
+def _tell_gap(model: Model, pair: PromptPair, form: str) -> None:
+    """Says where answers stand in whole conversations, where that is not right behind the prompt."""
+    gap = render(model.tokenizer, pair, "base", form).gap
+    if gap is None:
+        notice(f"Outcomes are read right behind the prompt; in whole conversations {OTHERWISE}.")
+    elif gap:
+        notice(
+            f"Outcomes are read right behind the prompt; in whole conversations this model's answers stand behind {quoted(gap)}. "
+            f"To read them there, open the assistant's turn with it: --prefill, or the columns base_prefill and source_prefill."
+        )

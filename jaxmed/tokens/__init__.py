@@ -3,7 +3,7 @@
 Public as `jm.tokens`: `render` (one prompt, with the places of its parts), `batch` and `pad` (many prompts as one array).
 """
 
-from jaxmed.tokens.answers import TokenizedExample, encode_example, tell_seams
+from jaxmed.tokens.answers import OTHERWISE, TokenizedExample, encode_example, tell_seams
 from jaxmed.tokens.batch import batch, pad
 from jaxmed.tokens.encode import has_text, show_tokens, text_ids
 from jaxmed.tokens.ends import end_tokens
@@ -17,6 +17,7 @@ __all__ = [
     "BUCKETS",
     "BY_POSITION",
     "DATE",
+    "OTHERWISE",
     "WINDOW_BUCKETS",
     "WORDS",
     "PackedPrompt",

@@ -35,6 +35,8 @@ class Prompt:
         lead: what the form writes before an answer that follows: " " where the template itself puts a space there.
         trims: whether the template drops the spaces that an answer begins with.
         bos: whether begin-of-sequence comes first.
+        gap: what whole conversations have between this prompt and an answer, such as an empty thought or the name of a channel; None where
+            they do not begin as this prompt does.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Prompt:
     lead: str = ""
     trims: bool = False
     bos: bool = True
+    gap: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,17 @@ def _chat_parts(tokenizer: Any, ask: _Ask) -> dict[str, Any]:
     closed, opening = (render_chat(tokenizer, ask.chat, generation) for generation in (False, True))
     user = user_span(tokenizer, ask.chat, opening)
     header = len(closed) if opening.startswith(closed) and opening != closed else user[1]
+    begun = answer_beginning(tokenizer, ask.chat, opening, "")
     if ask.prefill:
-        given = answer_beginning(tokenizer, ask.chat, opening, ask.prefill)
+        whole = begun and begun.strip() and ask.prefill.startswith(begun)  # the template's own block, which it would write once more
+        given = ask.prefill if whole else answer_beginning(tokenizer, ask.chat, opening, ask.prefill)
         return {"text": opening + (ask.prefill if given is None else given), "user": user, "header": header}
-    lead = answer_beginning(tokenizer, ask.chat, opening, "") or ""
+    lead, gap = ("", begun) if begun is None or begun.strip() else (begun, "")  # a block of its own: a model that is asked writes it or not
     trims = not lead.strip() and answer_beginning(tokenizer, ask.chat, opening, " ") == lead
-    if lead.strip():  # a block of its own, such as an empty thought, which a model that is asked writes or not
-        lead = ""
     if opening.endswith(" ") and _merges(tokenizer, opening):
         lead = opening[len(opening.rstrip(" ")) :] + lead
         opening = opening.rstrip(" ")
-    return {"text": opening, "user": user, "header": header, "lead": lead, "trims": trims}
+    return {"text": opening, "user": user, "header": header, "lead": lead, "trims": trims, "gap": gap}
 
 
 def _merges(tokenizer: Any, opening: str) -> bool:

@@ -6,6 +6,7 @@ Nothing is searched for by its words: a message is found by rendering the chat o
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ _NOW = (
     "{%- for name, value in fixed_dates.items() -%}{%- set found.text = found.text.replace(name, value) -%}{%- endfor -%}"
     "{{- found.text -}}{%- endmacro +%}"
 )
+_SETS_DATE = re.compile(r"\bset\s+date_string\s*=")
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVDFTRehnklPst" for flag in ("-", "")] + ["%%"]
 
 
@@ -63,13 +65,37 @@ def render_chat(tokenizer: Any, chat: Chat, generation: bool, **more: Any) -> st
     """
     template = chat_template(tokenizer)
     check_chat(chat)
+    given = {"tokenize": False, "add_generation_prompt": generation, **_fixed_date(template), **more}
     try:
-        return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation, **_fixed_date(template), **more)
+        return tokenizer.apply_chat_template(_in_parts(chat) if _needs_parts(tokenizer, template) else list(chat), **given)
     except Exception as error:  # a template is a program: it raises what it likes
         roles = [message["role"] for message in chat]
         raise UserError(
             f"The model's chat template refuses a chat of {', '.join(roles)}: {str(error)[:LONGEST]!r}. {_advice(roles)}"
         ) from None
+
+
+def _in_parts(chat: Chat) -> list[dict[str, Any]]:
+    """A chat whose contents are lists of parts, as the templates of models that see pictures want them."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+
+
+_PARTS: dict[str, bool] = {}
+
+
+def _needs_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a template leaves out a message that is one text, and writes one that is a list of parts."""
+    if template not in _PARTS:
+        chat = [{"role": "user", "content": MARK}]
+        _PARTS[template] = not _writes(tokenizer, template, chat) and _writes(tokenizer, template, _in_parts(chat))
+    return _PARTS[template]
+
+
+def _writes(tokenizer: Any, template: str, chat: Sequence[Any]) -> bool:
+    try:
+        return MARK in tokenizer.apply_chat_template(list(chat), tokenize=False, **_fixed_date(template))
+    except Exception:  # a template is a program: it raises what it likes
+        return False
 
 
 def _advice(roles: Sequence[str]) -> str:
@@ -83,10 +109,11 @@ def _advice(roles: Sequence[str]) -> str:
 def _fixed_date(template: str) -> dict[str, Any]:
     """Arguments that make a template print `DATE`: as the variable `date_string`, and as a macro in place of `strftime_now`.
 
-    Functions do not reach a template, so the macro replaces every directive of a format by its value: whatever name the template gives
-    the function, and wherever its format comes from.
+    A template that sets `date_string` itself keeps what it says: a constant is fixed already. Functions do not reach a template, so the
+    macro replaces every directive of a format by its value: whatever name the template gives the function, and wherever its format
+    comes from.
     """
-    day: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y")}
+    day: dict[str, Any] = {} if _SETS_DATE.search(template) else {"date_string": DATE.strftime("%d %b %Y")}
     if "strftime_now" in template:
         day["fixed_dates"] = {directive: "%" if directive == "%%" else DATE.strftime(directive) for directive in _DIRECTIVES}
         day["chat_template"] = _NOW + template
