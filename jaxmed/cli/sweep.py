@@ -109,9 +109,12 @@ class SweepFlags(ContrastFlags):
     estimand: tuple[str, ...] = ("indirect",)
     """One or several of: indirect, direct, total, interaction (natural effects; those but indirect run the turned pair too), to_logits
     (what the unit writes into the logits itself), via_later (what later layers make of it), both_ways (the rest of the indirect effect)."""
-    patch: Literal["resample", "zero", "mean"] = "resample"
+    patch: Literal["resample", "zero", "mean", "noise", "scale", "steer", "ablate-direction"] = "resample"
     """What is written in the place of a unit's base value: resample, its value in source; zero; mean, its mean over the source runs of all
-    pairs, at their patched tokens."""
+    pairs, at their patched tokens; noise, base's value plus Gaussian noise; scale, a multiple of base's value; steer, base's value plus a
+    multiple of the mean of source minus base over all pairs; ablate-direction, base's value without its component along that mean."""
+    patch_factor: float | None = None
+    """The number of noise (standard deviations; default 3), scale (default 2) and steer (default 1)."""
     sets: Path | None = None
     """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
@@ -142,6 +145,7 @@ class SweepFlags(ContrastFlags):
                 outcomes=self.outcome,
                 units=self.unit or (() if sets or paths else ("neuron",)),
                 patch=self.patch,
+                patch_factor=self.patch_factor,
                 sets=sets,
                 paths=paths,
                 position=self.position,
@@ -170,7 +174,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     by: Literal["", "category"] = ""
     """Statistics, top.csv and tables of every category of pairs too: category."""
     seed: int = 0
-    """Seed of resamples and sign flips."""
+    """Seed of resamples and sign flips, and of --patch noise."""
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""

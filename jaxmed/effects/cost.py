@@ -11,6 +11,7 @@ import numpy as np
 from jaxmed import results
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import BLOCK, Job, shapes_of
+from jaxmed.effects.patches import PATCHES
 from jaxmed.effects.table import table_bytes
 from jaxmed.effects.work import Item
 from jaxmed.runs.cost import Cost, propagate_flops
@@ -76,6 +77,12 @@ def full_forwards(job: Job, pair: int) -> float:
     return 2 * len(job.sides(job.contrasts[pair])) * propagate_flops(config, 1, seen, 0, config.layers)
 
 
+def reference_forwards(job: Job) -> float:
+    """FLOPs of the full forwards of all pairs that the patch refers to."""
+    config, sides = job.model.config, len(PATCHES[job.request.patch].needs)
+    return sides * sum(propagate_flops(config, 1, shapes_of(one)[0].seen, 0, config.layers) for one in job.contrasts)
+
+
 def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepPlan:
     """The cost of a job.
 
@@ -87,6 +94,7 @@ def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepP
     works = [estimator.work(job, item) for item in items]
     pairs = sorted({item.pair for item in items})
     flops = sum(work.flops for work in works) + sum(full_forwards(job, pair) for pair in pairs)
+    flops += reference_forwards(job) if items else 0.0
     programs = len({shape for contrast in job.contrasts for shape in shapes_of(contrast)}) * len(job.groups)
     cost = Cost("sweep", flops, sum(work.passes for work in works), written=table_bytes(job), programs=programs)
     patches = sum(len(job.contrasts[pair].patches) for pair in pairs)

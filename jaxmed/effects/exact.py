@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from jaxmed.effects.estimands import ESTIMANDS, PASSES, variable
 from jaxmed.effects.job import BLOCK, Job, Shape, shapes_of
 from jaxmed.effects.joint import path_values, set_values
 from jaxmed.effects.mediators import MEDIATORS, Unit
-from jaxmed.effects.patches import PATCHES
+from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work, in_table, one_outcome
@@ -116,8 +116,7 @@ class Exact:
         stream = bool(job.request.sets or job.request.paths)
         sides = job.sides(job.contrasts[pair])
         prepared = {turned: prepare(side, job.request.outcomes, job.request.kinds, stream) for turned, side in sides.items()}
-        patch, means = PATCHES[job.request.patch], job.means or {}
-        prepared = {turned: replace(one, source=patch.values(one.source, means)) for turned, one in prepared.items()}
+        prepared = {turned: with_patch(one, job.request.patching, job.reference) for turned, one in prepared.items()}
         return OpenPair(prepared, {turned: [open_window(one, p) for p in one.contrast.patches] for turned, one in prepared.items()})
 
     def start(self, job: Job, item: Item, opened: OpenPair) -> Callable[[], list[Chunk]]:

@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.estimands import ESTIMANDS, PASSES
-from jaxmed.effects.mediators import MEDIATORS, Record
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
 from jaxmed.effects.readout import READ_BUCKETS, read_columns
+from jaxmed.effects.reference import Reference
 from jaxmed.effects.request import Request, check_request, check_spans, layers_of
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
@@ -28,7 +29,7 @@ class Job:
 
     Attributes:
         chunk: rows per device of every program, by `chunk_key`; a resumed run takes those it began with.
-        means: of source runs, for patches that need them; made when the job runs.
+        reference: what the patch has to know of all pairs; made when the job runs.
     """
 
     model: Model
@@ -38,7 +39,7 @@ class Job:
     contrasts: tuple[Contrast, ...]
     source_model: Model | None = None
     chunk: dict[str, int] = field(default_factory=dict)
-    means: Record | None = field(default=None, compare=False)
+    reference: Reference | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -151,6 +152,8 @@ def manifest(job: Job) -> dict[str, Any]:
     request, model = job.request, job.model
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
     del settings["top"], settings["by"]
+    if request.patch_factor is None:
+        del settings["patch_factor"]
     return {
         "request": settings,
         **({"history": list(model.history)} if model.history else {}),

@@ -9,7 +9,7 @@ from jaxmed.effects.contrast import CONTRASTS, Contrast
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
-from jaxmed.effects.patches import PATCHES
+from jaxmed.effects.patches import Patching, check_patch
 from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, kinds_of
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
@@ -32,7 +32,7 @@ class Request:
         window: neurons per window of the unit "window".
         layers: layers to sweep; None is all.
         form: how prompts are written; see `prompts.forms`.
-        seed: of resamples and flips.
+        seed: of resamples and flips, and of a patch with noise.
         top: rows per unit in top.csv.
         estimands: keys of `ESTIMANDS`.
         contrast: a key of `CONTRASTS`: how a pair becomes two runs.
@@ -40,6 +40,7 @@ class Request:
         method: a key of `ESTIMATORS`.
         sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
         patch: a key of `PATCHES`: what is written in the place of base values.
+        patch_factor: the number that the patch takes, if any; None: its default.
         by: what statistics are split by too, of `BY`.
     """
 
@@ -59,6 +60,12 @@ class Request:
     paths: tuple[UnitPath, ...] = ()
     by: str = ""
     patch: str = "resample"
+    patch_factor: float | None = None
+
+    @property
+    def patching(self) -> Patching:
+        """The patch with its number and seed."""
+        return Patching(self.patch, self.patch_factor, self.seed)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -80,6 +87,7 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
         _check_window(model.config, request.window)
     check_sets(model.config, request.sets, request.window)
     check_paths(model.config, request.paths, request.window)
+    request = replace(request, patch_factor=check_patch(request.patching).factor)
     _check_words(request, model, source_model)
     layers_of(model.config, request.layers)
     return request
@@ -100,8 +108,6 @@ def _check_words(request: Request, model: Model, source_model: Model | None) -> 
     if request.contrast not in CONTRASTS:
         raise unknown("contrast", request.contrast, CONTRASTS)
     _check_together(request)
-    if request.patch not in PATCHES:
-        raise unknown("patch", request.patch, PATCHES)
     other = [name for name in request.estimands if any(PASSES[need].turned for need in ESTIMANDS[name].needs - {"total"})]
     if request.patch != "resample" and other:
         raise UserError(f"The estimand {other[0]!r} patches the source run with base's values; it goes with --patch resample alone.")

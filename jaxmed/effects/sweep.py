@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import xarray as xr
 
 from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
-from jaxmed.effects.engine import PreparedContrast, source_values
+from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
-from jaxmed.effects.patches import PATCHES, mean_records
+from jaxmed.effects.patches import PATCHES
+from jaxmed.effects.reference import make_reference
 from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitPath, as_set, as_unit, layer_windows
 from jaxmed.effects.summary import summarise
@@ -61,9 +61,8 @@ def with_chunk(job: Job, stored: Mapping[str, int]) -> Job:
 def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[str, int]]:
     """Runs what is not done yet; yields what was done after every item. One item is computed while the one before is written."""
     estimator, done = find_estimator(job.request.method), table.done().astype(bool)
-    if PATCHES[job.request.patch].means:
-        job = replace(job, means=mean_records(job.contrasts, partial(source_values, units=job.request.kinds)))
-    todo = open_items(job, done)
+    if todo := open_items(job, done):
+        job = replace(job, reference=make_reference(PATCHES[job.request.patch].needs, job.contrasts, job.request.kinds))
     for item in _difference(estimator.items(job), todo):
         work = estimator.work(job, item)
         watch(work.flops, work.effects, RESUMED)
@@ -146,6 +145,7 @@ def sweep(
     paths: Mapping[str, tuple[Sequence[Any], Sequence[Sequence[Any]]]] | None = None,
     by: str = "",
     patch: str = "resample",
+    patch_factor: float | None = None,
     layer_window: int = 0,
     watch: Watch = silent,
 ) -> xr.Dataset:
@@ -173,7 +173,10 @@ def sweep(
             base values meanwhile; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
         patch: what is written in the place of a unit's base value: "resample", its value in source; "zero"; "mean", its mean over the
-            source runs of all pairs, at their patched tokens.
+            source runs of all pairs, at their patched tokens; "noise", base's value plus Gaussian noise, the same for a seed, pair, layer,
+            token and unit; "scale", a multiple of base's value; "steer", base's value plus a multiple of the mean of source minus base over
+            all pairs; "ablate-direction", base's value without its component along that mean. See `jaxmed.effects.patches.PATCHES`.
+        patch_factor: of "noise" (default 3 standard deviations), "scale" (2), and "steer" (1).
         layer_window: adjacent layers whose modules are patched together, as further sets "mlp_out 3-7" for every place; 0: none.
         by: "category": statistics and top.csv of every category of pairs too.
         watch: called with (FLOPs done, effects done, pair id) after every item.
@@ -192,7 +195,7 @@ def sweep(
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    how = (estimands, contrast, direction, method, joint, routes, by, patch)
+    how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor)
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:

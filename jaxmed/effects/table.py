@@ -15,7 +15,6 @@ from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import EXPERT, MEDIATORS
 from jaxmed.effects.outcomes import outcome_name
-from jaxmed.effects.patches import PATCHES
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.files import simple
 from jaxmed.tokens import BY_POSITION
@@ -131,7 +130,7 @@ def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
 def _formula(job: Job, estimand: str) -> str:
     """What a variable holds, in words."""
     formula = ESTIMANDS[estimand].formula
-    return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {PATCHES[job.request.patch].told}"
+    return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {job.request.patching.told}"
 
 
 def _told_together(job: Job, name: str, estimand: str) -> dict[str, Any]:
@@ -154,6 +153,8 @@ def attributes(job: Job) -> dict[str, Any]:
     """Attributes of the whole table."""
     request = job.request
     found = {"position": str(request.position), "window": request.window, "model": job.model.name, "method": request.method}
-    found |= {"contrast": request.contrast, "direction": request.direction, "patch": request.patch}
+    found |= {"contrast": request.contrast, "direction": request.direction}
+    found |= {"patch": request.patch, "patch_told": request.patching.told}
+    found |= {"patch_factor": request.patch_factor} if request.patch_factor is not None else {}
     found |= {"source_model": job.source_model.name} if job.source_model is not None else {}
     return {**found, "outcome": ", ".join(outcome_name(outcome) for outcome in request.outcomes)}

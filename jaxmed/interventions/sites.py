@@ -36,6 +36,8 @@ _SITES = (
     Site("residual_out", "BTD", "D"),
 )
 SITES: dict[str, Site] = {site.name: site for site in _SITES}
+STREAM = ("residual_in", "residual_mid", "residual_out")
+"""Sites of the residual stream itself."""
 
 INTERNAL: dict[str, Site] = {
     site.name: site

@@ -92,6 +92,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("Date", " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "not recorded"),
         ("Outcome", ", ".join(record.outcomes)),
         ("Position", str(record.request.get("position", "not recorded"))),
+        *((("Patch", f"{record.table.attrs['patch']}: {told}"),) if (told := record.table.attrs.get("patch_told")) else ()),
         ("Pairs", _pairs(record)),
         ("Layers swept", f"{spans(record.layers)} of {record.table.sizes['layer']}"),
         ("Effects computed", f"{_effects(record):,}"),
