@@ -1,5 +1,6 @@
 from . import pruning, statistics, tokens
 from .activation_table import activations, mean_difference
+from .answering.run import answers
 from .distributed import make_mesh
 from .effects.patch import Patched, patch
 from .effects.sweep import sweep
@@ -29,6 +30,7 @@ __all__ = [
     "PromptPair",
     "UserError",
     "activations",
+    "answers",
     "edits",
     "export_folder",
     "finetune",

@@ -40,6 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
+    "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
+    | {"activation_table", "evaluation", "gating"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
     "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
@@ -65,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
     }
     | {"bench", "parity", "generation"}
-    | {"finetuning", "evaluation", "pruning", "experiments", "studies"},
+    | {"answering", "finetuning", "evaluation", "pruning", "experiments", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""
 

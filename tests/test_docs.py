@@ -44,6 +44,7 @@ UNRUN = {
     "docs/contributing.md": ("pip install -e",),
     "docs/guides/evaluation.md": ("jaxmed evaluate --examples harmbench.csv", "pip install '.[harness]'"),
     "docs/guides/finetuning.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
+    "docs/guides/answers.md": ("jaxmed answers", "jaxmed answers"),
     "docs/guides/gate.md": ("jaxmed gate",),
     "docs/guides/mediation.md": ("jaxmed study mediation", "jaxmed study mediation"),
     "docs/guides/pruning.md": ("jaxmed study pruning",),

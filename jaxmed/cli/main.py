@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from jaxmed.cli import show
+from jaxmed.cli.answers import Answers
 from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
 from jaxmed.cli.bench import Bench, BenchGenerate, BenchLoad
@@ -49,6 +50,7 @@ COMMANDS: dict[str, type] = {
     "sweep": Sweep,
     "trace": Trace,
     "gate": Gate,
+    "answers": Answers,
     "report": Report,
     "generate": Generate,
     "evaluate": Evaluate,

@@ -18,7 +18,7 @@ class Report(ConfigFlags):
     """Redraws the HTML page of one or several runs from their saved tables; runs no model."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """The --out folders of sweeps, or one of a study or gate."""
+    """The --out folders of sweeps, or one of a study, gate or answers."""
     out: Path | None = None
     """HTML file to write; default: report.html in the first folder."""
 
@@ -31,12 +31,13 @@ class Report(ConfigFlags):
 
 def write_report(folders: list[Path], file: Path) -> None:
     """Writes the HTML page of finished or half-made runs."""
+    from jaxmed.reports.answers import write_answers
     from jaxmed.reports.gate import write_gate
     from jaxmed.reports.mediation import write_mediation
     from jaxmed.reports.page import write_report as write
     from jaxmed.reports.study import write_study
 
-    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation}
+    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "answers": write_answers}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     if held:
         held[0](folders[0], file)

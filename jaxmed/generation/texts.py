@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxmed.errors import UserError, unknown
 from jaxmed.files import odd_text
+from jaxmed.generation.following import Following, check_following, write_following
 from jaxmed.generation.sampling import Sampling
 from jaxmed.generation.writers import Batch, write_by_layer, writer
 from jaxmed.interventions.checks import Extent, check_edits
@@ -35,8 +37,9 @@ def generate_ids(
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     edits: Mapping[str, Edit] | None = None,
+    follow: Following | None = None,
     where: str = "both",
     stops: Sequence[int] | None = None,
     stop_texts: Sequence[str] = (),
@@ -50,13 +53,15 @@ def generate_ids(
         max_tokens: tokens written at most.
         temperature: 0 takes the most likely token; above, tokens are sampled.
         top_p: sample among the fewest tokens whose probabilities reach this.
+        seed: of the samples; a sequence has one for every prompt, whose text then depends on it alone.
+        follow: units that keep the values which another model has on the text so far; it goes with no edits.
         edits: site -> `Edit`; entries may name a row, which is the number of a prompt, and position="current", which is every token
             as it is written; other positions count from a prompt's beginning, or with where="prompt" from its end. Dense fields have no
             token axis but one of length 1.
-        where: the tokens that edits act on: "both", "prompt", "generated".
+        where: the tokens that edits and `follow` act on: "both", "prompt", "generated".
         stops: tokens that end a text; default: those of the tokenizer and config.
         stop_texts: nothing more is written once one of these has been; they are left in.
-        rows: prompts at once; with edits all prompts run at once.
+        rows: prompts at once; with edits or `follow` all prompts run at once.
         report: called with the number of prompts after every batch.
 
     Returns:
@@ -77,14 +82,17 @@ def generate_ids(
         raise unknown("where", where, WHERE)
     check_tokens(config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
     checked = _check(model, edits)
+    if follow is not None:
+        check_following(model, follow, len(prompts), bool(checked))
     halves = split_edits(checked, where, [len(prompt) for prompt in prompts], max_tokens)
     ends = np.asarray(stop_tokens(model) if stops is None else stops, np.int32)
-    write = writer(model)
+    write = writer(model) if follow is None else partial(write_following, follow, where)
+    at_once = bool(checked) or follow is not None
     devices = 1 if write is write_by_layer else model.mesh.shape["data"]
-    size = len(prompts) if checked else min(rows, len(prompts))
+    size = len(prompts) if at_once else min(rows, len(prompts))
     size = -(-size // devices) * devices
-    order = range(len(prompts)) if checked else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    order = range(len(prompts)) if at_once else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    keys = jax.random.split(jax.random.key(seed), len(prompts)) if isinstance(seed, int) else jax.vmap(jax.random.key)(np.asarray(seed))
     written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for at in range(0, len(prompts), size):
         chosen = list(order[at : at + size])

@@ -105,7 +105,7 @@ def write_by_layer(model: Model, batch: Batch) -> Iterator[np.ndarray]:
     config = model.config
     params = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, model.params)
     device = jax.tree.leaves(params)[0].device
-    batch, padding = _placed(batch, device), jax.device_put(batch.padding, device)
+    batch, padding = placed(batch, device), jax.device_put(batch.padding, device)
     stream, _, kept = read_prompts(config, params, batch.tokens, padding, batch.read)
     assert kept is not None
     caches = _open_caches(kept, batch.room)
@@ -113,7 +113,7 @@ def write_by_layer(model: Model, batch: Batch) -> Iterator[np.ndarray]:
     top, blocks = {name: held for name, held in params.items() if name != "blocks"}, _each_layer(params["blocks"], device)
     numbers = [jax.device_put(np.int32(number), device) for number in range(config.layers)]
     while True:
-        token, stream, place = _choose_next(config, top, stream, place, batch.sampling)
+        token, stream, place = choose_next(config, top, stream, place, batch.sampling)
         yield np.asarray(token)[None]
         new = []
         for block, number, cache in zip(blocks, numbers, caches, strict=True):
@@ -122,7 +122,7 @@ def write_by_layer(model: Model, batch: Batch) -> Iterator[np.ndarray]:
         caches = _store(caches, new, place)
 
 
-def _placed(batch: Batch, where: Any) -> Batch:
+def placed(batch: Batch, where: Any) -> Batch:
     """The batch with its arrays on a device or in a sharding of their rows; the edits replicated."""
     everywhere = jax.NamedSharding(where.mesh, jax.P()) if isinstance(where, jax.NamedSharding) else where
     return replace(
@@ -172,16 +172,17 @@ def _run_layer(
 @partial(jax.jit, donate_argnames="caches")
 def _store(caches: list[Cache], new: list[Cache], place: Place) -> list[Cache]:
     """The caches with the newest token's keys and values. A program of its own: the one that reads them would copy them to write."""
-    put = lambda cache, new: (_put(cache[0], new[0], place.column, 3), _put(cache[1], new[1], place.column, 2))  # noqa: E731
-    return [put(*each) for each in zip(caches, new, strict=True)]
+    stored = lambda cache, new: (put(cache[0], new[0], place.column, 3), put(cache[1], new[1], place.column, 2))  # noqa: E731
+    return [stored(*each) for each in zip(caches, new, strict=True)]
 
 
-def _put(held: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+def put(held: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """A cache with the newest token's keys or values at a column of `axis`."""
     return jax.lax.dynamic_update_slice_in_dim(held, new, column, axis)
 
 
 @partial(jax.jit, static_argnames="config")
-def _choose_next(
+def choose_next(
     config: ModelConfig, params: Params, stream: jax.Array, place: Place, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array, Place]:
     """The tokens int [B] after residual streams [B,1,D], their embeddings [B,1,D], and their place."""
@@ -204,11 +205,11 @@ def write_at_once(model: Model, batch: Batch) -> Iterator[np.ndarray]:
     config, params, mesh = model.config, model.params, model.mesh
     count = min(tokens_at_once(mesh), batch.room)
     rows = jax.NamedSharding(mesh, jax.P("data"))
-    batch, padding = _placed(batch, rows), jax.device_put(batch.padding, rows)
+    batch, padding = placed(batch, rows), jax.device_put(batch.padding, rows)
     stream, _, kept = read_prompts(config, params, batch.tokens, padding, batch.read)
     assert kept is not None
     place = Place(padding, np.int32(batch.tokens.shape[1]), np.int32(-1))
-    token, _, place = _choose_next(config, params, stream, place, batch.sampling)
+    token, _, place = choose_next(config, params, stream, place, batch.sampling)
     yield np.asarray(token)[None]
     room = -(-batch.room // count) * count
     cache = jax.jit(lambda kept: tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))) for x in kept))(kept)
@@ -231,8 +232,8 @@ def _write_tokens(
         token, place, (key, value) = state
         ran = extend(config, params, token[:, None], place.layout(), place.prefix(key, value), KEEP, edits=edits)
         assert ran.kept is not None
-        cache = tuple(_put(held, new, place.column, 2) for held, new in zip((key, value), ran.kept, strict=True))
-        token, _, place = _choose_next(config, params, ran.stream, place, sampling)
+        cache = tuple(put(held, new, place.column, 2) for held, new in zip((key, value), ran.kept, strict=True))
+        token, _, place = choose_next(config, params, ran.stream, place, sampling)
         return (token, place, cache), token
 
     (token, place, cache), tokens = jax.lax.scan(step, state, None, length=count)

@@ -1,0 +1,147 @@
+"""A request for answers before it runs: checked against model, pairs and sets, with its random sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxmed.answering.spec import AnswersSpec
+from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
+from jaxmed.effects.mediators import MEDIATORS, Unit
+from jaxmed.effects.sets import Membership, UnitSet, check_sets, kinds_of, membership
+from jaxmed.errors import UserError
+from jaxmed.models.config import ModelConfig
+from jaxmed.models.model import Model
+from jaxmed.prompts.pair import PromptPair
+from jaxmed.tokens import DATE, check_tokens
+
+RANDOM = "random like "
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is answered: the prompts of a side, with a set patched, or none.
+
+    Attributes:
+        name: of the set; empty for none.
+        prompts: "base" or "source".
+    """
+
+    name: str
+    prompts: str
+
+
+@dataclass(frozen=True)
+class AnswersJob:
+    """A checked request.
+
+    Attributes:
+        sets: those that were asked for, and their random ones.
+        contrasts: one per pair; control pairs have been left out.
+    """
+
+    model: Model
+    pairs: tuple[PromptPair, ...]
+    spec: AnswersSpec
+    sets: tuple[UnitSet, ...]
+    contrasts: tuple[Contrast, ...]
+    contrast: str
+    form: str
+    source_model: Model | None = None
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """Answers as they are, to both sides, and base's under every set."""
+        return [Condition("", "base"), Condition("", "source"), *(Condition(one.name, "base") for one in self.sets)]
+
+    @property
+    def follows(self) -> bool:
+        """Whether units keep what another model has on the text so far."""
+        return self.source_model is not None and self.spec.patch == "resample"
+
+    def members(self, names: Sequence[str]) -> Membership:
+        """The units of sets by name, one row each."""
+        units = {one.name: one.units for one in self.sets}
+        rows = [units[name] for name in names]
+        return membership(self.model.config, rows, 1, kinds_of(unit for row in rows for unit in row))
+
+    def with_weights(self, model: Model, source_model: Model | None = None) -> AnswersJob:
+        """The job on models that have weights."""
+
+        def loaded(side: Side) -> Side:
+            return Side(model if side.model is self.model else source_model or model, side.ids)
+
+        contrasts = tuple(replace(one, base=loaded(one.base), source=loaded(one.source)) for one in self.contrasts)
+        return replace(self, model=model, source_model=source_model, contrasts=contrasts)
+
+    def manifest(self) -> dict[str, Any]:
+        """What makes two requests the same."""
+        return {
+            "answers": asdict(self.spec),
+            "contrast": self.contrast,
+            "form": self.form,
+            "sets": [asdict(one) for one in self.sets],
+            "model": self.model.record,
+            **({"source_model": self.source_model.record} if self.source_model is not None else {}),
+            **({"history": list(self.model.history)} if self.model.history else {}),
+            "mesh": dict(self.model.mesh.shape),
+            "pairs": [pair.id for pair in self.pairs],
+            "labels": [[pair.category, pair.group] for pair in self.pairs],
+            "tokens": [{"base": one.base.ids.tolist(), "source": one.source.ids.tolist()} for one in self.contrasts],
+            "template_date": DATE.date().isoformat(),
+        }
+
+
+def make_answers(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    sets: Sequence[UnitSet],
+    spec: AnswersSpec,
+    contrast: str | None = None,
+    form: str = "chat",
+    source_model: Model | None = None,
+) -> AnswersJob:
+    """Everything that can be refused before anything is written; needs the tokenizer and the config, not the weights.
+
+    Raises:
+        UserError: no pairs but controls; no sets, or units that the model does not have; held units; numbers out of range.
+    """
+    spec.check()
+    contrast = contrast or ("pair" if source_model is None else "model")
+    if (contrast == "model") != (source_model is not None):
+        raise UserError("--contrast model and --source-model go together.")
+    counted = tuple(pair for pair in pairs if not pair.control)
+    if not counted:
+        raise UserError("There are no pairs to answer (control pairs do not count).")
+    if not sets:
+        raise UserError('Give --sets: a JSON list of units that are patched together, [{"name": "a", "units": [["neuron", 29, 17]]}].')
+    if held := [one.name for one in sets if one.held]:
+        raise UserError(f"Set {held[0]!r} holds units at base values, which written text does not have. Leave `held` out.")
+    whole = check_sets(model.config, (*sets, *_random_sets(model.config, check_sets(model.config, sets, 1), spec)), 1)
+    contrasts = make_contrasts(model, counted, Reading(contrast, "last", form, ()), source_model)
+    for used in {id(side.model): side.model for one in contrasts for side in (one.base, one.source)}.values():
+        check_tokens(used.config, [one.base.ids for one in contrasts], "A prompt with its answer", used.tokenizer, spec.tokens)
+    return AnswersJob(model, counted, spec, whole, contrasts, contrast, form, source_model)
+
+
+def _random_sets(config: ModelConfig, sets: Sequence[UnitSet], spec: AnswersSpec) -> list[UnitSet]:
+    """For every set, others of as many units of the same kinds and layers; none where a layer has too few others."""
+    made = []
+    for number, one in enumerate(sets):
+        counts = Counter((kind, layer) for kind, layer, _ in dict.fromkeys(one.units))
+        for draw in range(spec.random):
+            rng = np.random.default_rng([spec.seed, number, draw])
+            units: list[Unit] = []
+            for (kind, layer), count in counts.items():
+                taken = {index for of, at, index in one.units if (of, at) == (kind, layer)}
+                others = [index for index in range(MEDIATORS[kind].count(config, 1)) if index not in taken]
+                if len(others) < count:
+                    break
+                units += [(kind, layer, int(index)) for index in rng.choice(others, count, replace=False)]
+            else:
+                made.append(UnitSet(f"{RANDOM}{one.name}" + (f" {draw + 1}" if spec.random > 1 else ""), tuple(units)))
+    return made
