@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(plain_model: Model, tmp_pa
     assert len(asked) - before == 9 - 3  # two batches for each side and the small set, three for the sets of one size; three were kept
     for name in ("answers.csv", "effects.csv", "verdicts.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(jm.UserError, match=r"answers.*tokens"):
+    with pytest.raises(jm.UserError, match=r"answering.*tokens"):
         run_answers(make_answers(plain_model, PAIRS, SETS, AnswersSpec(tokens=6, random=0)), tmp_path / "cut", resume=True, judge=vowels)
 
 

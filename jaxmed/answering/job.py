@@ -81,7 +81,7 @@ class AnswersJob:
     def manifest(self) -> dict[str, Any]:
         """What makes two requests the same."""
         return {
-            "answers": asdict(self.spec),
+            "answering": asdict(self.spec),
             "contrast": self.contrast,
             "form": self.form,
             "sets": [asdict(one) for one in self.sets],

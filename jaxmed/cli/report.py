@@ -37,7 +37,7 @@ def write_report(folders: list[Path], file: Path) -> None:
     from jaxmed.reports.page import write_report as write
     from jaxmed.reports.study import write_study
 
-    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "answers": write_answers}
+    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "answering": write_answers}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     if held:
         held[0](folders[0], file)

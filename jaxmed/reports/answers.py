@@ -26,13 +26,13 @@ def write_answers(folder: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: a folder without finished answers.
     """
-    manifest = finished_run(folder, "answers", "answers")["manifest"]
-    spec = manifest["answers"]
+    manifest = finished_run(folder, "answering", "answers")["manifest"]
+    spec = manifest["answering"]
     drawn = f"{spec['samples']} at temperature {spec['temperature']:g}" if spec["temperature"] else "greedy"
     facts = [("Patch", spec["patch"]), ("At", spec["edited"]), ("Answers", drawn), ("Judge", manifest["judging"]["judge"])]
     figure = Figure("What patches do to answers", CHANGES, _draw(read_csv(folder / "effects.csv")))
     title = f"Answers under patches: {manifest['model']['name']}"
-    shown = ("answers", "contrast", "sets", "judging", "model", "source_model", "pairs")
+    shown = ("answering", "contrast", "sets", "judging", "model", "source_model", "pairs")
     return write_verdicts(folder, out, title, LEAD, facts, [figure], [folder / "effects.csv"], shown)
 
 
