@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,29 +288,8 @@ def test_figures_of_experiments_are_small_too(tmp_path: Path) -> None:
     assert write_loss_curve(tmp_path / "losses.csv", tmp_path / "losses.html").stat().st_size < MOST_BYTES
 
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser")
-def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
-    html = write_report([build(tmp_path / "run")], tmp_path / "page.html").read_text()
-    drawn = _dump(tmp_path / "page.html")
-    assert len(re.findall(r'class="main-svg"', drawn)) >= len(plots(html)) > 2
-    assert "cannot be drawn" not in re.sub(r"<script.*?</script>", "", drawn, flags=re.S)
-    old = html.replace("<script>\nasync function", "<script>\ndelete window.DecompressionStream;\nasync function")
-    (tmp_path / "old.html").write_text(old)
-    assert re.search(r'<div class="plot"[^>]*>The figures need a browser of 2023 or later', _dump(tmp_path / "old.html"))
-
-
-def _dump(page: Path) -> str:
-    """The page as a browser has it after its scripts."""
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=20000",
-        "--dump-dom",
-        f"--user-data-dir={page.parent / 'b'}",
-    ]
-    return subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+def test_dots_say_interval_and_promoted_tokens(sound: str) -> None:
+    notes = [note for plot in plots(sound) for trace in plot["data"] for note in trace.get("hovertext") or () if "neuron" in note]
+    assert notes
+    assert all(re.search(r"95 %: -?[\d.]+ to -?[\d.]+", note) for note in notes)
+    assert any("promotes" in note and "&lt;script" in note for note in notes)

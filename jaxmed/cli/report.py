@@ -21,12 +21,21 @@ class Report(ConfigFlags):
     """The --out folders of sweeps, or one of a study, gate or answers."""
     out: Path | None = None
     """HTML file to write; default: report.html in the first folder."""
+    images: tuple[str, ...] = ()
+    """Pictures of every figure beside the page, one or several of: svg, png, pdf (needs the extra images, and Chrome or Chromium)."""
 
     def run(self) -> None:
         """Writes the page."""
         if not self.folders:
             raise UserError("Give at least one --out folder of a sweep: `jaxmed report FOLDER`.")
-        write_report(list(self.folders), self.out or self.folders[0] / "report.html")
+        from jaxmed.reports.images import check_images, write_images
+
+        check_images(self.images)
+        file = self.out or self.folders[0] / "report.html"
+        write_report(list(self.folders), file)
+        if self.images:
+            written = write_images(file, self.images)
+            show.out.print(f"{len(written)} pictures: {file.with_name(file.stem)}-*", markup=False)
 
 
 def write_report(folders: list[Path], file: Path) -> None:

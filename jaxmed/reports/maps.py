@@ -101,9 +101,7 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
     sizes = np.nan_to_num(np.abs(shown))
     largest = np.argsort(-sizes, axis=None, kind="stable")[: min(DOTS, int((sizes > 0).sum()))]
     rows, cols = np.unravel_index(largest, shown.shape)
-    notes = [
-        f"layer {layers[r]}<br>{unit} {index[r, c]}<br>mean effect {number(float(shown[r, c]))}" for r, c in zip(rows, cols, strict=True)
-    ]
+    notes = _notes(record, unit, outcome, [(int(layers[r]), int(index[r, c])) for r, c in zip(rows, cols, strict=True)], shown[rows, cols])
     look = {"size": 8, "color": shown[rows, cols], "colorscale": DIVERGING, "cmin": -limit(shown), "cmax": limit(shown)}
     plot.add_scatter(
         x=cols * width,
@@ -124,6 +122,22 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
         "Where columns are narrower than a pixel, neighbours hide each other: drag to zoom in."
     )
     return Figure(f"Effect of every {unit}", caption, plot)
+
+
+def _notes(record: Record, unit: str, outcome: str, places: list[tuple[int, int]], means: np.ndarray) -> list[str]:
+    """What hovering over single units says: effect, interval, and the tokens that a neuron promotes, as far as they are known."""
+    bounds = [statistic(record, unit, outcome, name) for name in ("ci_low", "ci_high")]
+    rows = [row for row in record.top or [] if (row["unit"], row["outcome"], row.get("category", "")) == (unit, outcome, "")]
+    promoted = {(row["layer"], row["index"]): row.get("promotes", "") for row in rows}
+    notes = []
+    for (layer, index), mean in zip(places, means, strict=True):
+        note = f"layer {layer}<br>{unit} {index}<br>mean effect {number(float(mean))}"
+        if all(bound is not None for bound in bounds):
+            low, high = (float(bound.sel(layer=layer, **{index_axis(record, unit): index})) for bound in bounds if bound is not None)
+            note += f"<br>95 %: {number(low)} to {number(high)}" if np.isfinite([low, high]).all() else ""
+        words = promoted.get((str(layer), str(index)))
+        notes.append(note + (f"<br>promotes {label(words)}" if words else ""))
+    return notes
 
 
 def head_map(record: Record, unit: str, outcome: str) -> Figure:

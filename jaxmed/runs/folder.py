@@ -27,6 +27,10 @@ NOTED_EVERY = 10.0
 """Seconds between two records of a session while it runs."""
 
 
+PICTURES = "report-"
+"""What the names of pictures beside a run's page begin with; they are legal everywhere."""
+
+
 @dataclass(frozen=True)
 class Legal:
     """What a folder may hold.
@@ -55,7 +59,7 @@ def check_folder(out: Path, resume: bool, legal: Legal) -> bool:
         raise UserError(f"--out {out} is a file. Give a folder; nothing was written.")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = {one for name in (RUN, *legal.names) for one in (name, name + TMP)} | {LOCK}
-    foreign = sorted(name for name in held if name not in ours and not name.startswith(legal.begins))
+    foreign = sorted(name for name in held if name not in ours and not name.startswith((*legal.begins, PICTURES)))
     if foreign:
         shown = ", ".join(ascii(name)[1:-1][:80] for name in foreign[:5]) + f" and {len(foreign) - 5} more" * (len(foreign) > 5)
         raise UserError(f"--out {out} holds something else ({shown}). Give a new or empty folder; nothing was written.")
