@@ -1,6 +1,7 @@
 from . import pruning, statistics, tokens
 from .activation_table import activations, mean_difference
 from .answering.run import answers
+from .bridge.enrichment import Enriched, enrichment
 from .distributed import make_mesh
 from .effects.patch import Patched, patch
 from .effects.sweep import sweep
@@ -23,6 +24,7 @@ from .runner.public import forward
 
 __all__ = [
     "Edit",
+    "Enriched",
     "Example",
     "Gated",
     "Model",
@@ -32,6 +34,7 @@ __all__ = [
     "activations",
     "answers",
     "edits",
+    "enrichment",
     "export_folder",
     "finetune",
     "forward",

@@ -46,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
     "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "experiments": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "evaluation", "pruning", "statistics"},
-    "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments"}
+    "bridge": {"errors", "files", "prompts", "models", "generation", "runs", "results", "statistics", "effects", "evaluation", "gating"}
+    | {"pruning", "experiments"},
+    "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments", "bridge"}
     | {"effects", "evaluation", "gating", "statistics"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "loading": {"models", "finetuning", "parity"},
@@ -67,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
     }
     | {"bench", "parity", "generation"}
-    | {"answering", "finetuning", "evaluation", "pruning", "experiments", "studies"},
+    | {"answering", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""
 

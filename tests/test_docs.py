@@ -46,7 +46,7 @@ UNRUN = {
     "docs/guides/finetuning.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
     "docs/guides/answers.md": ("jaxmed answers", "jaxmed answers"),
     "docs/guides/gate.md": ("jaxmed gate",),
-    "docs/guides/mediation.md": ("jaxmed study mediation", "jaxmed study mediation"),
+    "docs/guides/mediation.md": ("jaxmed study mediation",) * 3,
     "docs/guides/pruning.md": ("jaxmed study pruning",),
     "docs/guides/scale.md": ("jaxmed sweep --mesh",),
     "docs/guides/sweep.md": ("figure.write_image",),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jaxmed.bridge.spec import BridgeSpec
 from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.gate import judging, show_verdicts
@@ -16,9 +17,10 @@ from jaxmed.studies.mediation_spec import MediationSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, MediationSpec):
+class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, MediationSpec, BridgeSpec):
     """Causal mediation end to end: where the request is read and the answer written, by which layers and modules, whether a few neurons of
-    the last layer gate it, with controls; one page that answers the claims one by one."""
+    the last layer gate it, with controls; with --prune, whether the weights that carry a behaviour sit there; one page that answers the
+    claims one by one."""
 
     out: Path = Path("jaxmed-mediation")
     """Folder for the sweeps, the study of the gate, verdicts.csv and report.html."""
@@ -26,6 +28,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
     def run(self) -> None:
         """Checks, plans, measures, answers, draws."""
         from jaxmed.gating.run import KEPT
+        from jaxmed.models.catalog import needs_building
         from jaxmed.prompts import read_pairs
         from jaxmed.prompts.readers import read_text
         from jaxmed.reports.mediation import write_mediation
@@ -37,9 +40,11 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         source = self.source()
         contrast = self.contrast or ("pair" if source is None else "model")
         spec = MediationSpec(**{one.name: getattr(self, one.name) for one in fields(MediationSpec)})
+        bridge = BridgeSpec(**{one.name: getattr(self, one.name) for one in fields(BridgeSpec)})
 
         def made(model: Any, pairs: Sequence[Any], other: Any) -> Any:
-            return make_mediation(model, pairs, controls, spec, self.outcome, self.form, contrast, other)
+            job = make_mediation(model, pairs, controls, spec, self.outcome, self.form, contrast, other)
+            return job.with_bridge(bridge, needs_building(self.model)) if self.prune else job
 
         _, job = self.checked(self.pairs, made)
         kept = self.out / "gate" / KEPT

@@ -1,4 +1,4 @@
-"""The page of a study of mediation: the claims one by one, then profiles by layer, joint patches, and the figures of the gate."""
+"""The page of a study of mediation: the claims one by one, then profiles by layer, joint patches, and the figures of gate and bridge."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
+from jaxmed.reports.bridge import TABLES, bridge_figures
 from jaxmed.reports.figures import figures
 from jaxmed.reports.gate import gate_figures
 from jaxmed.reports.record import read
@@ -38,11 +39,12 @@ def write_mediation(folder: Path, out: Path | None = None) -> Path:
             own = figures(record, record.outcomes[0], 1)
             own = own[:-1] if name == "reading" else own  # base and source end alike, wherever they are patched
             drawn += [Figure(f"{title}: {one.title}", one.caption, one.plot) for one in own]
-    drawn += gate_figures(folder / "gate")
+    drawn += gate_figures(folder / "gate") + bridge_figures(folder / "bridge")
+    tables = [folder / "gate" / "gate.csv", *(folder / "bridge" / name for name in TABLES)]
     facts = [("Outcome", read(folder / "writing").outcomes[0]), ("Read at", spec["read_at"]), ("Written at", spec["write_at"])]
     title = f"Mediation in {manifest['model']['name']}"
     shown = ("mediation", "model", "source_model", "pairs")
-    return write_verdicts(folder, out, title, LEAD, facts, drawn, [folder / "gate" / "gate.csv"], shown)
+    return write_verdicts(folder, out, title, LEAD, facts, drawn, tables, shown)
 
 
 def _draw_joint(folder: Path) -> go.Figure:

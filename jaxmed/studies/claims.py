@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from jaxmed.gating.job import GateJob
-from jaxmed.gating.tables import read_verdicts
+from jaxmed.gating.tables import VERDICTS, read_verdicts
 from jaxmed.gating.verdicts import ABSENT, DESCRIBED, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, is_seen
 from jaxmed.results import open_results
 from jaxmed.statistics import FEWEST_FOR_INTERVAL, group_means, mean_interval, ratio_interval
@@ -19,7 +19,7 @@ SHARE = "share of the total"
 
 
 def make_claims(gate: GateJob, out: Path) -> list[Verdict]:
-    """All claims of a study's folder, those of the gate at the end."""
+    """All claims of a study's folder, those of the gate and of the bridge at the end."""
     reading, writing = (_by_group(open_results(out / name)) for name in ("reading", "writing"))
     total = writing["total"]
     claims = [
@@ -32,7 +32,8 @@ def make_claims(gate: GateJob, out: Path) -> list[Verdict]:
     if is_seen(total, total) is False:
         why = "base and source do not differ on this outcome: the interval of the total holds zero"
         claims = [Verdict(one.claim, ABSENT, one.unit, why) for one in claims]
-    return [*_profiles(reading, writing), *claims, *read_verdicts(out / "gate")]
+    parts = [out / name for name in ("gate", "bridge") if (out / name / VERDICTS).is_file()]
+    return [*_profiles(reading, writing), *claims, *(verdict for part in parts for verdict in read_verdicts(part))]
 
 
 def _by_group(table: xr.Dataset, controls: bool = False) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Four parts, each a sweep or study of its own folder that resumes by itself: `reading` and `writing` patch modules layer by layer, and thirds
 of the layers and all modules of a kind jointly, at two places; `control` does the same at the second place for pairs that do not differ in
-the behaviour; `gate` is `jaxmed gate`. Claims are answered from their tables.
+the behaviour; `gate` is `jaxmed gate`. A fifth one, where a behaviour is named, is the `bridge` to pruning: whether the weights that carry
+that behaviour sit at the units that mediate. Claims are answered from their tables.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.bridge.job import BridgeJob, make_bridge
+from jaxmed.bridge.run import bridge_cost, run_bridge
+from jaxmed.bridge.spec import BridgeSpec
 from jaxmed.effects.cost import plan, progress_total
 from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
@@ -38,7 +42,8 @@ from jaxmed.tokens import BY_POSITION
 MODULES = ("attention_out", "mlp_out", "both_out")
 THIRDS = ("early", "middle", "late")
 VERDICTS = "verdicts.csv"
-LEGAL = Legal(("reading", "writing", "control", "gate", VERDICTS, "report.html"), measured=(VERDICTS,))
+BRIDGE = "bridge"
+LEGAL = Legal(("reading", "writing", "control", "gate", BRIDGE, VERDICTS, "report.html"), measured=(VERDICTS,))
 
 
 def joint_sets(layers: int) -> tuple[UnitSet, ...]:
@@ -58,11 +63,13 @@ class MediationJob:
     Attributes:
         sweeps: "reading", "writing", and "control" where there are control pairs.
         gate: the study of the gate.
+        bridge: to pruning, if any. It is no part of what makes two studies the same, so that a finished one may go on with it.
     """
 
     spec: MediationSpec
     sweeps: dict[str, Job]
     gate: GateJob
+    bridge: BridgeJob | None = None
 
     @property
     def model(self) -> Model:
@@ -71,7 +78,12 @@ class MediationJob:
     def with_weights(self, model: Model, source_model: Model | None = None) -> MediationJob:
         """The job on models that have weights."""
         sweeps = {name: job.with_weights(model, source_model) for name, job in self.sweeps.items()}
-        return replace(self, sweeps=sweeps, gate=self.gate.with_weights(model, source_model))
+        gate = self.gate.with_weights(model, source_model)
+        return replace(self, sweeps=sweeps, gate=gate, bridge=None if self.bridge is None else self.bridge.with_weights(gate))
+
+    def with_bridge(self, spec: BridgeSpec, any_model: bool = False) -> MediationJob:
+        """The job with a bridge to pruning; see `make_bridge`."""
+        return replace(self, bridge=make_bridge(self.gate, spec, any_model))
 
     def manifest(self) -> dict[str, Any]:
         """What makes two studies the same study."""
@@ -124,14 +136,19 @@ def mediation_steps(job: MediationJob, display: Display = no_display, judging: J
     def gate(out: Path) -> None:
         run_gate(job.gate, out / "gate", True, display, judging)
 
+    def bridge(out: Path) -> None:
+        assert job.bridge is not None
+        run_bridge(job.bridge, out / "gate" / "neurons", out / BRIDGE, display, judging)
+
     def answer(out: Path) -> None:
         write_csv(out / VERDICTS, [asdict(one) for one in make_claims(job.gate, out)])
 
     sweeps = [sweep(name) for name in job.sweeps]
     parts = (*job.gate.singles.values(), job.gate.stand_in(0), job.gate.stand_in(1))
     costs = sum((plan(one).cost for one in parts), Cost("gate"))
-    names = tuple(step.name for step in sweeps)
-    return [*sweeps, Step("gate", (), costs, gate), Step("claims", (*names, "gate"), Cost("claims"), answer)]
+    steps = [*sweeps, Step("gate", (), costs, gate)]
+    steps += [Step(BRIDGE, ("gate",), bridge_cost(job.bridge), bridge)] if job.bridge is not None else []
+    return [*steps, Step("claims", tuple(step.name for step in steps), Cost("claims"), answer)]
 
 
 def run_mediation(job: MediationJob, out: Path, resume: bool = False, display: Display = no_display, judging: Judging = RULES) -> None:
