@@ -24,13 +24,17 @@ import jaxmed as jm
 from jaxmed.bridge.conditions import AT, ELSEWHERE, MEDIATORS, part_at
 from jaxmed.bridge.mediators import single_effects, strongest
 from jaxmed.bridge.owners import owned_matrices
+from jaxmed.bridge.spec import BridgeSpec
 from jaxmed.bridge.tally import STRATA, strata, tally
 from jaxmed.cli.main import main
 from jaxmed.errors import UserError
+from jaxmed.files import simple
 from jaxmed.models.named_weights import matrix_shapes, weights_by_name
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask, write_mask
 from jaxmed.pruning.selection import random_like
+from jaxmed.studies.mediation import make_mediation, run_mediation
+from jaxmed.studies.mediation_spec import MediationSpec
 from tests import pruning_sets, reference, tiny, tolerances
 
 MASKS = 100
@@ -268,6 +272,23 @@ def test_the_command_plans_the_bridge_and_refuses_what_it_cannot_use(
         assert main([*_given(command, **flags), *out]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_another_bridge_in_the_folder_is_refused_before_the_study_runs(tmp_path: Path) -> None:
+    planted, mask = _planted(), tmp_path / "own.safetensors"
+    write_mask(_random(planted.model, 0), mask)
+    texts = dict.fromkeys(pair.source for pair in planted.pairs)
+    rows = [{"prompt": text, "response": "no", "split": _split(text)} for text in texts]
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = make_mediation(planted.model, planted.pairs[:16], [], MediationSpec(read_at="-2", windows=(), tokens=0), "logit-diff", "text")
+    spec = BridgeSpec(prune=str(mask), prune_controls=(), preserve=str(tmp_path / "kept.jsonl"), prune_form="space")
+    job, held = job.with_bridge(spec), tmp_path / "run" / "bridge"
+    assert job.bridge is not None
+    held.mkdir(parents=True)
+    (held / "run.json").write_text(json.dumps({"manifest": simple({**job.bridge.manifest(), "examples": "others"}), "sessions": []}))
+    with pytest.raises(UserError, match=r"(?s)another request.*examples"):
+        run_mediation(job, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "reading").exists()
 
 
 def _read(file: Path) -> list[dict[str, str]]:

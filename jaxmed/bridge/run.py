@@ -34,7 +34,7 @@ from jaxmed.pruning.scores import Scores, read_scores, run_job
 from jaxmed.pruning.selection import random_like, select
 from jaxmed.results import open_results
 from jaxmed.runs.cost import Cost
-from jaxmed.runs.folder import Legal, RunFolder
+from jaxmed.runs.folder import Legal, RunFolder, check_folder, check_same, read_run
 from jaxmed.runs.watch import Display
 
 SWEEPS = ("heads", "before", "after", "after-neurons")
@@ -43,6 +43,16 @@ TABLES = (ENRICHMENT, CORRELATIONS, UNIT_TABLE, EFFECTS, PRUNED, PAIRS, VERDICTS
 LEGAL = Legal((*SWEEPS, *TABLES), begins=("scores-",), measured=TABLES)
 HALVES = (0, 1)
 PERMUTATIONS = 5000
+
+
+def check_bridge(job: BridgeJob, out: Path, judging: Judging) -> None:
+    """Raises a UserError where `out` holds something else, or another bridge: before the rest of a study runs."""
+    if check_folder(out, True, LEGAL):
+        check_same(out, read_run(out).get("manifest", {}), _manifest(job, judging))
+
+
+def _manifest(job: BridgeJob, judging: Judging) -> dict[str, Any]:
+    return {**job.manifest(), **({"judging": dict(judging.settings)} if job.gate.request.spec.tokens else {})}
 
 
 def run_bridge(job: BridgeJob, neurons: Path, out: Path, display: Display, judging: Judging) -> None:
@@ -54,8 +64,7 @@ def run_bridge(job: BridgeJob, neurons: Path, out: Path, display: Display, judgi
     Raises:
         UserError: `out` holds something else, or another bridge; it is in use, or has no room.
     """
-    same = {**job.manifest(), **({"judging": dict(judging.settings)} if job.gate.request.spec.tokens else {})}
-    with RunFolder.open(out, same, True, LEGAL, bridge_cost(job).written) as folder, folder.session():
+    with RunFolder.open(out, _manifest(job, judging), True, LEGAL, bridge_cost(job).written) as folder, folder.session():
         masks, scores = _masks(job, out, display)
         _sweep(job.heads, out / "heads", "single heads", display)
         tables = {"neuron": open_results(neurons).load(), "head_out": open_results(out / "heads").load()}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.bridge.job import BridgeJob, make_bridge
-from jaxmed.bridge.run import bridge_cost, run_bridge
+from jaxmed.bridge.run import bridge_cost, check_bridge, run_bridge
 from jaxmed.bridge.spec import BridgeSpec
 from jaxmed.effects.cost import plan, progress_total
 from jaxmed.effects.job import Job, make_job, manifest
@@ -158,6 +158,8 @@ def run_mediation(job: MediationJob, out: Path, resume: bool = False, display: D
         UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
     """
     steps = mediation_steps(job, display, judging)
+    if job.bridge is not None:
+        check_bridge(job.bridge, out / BRIDGE, judging)
     needed = sum(step.cost.written for step in steps)
     with RunFolder.open(out, job.manifest(), resume, LEGAL, needed) as folder, folder.session():
         run_steps(steps, out)
