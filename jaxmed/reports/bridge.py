@@ -72,7 +72,7 @@ def _draw_enriched(rows: Rows) -> go.Figure:
         )
     figure.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
+    figure.update_layout(legend={"y": -0.3, "yanchor": "top"})
     return figure
 
 
