@@ -18,7 +18,7 @@ import xarray as xr
 from jaxmed.cache import Labelled, open_cache, read_cache
 from jaxmed.errors import UserError
 from jaxmed.files import ArrayLayout
-from jaxmed.interventions.sites import SITES, site_name
+from jaxmed.interventions.sites import SITES, check_sites, site_name
 from jaxmed.models.model import Model
 from jaxmed.runner.public import forward
 from jaxmed.tokens import Prompt, bucket, check_tokens, pad, render
@@ -137,6 +137,7 @@ class _Job:
 
 def _make_job(model: Model, prompts: Sequence[Any], names: tuple[str, ...], positions: Any, form: str) -> _Job:
     axes = {name: SITES[site_name(name)].axes for name in names}
+    check_sites(model.config.sizes, map(site_name, names))
     read = [_read(model, prompt, form) for prompt in prompts]
     if not read or not names:
         raise UserError("Give at least one prompt and one site.")

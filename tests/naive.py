@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 import jaxmed as jm
-from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.mediators import MEDIATORS, units_of
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.model import Model
 from jaxmed.prompts import PromptPair
@@ -64,9 +64,8 @@ def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, in
 
 def _dense(source: np.ndarray, patch: Patch, unit: str, layer: int, index: int, window: int) -> Edit:
     gate, value = np.zeros(source.shape, np.float32), np.zeros(source.shape, np.float32)
-    units = {"neuron": slice(index, index + 1), "window": slice(index * window, (index + 1) * window), "head_out": index}.get(
-        unit, slice(None)
-    )
+    of_neurons = dict.fromkeys(("neuron", "gate", "up"), slice(index, index + 1))
+    units = {**of_neurons, "window": slice(index * window, (index + 1) * window), "head_out": index}.get(unit, slice(None))
     for base, other in zip(patch.base, patch.source, strict=True):
         gate[layer, 0, base, units] = 1.0
         value[layer, 0, base, units] = source[layer, 0, other, units]
@@ -80,7 +79,7 @@ def _source(model: Model, pair: PromptPair) -> Any:
     """Activations of the source run at every swapped site."""
     key = (model.name, model.config, pair.source)
     if key not in _SOURCES:
-        sites = tuple(sorted({site for unit in MEDIATORS.values() for site in unit.sites}))
+        sites = tuple(sorted({site for unit in units_of(model.config) for site in MEDIATORS[unit].sites}))
         taken = jm.forward(model, _padded(render(model.tokenizer, pair, "source").ids), taps=sites)[1]
         _SOURCES[key] = {name: np.asarray(a, np.float32) for name, a in taken.items()}
     return _SOURCES[key]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.mediators import MEDIATORS, units_of
 from jaxmed.models.model import Model
 from tests import naive, tiny, tolerances
 
@@ -24,10 +24,10 @@ def _sampled(model: Model, unit: str, count: int, seed: int = 0) -> list[tuple[i
 
 
 def _compare(model: Model, pairs: tuple[jm.PromptPair, ...], position: str | int, outcomes: tuple[str, ...], count: int) -> None:
-    table = jm.sweep(model, pairs, outcomes, tuple(MEDIATORS), position, WINDOW)
+    table = jm.sweep(model, pairs, outcomes, units_of(model.config), position, WINDOW)
     worst = largest = 0.0
     for pair in pairs:
-        for unit in MEDIATORS:
+        for unit in units_of(model.config):
             for layer, index in _sampled(model, unit, count):
                 for name in outcomes:
                     at = {"pair": pair.id, "layer": layer} | ({"outcome": name} if len(outcomes) > 1 else {})

@@ -11,7 +11,8 @@ import pytest
 import jaxmed as jm
 from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.engine import prepare
-from jaxmed.effects.mediators import MEDIATORS, Picks
+from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.rows import Picks
 from jaxmed.errors import UserError
 from jaxmed.interventions.edits import merge
 from jaxmed.models.model import Model
@@ -22,11 +23,12 @@ SETS = {
     "one layer": [("neuron", 1, 1), ("neuron", 1, 7), ("window", 1, 1)],
     "modules": [("attention_out", 0), ("both_out", 1), ("residual_out", 1)],
     "a single neuron": [("neuron", 1, 5)],
+    "branches": [("gate", 0, 3), ("up", 0, 3), ("up", 1, 6), ("gate", 2, 2), ("head_out", 1, 1)],
     "twice": [("neuron", 1, 5), ("neuron", 1, 5)],
 }
 PLACES = [("llama", "last"), *(pytest.param(kind, "user", marks=pytest.mark.slow) for kind in ("llama", "four_norms", "mixture"))]
 FAMILIES = ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("four_norms", "mixture"))]
-SITES = ("neuron", "head_out", "attention_out", "mlp_out", "residual_out")
+SITES = ("neuron", "gate", "up", "head_out", "attention_out", "mlp_out", "residual_out")
 
 
 def _edits(model: Model, pair: jm.PromptPair, position: str, units: Any, window: int) -> dict[str, jm.Edit]:
@@ -176,6 +178,7 @@ PATHS = {
     "neuron to a neuron": (("neuron", 0, 4), [("neuron", 2, 5)]),
     "neuron to an MLP and a neuron": (("neuron", 0, 4), [("mlp_out", 1), ("neuron", 2, 5)]),
     "head to the MLP of its layer": (("head_out", 1, 1), [("mlp_out", 1)]),
+    "branch to two branches": (("up", 0, 4), [("gate", 1, 2), ("up", 2, 5)]),
     "MLP to two heads": (("mlp_out", 0), [("head_out", 1, 0), ("head_out", 2, 3)]),
 }
 
@@ -198,7 +201,8 @@ def test_paths_equal_full_forwards_layer_by_layer(kind: str, position: str) -> N
         streams = [np.asarray(jm.forward(model, ids, given, taps=(site,))[1][site])[layer, 0, tokens] for given in (edits, None)]
         parts = []
         for kind_of, at, *number in receivers:
-            enters = "residual_mid" if kind_of in ("mlp_out", "neuron") else "residual_in"  # attention between them stays as it was
+            of_mlp = kind_of in ("mlp_out", "neuron", "gate", "up")
+            enters = "residual_mid" if of_mlp else "residual_in"  # attention between them stays as it was
             change = {enters: jm.Edit(0.0, 0.0, streams[0] - streams[1], None, jm.edits.where(at, tokens))}
             (read,) = MEDIATORS[kind_of].sites
             values = np.asarray(jm.forward(model, ids, change, taps=(read,))[1][read])[:, 0, window]

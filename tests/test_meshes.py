@@ -16,8 +16,9 @@ import pytest
 from jaxmed.effects import readout
 from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.engine import open_window, prepare
-from jaxmed.effects.mediators import Picks, patched_rows
+from jaxmed.effects.mediators import patched_rows
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.rows import Picks
 from jaxmed.runner import propagate
 from tests import tiny
 from tests.conftest import QUICK_COMPILES

@@ -11,8 +11,9 @@ import pytest
 import jaxmed as jm
 from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.engine import open_window, prepare
-from jaxmed.effects.mediators import MEDIATORS, Picks, patched_rows
+from jaxmed.effects.mediators import MEDIATORS, patched_rows
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.rows import Picks
 from jaxmed.interventions.edits import TokenIndex, merge
 from jaxmed.models.model import Model
 from jaxmed.runner import Entry, Layout, Prefix, Recording, extend, logits_of, propagate, run, run_tokens

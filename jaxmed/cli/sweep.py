@@ -100,8 +100,8 @@ class SweepFlags(ContrastFlags):
     position: str = "last"
     """Patched tokens: last, user_last, header, user, each, spans, all, an index (negative counts from the end), or a substring."""
     unit: tuple[str, ...] = ()
-    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out. By
-    default neuron, or none where --sets or --paths are given."""
+    """One or several of: neuron, gate, up (a gated neuron's two branches), window, head_out, attention_out, mlp_out, both_out (these two of
+    a layer together), residual_out. By default neuron, or none where --sets or --paths are given."""
     window: int = 32
     """Adjacent neurons per window, for the unit 'window'."""
     layers: tuple[int, ...] = ()

@@ -17,7 +17,8 @@ class Trace(Sweep):
     of many prompts (columns span_NAME of the pairs file). A sweep whose flags begin with other defaults."""
 
     unit: tuple[str, ...] = ("attention_out", "mlp_out", "both_out", "residual_out", "head_out")
-    """One or several of: neuron, window, head_out, attention_out, mlp_out, both_out (these two of a layer together), residual_out."""
+    """One or several of: neuron, gate, up (a gated neuron's two branches), window, head_out, attention_out, mlp_out, both_out (these two of
+    a layer together), residual_out."""
     position: str = "each"
     """each: every token by itself; spans: the tokens of each named span together, the rest of the request, and the header."""
     pair: tuple[str, ...] = ()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.engine import PreparedContrast, Window
-from jaxmed.effects.mediators import Picks, View, after_module
 from jaxmed.effects.readout import Readout, Reads
+from jaxmed.effects.rows import Picks, View, after_module
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params, matrix_rows
 from jaxmed.runner import Restart, run

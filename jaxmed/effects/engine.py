@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.contrast import Contrast
-from jaxmed.effects.mediators import MEDIATORS, Picks, Record, Unit, View, patched_rows, recorded_sites, written
+from jaxmed.effects.mediators import MEDIATORS, Unit, patched_rows, recorded_sites, written
 from jaxmed.effects.outcomes import OUTCOMES, OutcomeName
 from jaxmed.effects.readout import Readout, Reads, make_reads, next_token, read
+from jaxmed.effects.rows import Picks, Record, View
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.engine import Values, Window, chunk_rows
-from jaxmed.effects.mediators import MEDIATORS, Picks, Record, View, patched_rows, written
+from jaxmed.effects.mediators import MEDIATORS, patched_rows, written
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.rows import Picks, Record, View
 from jaxmed.effects.sets import UnitPath, UnitSet, kinds_of, membership
 from jaxmed.interventions.acting import Staged
 from jaxmed.interventions.edits import Edit

@@ -6,8 +6,8 @@ A new granularity is one row of `MEDIATORS`. A row says the same intervention tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,54 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.effects.rows import (
+    Picks,
+    Rows,
+    View,
+    down_rows,
+    gate_change,
+    head_rows,
+    module_rows,
+    neuron_change,
+    up_change,
+)
 from jaxmed.errors import UserError, unknown
 from jaxmed.interventions.edits import ANY, Edit, where
+from jaxmed.interventions.sites import check_sites, has_site
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.layers import contract, normalise
-from jaxmed.models.transformer import Params, matrix_rows
-
-Record = dict[str, jax.Array]
-"""Site -> activations [L, W, ...] of one run, at the columns of a window."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class View:
-    """What both runs left at the columns of one window.
-
-    Attributes:
-        base, source: their records; the source's columns are aligned to the base's.
-        slots: int [T], which recorded columns the window has.
-        patched: bool [T], the columns where values are swapped.
-    """
-
-    base: Record
-    source: Record
-    slots: Any
-    patched: Any
-
-    def at(self, record: Record, site: str, layer: jax.Array) -> jax.Array:
-        """A site of one run at layers int [U]: float32 [U,T,...]."""
-        return record[site][layer[:, None], self.slots[None]].astype(jnp.float32)
-
-    def change(self, site: str, layer: jax.Array) -> jax.Array:
-        """Source minus base where values are swapped, zero elsewhere: [U,T,D]."""
-        change = self.at(self.source, site, layer) - self.at(self.base, site, layer)
-        return jnp.where(self.patched[None, :, None], change, 0.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Picks:
-    """The units of a chunk's rows: int [U] each. `kind` indexes the chunk's mediators (-1: the row stays at base)."""
-
-    kind: Any
-    layer: Any
-    index: Any
-
-
-Rows = Callable[[ModelConfig, Params, View, Picks, int], jax.Array]
-"""(config, params, view, picks, width) -> the patched residual stream at its entry, float32 [U,T,D]."""
+from jaxmed.models.transformer import Params
 
 
 @dataclass(frozen=True)
@@ -80,6 +48,7 @@ class Mediator:
         show: what a report draws: "map" (units by layer), "heads", "line" (one value per layer), or "carry" (the same, of something that
             carries all that came before it).
         told: what one such unit is, for captions.
+        reads: sites of the base run that the rows need beside those that are swapped, of models that have them.
     """
 
     sites: tuple[str, ...]
@@ -91,6 +60,7 @@ class Mediator:
     rows: Rows
     show: str
     told: str
+    reads: tuple[str, ...] = ()
 
     def count(self, config: ModelConfig, window: int) -> int:
         """How many units a layer has."""
@@ -126,62 +96,23 @@ class Mediator:
         return Edit(gate, values.astype(np.float32), np.zeros_like(gate), None, where(layer[row], tokens[token], unit, row))
 
 
-def after_module(config: ModelConfig, params: Params, view: View, picks: Picks, module: str, change: jax.Array) -> jax.Array:
-    """The residual stream behind a module ("attention" or "mlp") whose raw output changes by `change` [U,T,D]."""
-    before, after = {"attention": ("residual_in", "residual_mid"), "mlp": ("residual_mid", "residual_out")}[module]
-    if not config.post_norm:
-        return view.at(view.base, after, picks.layer) + change * config.residual_scale
-    raw = view.at(view.base, f"{module}_raw", picks.layer) + change
-    name = f"{module}_post_norm"
-    scale, bias = (params["blocks"].get(n) for n in (name, name + "_bias"))
-    normed = normalise(config, raw, scale[picks.layer][:, None], None if bias is None else bias[picks.layer][:, None])
-    return view.at(view.base, before, picks.layer) + normed * config.residual_scale
-
-
-def _neuron_rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
-    """Neuron j changes the MLP's output by `delta_j * W_down[j]`: no MLP matmul is run again. In a mixture of experts that is times the
-    weight of j's expert in the base run, where routing at this layer stays as it was; later layers route anew."""
-    index = picks.index[:, None] * width + jnp.arange(width)[None]
-    valid = (picks.kind >= 0)[:, None] & (index < config.neurons)
-    index = jnp.clip(index, 0, config.neurons - 1)
-    layer, slots = picks.layer[:, None, None], view.slots[None, :, None]
-    values = [record["neuron"][layer, slots, index[:, None]].astype(jnp.float32) for record in (view.source, view.base)]
-    delta = values[0] - values[1]  # [U, T, w]
-    if config.experts:
-        delta = delta * view.base["routing"][layer, slots, index[:, None] // config.sizes["M"]]
-    delta = jnp.where(view.patched[None, :, None] & valid[:, None], delta, 0.0)
-    vectors = matrix_rows(config, params, "down", picks.layer[:, None], index)  # [U, w, D]
-    return after_module(config, params, view, picks, "mlp", jnp.einsum("UTw,UwD->UTD", delta, vectors, precision="highest"))
-
-
-def _head_rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
-    """Head n changes the output projection by `delta_n @ W_O[n]`."""
-    del width
-    at = picks.layer[:, None], view.slots[None], picks.index[:, None]
-    values = [record["head_out"][at].astype(jnp.float32) for record in (view.source, view.base)]
-    delta = jnp.where(view.patched[None, :, None], values[0] - values[1], 0.0)  # [U, T, H]
-    change = contract("UTH,UHD->UTD", delta, matrix_rows(config, params, "out", picks.layer, picks.index))
-    return after_module(config, params, view, picks, "attention", change)
-
-
-def _module_rows(entry: str, *sites: str) -> Rows:
-    """What whole modules add: the stream at `entry` plus the sites' changes."""
-
-    def rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
-        del config, params, width
-        return view.at(view.base, entry, picks.layer) + sum(view.change(site, picks.layer) for site in sites)
-
-    return rows
-
-
 def _module(told: str, mid: bool, *sites: str, show: str = "line") -> Mediator:
-    return Mediator(sites, "", "", False, mid, False, _module_rows("residual_mid" if mid else "residual_out", *sites), show, told)
+    return Mediator(sites, "", "", False, mid, False, module_rows("residual_mid" if mid else "residual_out", *sites), show, told)
 
 
+def _of_neurons(site: str, told: str, change: Any, *reads: str) -> Mediator:
+    """Units that change what a neuron's row of the down projection is multiplied by."""
+    return Mediator((site,), "F", OF_NEURON, False, False, True, down_rows(change), "map", told, (*reads, "routing"))
+
+
+OF_NEURON = "neuron_index"
+"""The coordinate of units that each write through one neuron."""
 MEDIATORS: dict[str, Mediator] = {
-    "neuron": Mediator(("neuron",), "F", "neuron_index", False, False, True, _neuron_rows, "map", "one MLP neuron"),
-    "window": Mediator(("neuron",), "F", "window_index", True, False, True, _neuron_rows, "map", "a window of adjacent MLP neurons"),
-    "head_out": Mediator(("head_out",), "N", "head_index", False, True, False, _head_rows, "heads", "one attention head"),
+    "neuron": _of_neurons("neuron", "one MLP neuron", neuron_change),
+    "gate": _of_neurons("gate", "the gate of one MLP neuron, before its activation", gate_change, "up"),
+    "up": _of_neurons("up", "the up branch of one MLP neuron", up_change, "gate"),
+    "window": replace(_of_neurons("neuron", "a window of adjacent MLP neurons", neuron_change), coordinate="window_index", windowed=True),
+    "head_out": Mediator(("head_out",), "N", "head_index", False, True, False, head_rows, "heads", "one attention head"),
     "attention_out": _module("what attention adds", True, "attention_out"),
     "mlp_out": _module("what the MLP adds", False, "mlp_out"),
     "both_out": _module("what the layer adds: attention and MLP together", False, "attention_out", "mlp_out"),
@@ -194,13 +125,23 @@ EXPERT = ("expert", "expert_neuron")
 """Where a neuron of a mixture is: its expert, and its index within it. `neuron_index` counts expert by expert."""
 
 
-def check_units(units: Any) -> tuple[str, ...]:
-    """The units as a tuple in the order of `MEDIATORS`; a UserError with the nearest names where one is unknown."""
+def units_of(config: ModelConfig) -> tuple[str, ...]:
+    """The kinds of units that a model has."""
+    return tuple(unit for unit, mediator in MEDIATORS.items() if all(has_site(config.sizes, site) for site in mediator.sites))
+
+
+def check_units(config: ModelConfig, units: Any) -> tuple[str, ...]:
+    """The units as a tuple in the order of `MEDIATORS`.
+
+    Raises:
+        UserError: one that is unknown, with the nearest names, or that the model lacks.
+    """
     for unit in units:
         if unit not in MEDIATORS:
             raise unknown("unit", unit, MEDIATORS)
+        check_sites(config.sizes, MEDIATORS[unit].sites)
     if not units:
-        raise UserError(f"Give at least one unit of: {', '.join(MEDIATORS)}.")
+        raise UserError(f"Give at least one unit of: {', '.join(units_of(config))}.")
     return tuple(unit for unit in MEDIATORS if unit in units)
 
 
@@ -209,7 +150,8 @@ def recorded_sites(config: ModelConfig, units: tuple[str, ...], stream: bool = F
     swapped = {site for unit in units for site in MEDIATORS[unit].sites}
     base = swapped | {"residual_mid", "residual_out"} | ({"mlp_raw", "attention_raw", "residual_in"} if config.post_norm else set())
     base |= {"residual_in"} if stream else set()
-    base |= {"routing"} if config.experts and "neuron" in swapped else set()
+    reads = {site for unit in units for site in MEDIATORS[unit].reads if has_site(config.sizes, site)}
+    base |= reads if config.experts else reads - {"routing"}
     always = {"router_logits"} if config.experts else set()
     return tuple(sorted(base | always)), tuple(sorted(swapped | always))
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.effects.engine import PreparedContrast
-from jaxmed.effects.mediators import Record
 from jaxmed.effects.reference import Reference
+from jaxmed.effects.rows import Record
 from jaxmed.errors import UserError, unknown
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import results, statistics
-from jaxmed.effects.mediators import EXPERT
+from jaxmed.effects.mediators import EXPERT, MEDIATORS, OF_NEURON
 from jaxmed.effects.unit_blocks import UnitBlocks
 from jaxmed.files import write_csv
 from jaxmed.models.model import Model
@@ -51,7 +51,7 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
                 "unit": unit,
                 "layer": where.get("layer", ""),
                 "index": where.get(coordinate, ""),
-                **{name: int(found[name].values[where["neuron_index"]]) for name in EXPERT if name in found.coords},
+                **{name: int(found[name].values[where[OF_NEURON]]) for name in EXPERT if name in found.coords},
                 "position": where.get("position", table.attrs["position"]),
                 "outcome": outcome,
                 "category": found.attrs["category"],
@@ -107,10 +107,11 @@ def promoted(model: Model, layers: np.ndarray, neurons: np.ndarray, count: int =
 
 
 def name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
-    """Adds to rows of neurons the tokens that their output vectors promote and suppress; nothing without a model and its tokenizer."""
+    """Adds to rows of neurons and their branches the tokens that their output vectors promote and suppress; nothing without a model and
+    its tokenizer."""
     if model is None or model.tokenizer is None:
         return
-    named = [row for row in rows if row["unit"] == "neuron"]
+    named = [row for row in rows if row["unit"] in MEDIATORS and MEDIATORS[row["unit"]].coordinate == OF_NEURON]
     if not named:
         return
     found = promoted(model, np.asarray([row["layer"] for row in named]), np.asarray([row["index"] for row in named]))

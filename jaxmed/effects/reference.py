@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.engine import source_values
-from jaxmed.effects.mediators import Record
+from jaxmed.effects.rows import Record
 from jaxmed.interventions.sites import STREAM
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.transformer import Params

@@ -81,7 +81,7 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
         UserError: bad outcome, unit, estimand, set, path, window or word; a source model that cannot be compared.
     """
     outcomes, together = check_outcomes(request.outcomes, model.config.vocabulary), bool(request.sets or request.paths)
-    units = () if together and not request.units else check_units(request.units)
+    units = () if together and not request.units else check_units(model.config, request.units)
     request = replace(request, outcomes=outcomes, units=units, estimands=check_estimands(tuple(request.estimands)))
     if any(unit in MEDIATORS and MEDIATORS[unit].windowed for unit in request.kinds):
         _check_window(model.config, request.window)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.effects.mediators import MEDIATORS, Unit
+from jaxmed.effects.mediators import MEDIATORS, Unit, units_of
 from jaxmed.errors import UserError, all_problems, quoted, unknown
 from jaxmed.files import read_json
+from jaxmed.interventions.sites import has_site
 from jaxmed.models.config import ModelConfig
 
 
@@ -147,6 +148,8 @@ def _unit_problems(config: ModelConfig, unit: Unit, window: int) -> list[str]:
     kind, layer, index = unit
     if kind not in MEDIATORS:
         return [str(unknown("unit", kind, MEDIATORS))]
+    if not all(has_site(config.sizes, site) for site in MEDIATORS[kind].sites):
+        return [f"{kind} is no unit of this model; legal: {', '.join(units_of(config))}"]
     if not 0 <= layer < config.layers:
         return [f"{kind} names layer {layer}; legal: 0 to {config.layers - 1}"]
     count = MEDIATORS[kind].count(config, window)

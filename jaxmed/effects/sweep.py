@@ -155,8 +155,8 @@ def sweep(
 
     Args:
         outcome: one or several of `jaxmed.effects.outcomes.OUTCOMES`, or functions of the logits [V] after the prompt.
-        unit: one or several of neuron, window, head_out, attention_out, mlp_out, both_out, residual_out; by default neuron, or none where
-            sets or paths are given.
+        unit: one or several of neuron, gate, up, window, head_out, attention_out, mlp_out, both_out, residual_out; by default neuron, or
+            none where sets or paths are given.
         position: last, user_last, header, user, each, all, an index, or a substring.
         window: neurons per window, for the unit "window".
         layers: layers to sweep; all by default.

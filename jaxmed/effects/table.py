@@ -13,7 +13,7 @@ import numpy as np
 from jaxmed import results
 from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
-from jaxmed.effects.mediators import EXPERT, MEDIATORS
+from jaxmed.effects.mediators import EXPERT, MEDIATORS, OF_NEURON
 from jaxmed.effects.outcomes import outcome_name
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.files import simple
@@ -64,9 +64,9 @@ def coordinates(job: Job) -> dict[str, Any]:
         dim = TOGETHER[name][0]
         found[dim] = [row.name for row in rows]
         found[f"{dim}_units"] = (dim, [json.dumps(simple(asdict(row))) for row in rows])
-    if config.experts and "neuron" in request.units:
+    if config.experts and OF_NEURON in found:
         for name, values in zip(EXPERT, np.divmod(np.arange(config.neurons), config.sizes["M"]), strict=True):
-            found[name] = (MEDIATORS["neuron"].coordinate, values)
+            found[name] = (OF_NEURON, values)
     if request.position == "each":
         found["position"] = np.arange(-max(len(contrast.patches) for contrast in job.contrasts), 0)
         found["token"] = (("pair", "position"), _tokens(job, len(found["position"])))

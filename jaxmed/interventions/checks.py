@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from jaxmed.errors import UserError
 from jaxmed.interventions.edits import ANY, CURRENT, Edit, Edits, Where
-from jaxmed.interventions.sites import INTERNAL, SITES, site_name
+from jaxmed.interventions.sites import INTERNAL, SITES, check_sites, site_name
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,16 @@ def check_edits(edits: Edits | None, extent: Extent) -> dict[str, Edit]:
     """Edits with canonical site names, checked on the host.
 
     Raises:
-        UserError: unknown or read-only site; a layer, unit, row or position that the run does not have (such an edit would change nothing
-            without a word); a field of another shape than the site; or a value that is not finite (a NaN spreads even at gate 0).
+        UserError: unknown or read-only site, or one that the model lacks; a layer, unit, row or position that the run does not have (such
+            an edit would change nothing without a word); a field of another shape than the site; or a value that is not finite (a NaN
+            spreads even at gate 0).
     """
     checked: dict[str, Edit] = {}
     for name, edit in (edits or {}).items():
         if name in INTERNAL:
             raise UserError(f"Site {name!r} can be read, not edited. Editable: {', '.join(SITES)}.")
         name = site_name(name)
+        check_sites(extent.sizes, [name])
         if name in checked:
             raise UserError(f"Site {name!r} is given twice, under two names. Combine the edits with `merge`.")
         for which in ("gate", "value", "add", "basis"):

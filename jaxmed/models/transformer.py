@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmed.axes import lead, partition
+from jaxmed.interventions.sites import BRANCHES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import activate, cap, normalise, project, route, scored_project
 from jaxmed.models.rope import Angles, rotate
@@ -110,13 +111,15 @@ class Block(nnx.Module):
         raw = touch("attention_raw", raw + lead(self.out_bias[...], raw.ndim).astype(raw.dtype) if self.config.out_bias else raw)
         return touch("residual_mid", h + touch("attention_out", self.post(raw, "attention_post_norm")))
 
-    def mlp(self, h: jax.Array, touch: Touch = untouched) -> jax.Array:
-        """residual_mid [B,T,D] -> residual_out [B,T,D]."""
+    def mlp(self, h: jax.Array, touch: Touch = untouched, touch_branch: Touch | None = None) -> jax.Array:
+        """residual_mid [B,T,D] -> residual_out [B,T,D]; `touch_branch` is called at its branches, which are not taken apart without it."""
         config, dtype = self.config, self.config.compute
         x = self.norm(h, "mlp_norm", dtype) if config.pre_norm else h.astype(dtype)
         branches = self.times(x, "gate_up", dtype=dtype)
         if config.mlp_bias:
             branches = branches + lead(self.gate_up_bias[...], branches.ndim)
+        if touch_branch is not None:
+            branches = self.touched(branches, touch_branch)
         active: Any = activate(config, branches, self.rules)
         neuron = touch("neuron", active.reshape(*h.shape[:2], config.neurons))
         if config.experts:
@@ -127,6 +130,15 @@ class Block(nnx.Module):
         raw = self.times(neuron, "down")
         raw = touch("mlp_raw", raw + lead(self.down_bias[...], raw.ndim).astype(raw.dtype) if config.mlp_bias else raw)
         return touch("residual_out", h + touch("mlp_out", self.post(raw, "mlp_post_norm")))
+
+    def touched(self, branches: jax.Array, touch: Touch) -> jax.Array:
+        """The MLP's branches [B,T,...,C,M], put together anew where `touch` changes one of them [B,T,F]."""
+        parts = [branches[..., number, :] for number in range(branches.shape[-2])]
+        flat = [part.reshape(*branches.shape[:2], self.config.neurons) for part in parts]
+        after = [touch(site, part) for site, part in zip(BRANCHES, flat, strict=False)]
+        if all(new is old for new, old in zip(after, flat, strict=True)):
+            return branches
+        return jnp.stack([new.reshape(part.shape) for new, part in zip(after, parts, strict=True)], axis=-2)
 
     def post(self, raw: jax.Array, norm: str) -> jax.Array:
         """What is added to the residual stream for the raw output of a module: its post-norm and scale where the family has them."""

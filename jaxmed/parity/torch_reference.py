@@ -29,6 +29,7 @@ def site_modules(layer: Any) -> dict[str, Part]:
             "head_out": (layer.attn.c_proj, True),
             "attention_out": (layer.attn, False),
             "residual_mid": (layer.ln_2, True),
+            "gate": (layer.mlp.c_fc, False),
             "neuron": (layer.mlp.c_proj, True),
             "mlp_out": (layer.mlp, False),
             "residual_out": (layer, False),
@@ -47,13 +48,16 @@ def site_modules(layer: Any) -> dict[str, Part]:
     found["residual_mid"] = (before_mlp, True)
     found["mlp_out"] = (layer.post_feedforward_layernorm if post_norms else layer.mlp, False)
     found["experts" if hasattr(layer.mlp, "experts") else "neuron"] = (getattr(layer.mlp, "down_proj", layer.mlp), True)
+    for name, part in (("gate", "gate_proj"), ("up", "up_proj"), ("gate_up", "gate_up_proj")):
+        if hasattr(layer.mlp, part):
+            found[name] = (getattr(layer.mlp, part), False)
     return found
 
 
-def _all_experts(experts: Any, x: torch.Tensor) -> torch.Tensor:
-    """Every neuron of every expert [B, T, X * M], for a mixture's input x [B, T, D]."""
+def _all_experts(experts: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Both branches and every neuron of every expert [B, T, X * M], for a mixture's input x [B, T, D]."""
     gate, up = torch.einsum("btd,xcd->btxc", x, experts.gate_up_proj).chunk(2, dim=-1)
-    return (experts.act_fn(gate) * up).flatten(2)
+    return {"gate": gate.flatten(2), "up": up.flatten(2), "neuron": (experts.act_fn(gate) * up).flatten(2)}
 
 
 def run(model: Any, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -92,7 +96,11 @@ def _stack(config: Any, layers: Any, seen: dict[str, list[torch.Tensor]]) -> dic
         parts = [value.split([config.num_attention_heads * width, keys, keys], dim=-1) for value in seen.pop("qkv")]
         seen |= {name: [part[number] for part in parts] for number, name in enumerate(("query", "key", "value"))}
     if "experts" in seen:
-        seen["neuron"] = [_all_experts(layer.mlp.experts, x) for layer, x in zip(layers, seen.pop("experts"), strict=True)]
+        computed = [_all_experts(layer.mlp.experts, x) for layer, x in zip(layers, seen.pop("experts"), strict=True)]
+        seen |= {name: [one[name] for one in computed] for name in computed[0]}
+    if "gate_up" in seen:
+        both = [value.chunk(2, dim=-1) for value in seen.pop("gate_up")]
+        seen |= {name: [one[number] for one in both] for number, name in enumerate(("gate", "up"))}
     for name in ("attention_out", "mlp_out"):
         seen[name] = [value * getattr(config, "residual_multiplier", 1.0) for value in seen[name]]
     stacked = {name: torch.stack(values).detach().float().numpy() for name, values in seen.items()}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxmed.attention import Segment, attend
 from jaxmed.interventions.acting import Part, Staged, apply_edit, at_layer, in_order, split_dense
-from jaxmed.interventions.sites import INTERNAL, SITES
+from jaxmed.interventions.sites import BRANCHES, INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import recomputed, sees
 from jaxmed.models.rope import layer_windows, model_angles
@@ -114,9 +114,11 @@ def run(
             return a
 
         block = open_block(config, at.arrays, recording.rules)
-        at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in (*names, *(site for site, _ in here)) else None
+        touched = {*names, *(site for site, _ in here)}
+        at_pattern = partial(touch, "attention_pattern") if "attention_pattern" in touched else None
+        at_branch = touch if touched.intersection(BRANCHES) else None
         see = partial(_attend, config, layout if asked is None else layout.asked(asked), at, prefix, at_pattern, recording.rules)
-        return block.mlp(block.attention(stream, angles(at.window), see, touch, asked), touch), recorded
+        return block.mlp(block.attention(stream, angles(at.window), see, touch, asked), touch, at_branch), recorded
 
     kv = None if prefix is None else (prefix.key, prefix.value)
     count = jax.tree.leaves(params["blocks"])[0].shape[0]

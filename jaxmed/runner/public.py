@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxmed.errors import UserError, unknown
 from jaxmed.interventions.checks import Extent, check_edits
 from jaxmed.interventions.edits import Edit
-from jaxmed.interventions.sites import INTERNAL, site_name
+from jaxmed.interventions.sites import INTERNAL, check_sites, site_name
 from jaxmed.models.model import Model
 from jaxmed.runner.calls import forward as run_forward
 from jaxmed.runner.layout import causal_layout
@@ -48,8 +48,8 @@ def forward(
         given in `taps`.
 
     Raises:
-        UserError: unknown site, an edit out of range or not finite, a token id outside the vocabulary, text instead of token ids,
-            more tokens than learned positions.
+        UserError: a site that is unknown or that the model lacks, an edit out of range or not finite, a token id outside the vocabulary,
+            text instead of token ids, more tokens than learned positions.
     """
     if isinstance(tokens, str) or (isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens)):
         raise UserError("tokens is an int array [B, T], not text. Make it of texts: ids, padding = jm.tokens.batch(model, texts).")
@@ -65,6 +65,7 @@ def forward(
     if padding is None or not isinstance(padding, Tracer):
         check_length(config, ids.shape[1] - int(np.min(0 if padding is None else padding)), "tokens")
     names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
+    check_sites(config.sizes, names)
     left = np.zeros(ids.shape[0], int) if padding is None else padding
     rows = None if isinstance(left, Tracer) else tuple(int(ids.shape[1] - count) for count in np.asarray(left))
     checked = check_edits(edits, Extent(config.layers, config.sizes | {"S": ids.shape[1], "T": ids.shape[1]}, rows))
