@@ -20,8 +20,8 @@ class BridgeSpec:
     """Examples whose weights are spared, and whose loss says what a mask costs."""
     prune_form: FormName = "plain"
     """How the prompts and responses of these sets are joined; see --form."""
-    q: float = 1e-4
-    """Share of each matrix's weights that are chosen for a behaviour."""
+    q: float = 1e-3
+    """Share of each matrix's weights that are chosen for a behaviour; less leaves too few of them in one layer to say where they sit."""
     p: float = 5e-3
     """Share of each matrix's weights that are spared."""
     score_limit: int = 60
