@@ -72,7 +72,7 @@ def patch(
     if len(contrast.patches) != 1:
         raise UserError(f"jm.patch patches one place; position {position!r} names {len(contrast.patches)}. Use jm.sweep with sets=.")
     kinds = kinds_of((*one.units, *one.held))
-    known = make_reference(PATCHES[patch].needs, make_contrasts(model, reference, reading) or (contrast,), kinds)
+    known = make_reference(PATCHES[patch].needs, make_contrasts(model, reference, reading) if reference else (contrast,), kinds)
     prepared = with_patch(prepare(contrast, outcomes, kinds, stream=True), asked, known)
     readout = Readout(outcomes, model.mesh.shape["model"])
     values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, readout)
