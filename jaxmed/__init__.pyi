@@ -1,4 +1,4 @@
-from . import pruning, statistics, tokens
+from . import probing, pruning, statistics, tokens
 from .activation_table import activations, mean_difference
 from .answering.run import answers
 from .bridge.enrichment import Enriched, enrichment
@@ -18,6 +18,7 @@ from .memory import keep_freed_memory
 from .models.checkpoints.export import export_folder
 from .models.model import Model
 from .parity.selfcheck import self_check
+from .probing.api import probe
 from .prompts import Example, PromptPair, read_examples, read_pairs
 from .results import open_results
 from .runner.public import forward
@@ -47,6 +48,8 @@ __all__ = [
     "open_results",
     "patch",
     "planted",
+    "probe",
+    "probing",
     "pruning",
     "read_examples",
     "read_pairs",

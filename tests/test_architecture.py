@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
+    "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "activation_table"},
     "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
     | {"activation_table", "evaluation", "gating"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
     }
     | {"bench", "parity", "generation"}
-    | {"answering", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
+    | {"answering", "probing", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""
 

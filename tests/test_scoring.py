@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.batching.scoring import _passes, _score, choice_logits, score_responses
+from jaxmed.batching.scoring import _score, choice_logits, passes, score_responses
 from jaxmed.models.vocabulary import largest, log_total
 from jaxmed.tokens import TokenizedExample
 from tests import tiny
@@ -63,7 +63,7 @@ def test_responses_to_one_prompt_score_as_alone_and_run_it_once(mesh: str) -> No
         assert np.abs(scored.log_probabilities - own).max(initial=0.0) < 3e-5
         assert np.array_equal(scored.likeliest, logits.argmax(1) == response)
     short = examples[:-1]
-    run = sum(batch.tokens.size for _, batch in _passes(model, short))
+    run = sum(batch.tokens.size for _, batch in passes(model, short))
     once = sum(len(examples[number].ids) + 18 for number in range(0, 60, 5))
     assert run < 1.25 * once < 0.5 * sum(len(one.ids) for one in short)
 

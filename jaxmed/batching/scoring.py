@@ -31,7 +31,7 @@ PIECE = 512
 """Most scored tokens of a row whose logits are held at once."""
 
 
-def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tuple[list[Place], Batch]]:
+def passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tuple[list[Place], Batch]]:
     """(places whose `example` counts in `examples`, batch on the model's devices) of all examples.
 
     Examples of like lengths have batches of one shape; what all begin with runs once per row, and the prompt of several once.
@@ -43,8 +43,9 @@ def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tupl
     classes = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1) / SHORT)), 0)
     for one in sorted(set(classes.tolist())):
         items = by_prompt(examples, np.nonzero(classes == one)[0].tolist(), int(SHORT * 2 ** (one + 1)))
-        if len(items) < 2 * devices:  # some devices would have too little to do
-            items = [(examples[i], [i]) for i in np.nonzero(classes == one)[0].tolist()]
+        alone = [(examples[i], [i]) for i in np.nonzero(classes == one)[0].tolist()]
+        if len(items) < 2 * devices and _longest_share(alone, devices) < _longest_share(items, devices):
+            items = alone  # some devices would have too little to do
         items.sort(key=lambda item: -len(item[0].ids))
         held = [item for item, _ in items]
         trunk = common_beginning(held) // 8 * 8 if len(held) > devices else 0  # else every length would be compiled anew
@@ -57,6 +58,12 @@ def _passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tupl
             yield found, jax.device_put(make_batch(held, group, shape, True), where)
 
 
+def _longest_share(items: Sequence[tuple[TokenizedExample, list[int]]], devices: int) -> int:
+    """At least so many tokens has the device that has most to do."""
+    lengths = [len(item.ids) for item, _ in items]
+    return max(*lengths, -(-sum(lengths) // devices)) if len(lengths) > 1 else lengths[0]
+
+
 def _apart(examples: Sequence[TokenizedExample], place: Place, members: Sequence[int]) -> Iterator[Place]:
     """Where each of the examples lies that one stands for: their scored tokens follow each other."""
     begin = place.scored.start
@@ -66,7 +73,7 @@ def _apart(examples: Sequence[TokenizedExample], place: Place, members: Sequence
         begin = stop
 
 
-def _scored_stream(config: ModelConfig, params: Params, batch: Batch, edits: Mapping[str, Edit] | None = None) -> jax.Array:
+def scored_stream(config: ModelConfig, params: Params, batch: Batch, edits: Mapping[str, Edit] | None = None) -> jax.Array:
     """The normed residual stream at every scored column [B,R,D]."""
     h = run_tokens(config, params, batch.tokens, batch_layout(batch), edits=edits).stream
     return final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
@@ -75,7 +82,7 @@ def _scored_stream(config: ModelConfig, params: Params, batch: Batch, edits: Map
 @partial(jax.jit, static_argnames=("config",))
 def _score(config: ModelConfig, params: Params, batch: Batch, edits: Mapping[str, Edit] | None = None) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every scored token float32 [B,R], and whether none is likelier, bool [B,R]."""
-    x, scored = _scored_stream(config, params, batch, edits), batch.target.shape[1]
+    x, scored = scored_stream(config, params, batch, edits), batch.target.shape[1]
     size = -(-scored // -(-scored // PIECE))
     rest = -scored % size
     x, target = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(batch.target, ((0, 0), (0, rest)))
@@ -120,7 +127,7 @@ def score_responses(
     """
     found: dict[int, ResponseScore] = {}
     checked = check_everywhere(model, edits) if edits else None
-    for placed, batch in _passes(model, examples):
+    for placed, batch in passes(model, examples):
         values, likeliest = (np.asarray(x) for x in _score(model.config, model.params, batch, checked))
         found |= {p.example: ResponseScore(values[p.row, p.scored], likeliest[p.row, p.scored]) for p in placed}
         report(len(placed))
@@ -153,7 +160,7 @@ def _acts_everywhere(edit: Edit) -> bool:
 @partial(jax.jit, static_argnames=("config",))
 def _choose(config: ModelConfig, params: Params, batch: Batch, choices: jax.Array) -> jax.Array:
     """Logits float32 [B,R,C] of the tokens `choices` int [C] at every scored column."""
-    return as_logits(config, contract("BRD,CD->BRC", _scored_stream(config, params, batch), head(params)[choices]))
+    return as_logits(config, contract("BRD,CD->BRC", scored_stream(config, params, batch), head(params)[choices]))
 
 
 def choice_logits(
@@ -167,7 +174,7 @@ def choice_logits(
     """
     examples = [TokenizedExample(np.append(ids, np.int32(choices[0])), len(ids)) for ids in prompts]
     found = np.zeros((len(prompts), len(choices)), np.float32)
-    for placed, batch in _passes(model, examples):
+    for placed, batch in passes(model, examples):
         values = np.asarray(_choose(model.config, model.params, batch, np.asarray(choices, np.int32)))
         for p in placed:
             found[p.example] = values[p.row, p.scored.start]

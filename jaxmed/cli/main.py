@@ -31,6 +31,7 @@ from jaxmed.cli.mediation import Mediation
 from jaxmed.cli.models import Models
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.parser import parse
+from jaxmed.cli.probe import ProbeEvaluate, ProbeFit, ProbeScore, ProbeSearch
 from jaxmed.cli.report import Report
 from jaxmed.cli.score import Score
 from jaxmed.cli.study import Pruning
@@ -55,6 +56,10 @@ COMMANDS: dict[str, type] = {
     "generate": Generate,
     "evaluate": Evaluate,
     "finetune": Finetune,
+    "probe search": ProbeSearch,
+    "probe fit": ProbeFit,
+    "probe score": ProbeScore,
+    "probe evaluate": ProbeEvaluate,
     "prune score": Score,
     "prune select": Select,
     "prune apply": Apply,
@@ -74,6 +79,7 @@ COMMANDS: dict[str, type] = {
     "bench": Bench,
 }
 GROUPS: dict[str, str] = {
+    "probe": "A cheap read-out of prompts: how likely openings of refusal and agreement are. Search openings, fit, score, evaluate.",
     "prune": "Weights that carry a behaviour: score them, select a mask by rule, apply it, and measure what is lost.",
     "study": "The published analyses, end to end, each with its figures and tables on one page.",
 }

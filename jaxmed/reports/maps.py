@@ -133,7 +133,8 @@ def _notes(record: Record, unit: str, outcome: str, places: list[tuple[int, int]
     for (layer, index), mean in zip(places, means, strict=True):
         note = f"layer {layer}<br>{unit} {index}<br>mean effect {number(float(mean))}"
         if all(bound is not None for bound in bounds):
-            low, high = (float(bound.sel(layer=layer, **{index_axis(record, unit): index})) for bound in bounds if bound is not None)
+            at = {"layer": layer, index_axis(record, unit): index}
+            low, high = (float(bound.sel(at)) for bound in bounds if bound is not None)
             note += f"<br>95 %: {number(low)} to {number(high)}" if np.isfinite([low, high]).all() else ""
         words = promoted.get((str(layer), str(index)))
         notes.append(note + (f"<br>promotes {label(words)}" if words else ""))

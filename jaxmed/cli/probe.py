@@ -1,0 +1,237 @@
+"""The commands `probe search`, `probe fit`, `probe score` and `probe evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmed.cli import show
+from jaxmed.cli.flags import FormFlag, ModelFlags, PlanFlags, SplitFlag, check_absent
+from jaxmed.errors import UserError
+from jaxmed.probing.spec import FitSpec, SearchSpec
+
+HARMFUL, BENIGN = "harmful", "benign"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFlags(SplitFlag):
+    """Labelled prompts."""
+
+    examples: str = "alignment"
+    """Prompts (.jsonl, .csv, .parquet; columns prompt, kind: harmful or benign), or a bundled set: alignment."""
+    prompts: int = 200
+    """Prompts of each kind at most, drawn at random."""
+
+    def labelled(self, split: str, seed: int = 0) -> tuple[list[Any], list[Any]]:
+        """Benign and harmful examples of a split.
+
+        Raises:
+            UserError: no rows of a kind; rows of other kinds alone; fewer than one prompt asked for.
+        """
+        from jaxmed.prompts.examples import chosen
+
+        if self.prompts < 1:
+            raise UserError(f"--prompts {self.prompts} leaves none; give 1 or more.")
+        rows = chosen(self.examples, split, None, responses=False)
+        sides = tuple([row for row in rows if row.kind == kind] for kind in (BENIGN, HARMFUL))
+        for kind, side in zip((BENIGN, HARMFUL), sides, strict=True):
+            if not side:
+                raise UserError(f"{self.examples} holds no rows of kind {kind!r} in split {split!r}. Name the kinds in the column `kind`.")
+        rng = np.random.default_rng(seed)
+        drawn = tuple([side[i] for i in sorted(rng.permutation(len(side))[: self.prompts])] for side in sides)
+        return drawn[0], drawn[1]
+
+
+def _ids(model: Any, sides: Sequence[Sequence[Any]], form: str) -> list[list[np.ndarray]]:
+    from jaxmed.probing.prefixes import prompts_of
+
+    return [prompts_of(model, side, form) for side in sides]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSearch(LabelledFlags, ModelFlags, FormFlag, PlanFlags, SearchSpec):
+    """Searches the openings of answers that benign prompts make likelier than harmful ones (agreement), and the reverse (refusal)."""
+
+    split: str = "train"  # type: ignore[assignment]
+    """Take rows of this split, where a file has splits; empty: all rows."""
+    prompts: int = 48
+    """Prompts of each kind at most, drawn at random."""
+    out: Path = Path("prefixes.json")
+    """JSON file for the openings."""
+
+    def run(self) -> None:
+        """Checks, plans, searches, prints."""
+        from jaxmed.probing.prefixes import write_prefixes
+        from jaxmed.probing.search import search
+
+        check_absent(self.out)
+        spec = SearchSpec(**{one.name: getattr(self, one.name) for one in fields(SearchSpec)})
+        spec.check()
+        sides = self.labelled(self.split)
+        model = self.describe()
+        total = sum(map(len, sides)) * 2 * (1 + spec.beams * (spec.length - 1))
+        lines = [
+            f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}",
+            f"{spec.length} tokens, {spec.beams} beams of each kind: up to {total:,} (prompt, opening); a prompt runs once per length",
+        ]
+        show.lines(f"probe search: {model.name}", lines)
+        if self.dry_run:
+            return
+        model = self.load()
+        with show.progress("openings", total, "openings") as report:
+            benign, harmful = _ids(model, sides, self.form)
+            found = search(model, benign, harmful, spec, self.form, lambda done: report(done, done, ""))
+        write_prefixes(self.out, found, model=model.record, search={**asdict(spec), "prompts": [len(side) for side in sides]})
+        rows = [[one.kind, repr(one.text), *_numbers(one)] for one in found.prefixes]
+        show.table("openings", ["kind", "opening", "gap", "benign", "harmful"], rows, left=2)
+        show.out.print(f"prefixes: {self.out} (nats per token; gap: benign minus harmful)", markup=False)
+
+
+def _numbers(one: Any) -> list[str]:
+    return [f"{one.found[0] - one.found[1]:+.3f}", f"{one.found[0]:.3f}", f"{one.found[1]:.3f}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeFit(LabelledFlags, ModelFlags, FormFlag, PlanFlags, FitSpec):
+    """Fits a probe to labelled prompts: standardises the score, sets the threshold, and tests both fold by fold."""
+
+    split: str = "train"  # type: ignore[assignment]
+    """Take rows of this split, where a file has splits; empty: all rows."""
+    prefixes: Path | None = None
+    """JSON file of `jaxmed probe search`; default: six openings written by hand."""
+    out: Path = Path("probe.json")
+    """JSON file for the probe."""
+
+    def run(self) -> None:
+        """Checks, plans, fits, prints."""
+        from jaxmed.probing.prefixes import by_hand, check_prefixes, read_prefixes
+        from jaxmed.probing.probe import fit, write_probe
+
+        check_absent(self.out)
+        spec = FitSpec(**{one.name: getattr(self, one.name) for one in fields(FitSpec)})
+        spec.check()
+        model = self.describe()
+        prefixes = by_hand(model, self.form) if self.prefixes is None else check_prefixes(model, read_prefixes(self.prefixes))
+        sides = self.labelled(self.split, spec.seed)
+        total = sum(map(len, sides)) * len(prefixes.prefixes)
+        show.lines(
+            f"probe fit: {model.name}",
+            [f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}, {len(prefixes.prefixes)} openings"],
+        )
+        if self.dry_run:
+            return
+        model = self.load()
+        with show.progress("scores", total, "openings") as report:
+            benign, harmful = _ids(model, sides, prefixes.form)
+            found = fit(model, benign, harmful, prefixes, spec, lambda done: report(done, done, ""))
+        write_probe(self.out, found)
+        of = found.fitted
+        lines = [
+            f"AUC {of['auc']:.3f} over {of['folds']} folds",
+            f"at {spec.fpr:.0%} of the benign prompts of the other folds: flags {of['held_out_tpr']:.1%} of harmful prompts and "
+            f"{of['held_out_fpr']:.1%} of benign ones",
+            f"probe: {self.out}",
+        ]
+        show.lines("fitted", lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScore(ModelFlags, PlanFlags):
+    """Scores prompts with a probe: a line of JSON per prompt, batch by batch, so that files of any length stream through."""
+
+    probe: Path = Path("probe.json")
+    """JSON file of `jaxmed probe fit`."""
+    data: Path | None = None
+    """Prompts (.jsonl, .csv, .parquet; column prompt, optional id)."""
+    out: Path = Path("scores.jsonl")
+    """JSONL file for id, score, probability and flag of every prompt."""
+    batch: int = 64
+    """Prompts that are scored at once."""
+
+    def run(self) -> None:
+        """Checks, scores, writes."""
+        from jaxmed.probing.prefixes import check_prefixes, prompts_of
+        from jaxmed.probing.probe import read_probe, score
+        from jaxmed.prompts.examples import read_examples
+
+        check_absent(self.out)
+        probe = read_probe(self.probe)
+        if self.data is None:
+            raise UserError("Give --data FILE: prompts to score (column prompt).")
+        if self.batch < 1:
+            raise UserError(f"--batch {self.batch} is at least 1.")
+        rows = read_examples(self.data, responses=False)
+        model = self.describe()
+        check_prefixes(model, probe.prefixes)
+        prompts_of(model, rows[:1], probe.prefixes.form)
+        show.lines(f"probe score: {model.name}", [f"{len(rows):,} prompts, {len(probe.prefixes.prefixes)} openings"])
+        if self.dry_run:
+            return
+        model, flagged = self.load(), 0
+        with show.progress("prompts", len(rows), "prompts") as report, self.out.open("x", encoding="utf-8") as file:
+            for at in range(0, len(rows), self.batch):
+                part = rows[at : at + self.batch]
+                scores = score(model, prompts_of(model, part, probe.prefixes.form), probe)
+                for line in _lines(part, scores, probe, at):
+                    flagged += line["flagged"]
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                report(len(part), len(part), "")
+        show.lines("scored", [f"{flagged:,} of {len(rows):,} prompts are flagged", f"scores: {self.out}"])
+
+
+def _lines(rows: Sequence[Any], scores: np.ndarray, probe: Any, first: int) -> Iterator[dict[str, Any]]:
+    for number, (row, value, p) in enumerate(zip(rows, scores, probe.probability(scores), strict=True), first):
+        yield {"id": row.id or str(number), "score": float(value), "probability": float(p), "flagged": bool(value > probe.threshold)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeEvaluate(LabelledFlags, ModelFlags, PlanFlags):
+    """How well a probe tells harmful from benign prompts: ROC, rates, calibration, latency, beside a refusal direction and the length."""
+
+    probe: Path = Path("probe.json")
+    """JSON file of `jaxmed probe fit`."""
+    baseline_split: str = "train"
+    """Split of the same file that the refusal direction is taken from."""
+    out: Path | None = None
+    """JSON file for every number."""
+
+    def run(self) -> None:
+        """Checks, scores, measures, prints."""
+        from jaxmed.files import write_json
+        from jaxmed.probing.measure import at_threshold, direction_baseline, latency, measure
+        from jaxmed.probing.prefixes import check_prefixes
+        from jaxmed.probing.probe import as_record, read_probe, score
+
+        check_absent(self.out)
+        probe = read_probe(self.probe)
+        model = self.describe()
+        check_prefixes(model, probe.prefixes)
+        sides, trained = self.labelled(self.split), self.labelled(self.baseline_split)
+        show.lines(f"probe evaluate: {model.name}", [f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}"])
+        if self.dry_run:
+            return
+        model = self.load()
+        ids, train = (_ids(model, of, probe.prefixes.form) for of in (sides, trained))
+        total = sum(map(len, ids)) * len(probe.prefixes.prefixes)
+        with show.progress("scores", total, "openings") as report:
+            scores = [score(model, side, probe, lambda done: report(done, done, "")) for side in ids]
+        *directed, layer = direction_baseline(model, (train[0], train[1]), (ids[0], ids[1]))
+        lengths = [np.asarray([float(len(one)) for one in side]) for side in ids]
+        rows = [measure("prefix probe", *scores), measure(f"direction, layer {layer}", *directed), measure("prompt length", *lengths)]
+        cut, time = at_threshold(probe, *scores), latency(model, [*ids[0], *ids[1]], probe)
+        if self.out is not None:
+            write_json(self.out, {"read_outs": [asdict(one) for one in rows], "threshold": cut, "latency": time, "probe": as_record(probe)})
+        shown = [[one.name, f"{one.auc:.3f}", f"{one.low:.3f} to {one.high:.3f}", f"{one.tpr_at_fpr:.1%}"] for one in rows]
+        show.table("read-outs", ["read-out", "AUC", "95 %", "flagged at 1 % FPR"], shown, left=1)
+        lines = [
+            f"flags {cut['tpr']:.1%} of harmful and {cut['fpr']:.1%} of benign prompts; F1 {cut['f1']:.3f}",
+            f"calibration error {cut['calibration_error']:.3f}, Brier score {cut['brier']:.3f}",
+            f"one prompt of {time['prompt_tokens']:.0f} tokens: {time['probe'] * 1e3:.0f} ms, {time['ratio']:.2f} forwards of the prompt",
+        ]
+        show.lines("at its threshold", lines)
