@@ -196,6 +196,14 @@ class SplitFlag:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainSplitFlag:
+    """Which rows of a file are learned from."""
+
+    split: Literal["", "train", "heldout"] = "train"
+    """Take rows of this split, where a file has splits; empty: all rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetFlags(LimitFlag, SplitFlag, FormSpec):
     """Which rows of example files are taken, and how their prompts and responses are joined."""
 

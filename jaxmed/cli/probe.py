@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import FormFlag, ModelFlags, PlanFlags, SplitFlag, check_absent
+from jaxmed.cli.flags import FormFlag, ModelFlags, PlanFlags, SplitFlag, TrainSplitFlag, check_absent
 from jaxmed.errors import UserError
 from jaxmed.probing.spec import FitSpec, SearchSpec
 
@@ -19,7 +19,7 @@ HARMFUL, BENIGN = "harmful", "benign"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledFlags(SplitFlag):
+class LabelledFlags:
     """Labelled prompts."""
 
     examples: str = "alignment"
@@ -54,11 +54,9 @@ def _ids(model: Any, sides: Sequence[Sequence[Any]], form: str) -> list[list[np.
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSearch(LabelledFlags, ModelFlags, FormFlag, PlanFlags, SearchSpec):
+class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, SearchSpec):
     """Searches the openings of answers that benign prompts make likelier than harmful ones (agreement), and the reverse (refusal)."""
 
-    split: str = "train"  # type: ignore[assignment]
-    """Take rows of this split, where a file has splits; empty: all rows."""
     prompts: int = 48
     """Prompts of each kind at most, drawn at random."""
     out: Path = Path("prefixes.json")
@@ -97,11 +95,9 @@ def _numbers(one: Any) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeFit(LabelledFlags, ModelFlags, FormFlag, PlanFlags, FitSpec):
+class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, FitSpec):
     """Fits a probe to labelled prompts: standardises the score, sets the threshold, and tests both fold by fold."""
 
-    split: str = "train"  # type: ignore[assignment]
-    """Take rows of this split, where a file has splits; empty: all rows."""
     prefixes: Path | None = None
     """JSON file of `jaxmed probe search`; default: six openings written by hand."""
     out: Path = Path("probe.json")
@@ -141,11 +137,17 @@ class ProbeFit(LabelledFlags, ModelFlags, FormFlag, PlanFlags, FitSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeScore(ModelFlags, PlanFlags):
-    """Scores prompts with a probe: a line of JSON per prompt, batch by batch, so that files of any length stream through."""
+class ProbeFlag:
+    """The probe that is applied."""
 
     probe: Path = Path("probe.json")
     """JSON file of `jaxmed probe fit`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
+    """Scores prompts with a probe: a line of JSON per prompt, batch by batch, so that files of any length stream through."""
+
     data: Path | None = None
     """Prompts (.jsonl, .csv, .parquet; column prompt, optional id)."""
     out: Path = Path("scores.jsonl")
@@ -191,15 +193,13 @@ def _lines(rows: Sequence[Any], scores: np.ndarray, probe: Any, first: int) -> I
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeEvaluate(LabelledFlags, ModelFlags, PlanFlags):
+class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
     """How well a probe tells harmful from benign prompts: ROC, rates, calibration, latency, beside a refusal direction and the length."""
 
-    probe: Path = Path("probe.json")
-    """JSON file of `jaxmed probe fit`."""
     baseline_split: str = "train"
     """Split of the same file that the refusal direction is taken from."""
     out: Path | None = None
-    """JSON file for every number."""
+    """JSON file for what is measured."""
 
     def run(self) -> None:
         """Checks, scores, measures, prints."""

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags
+from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags, TrainSplitFlag
 from jaxmed.prompts.examples import chosen
 
 Kind = Literal["behaviour_signed", "behaviour_absolute", "behaviour_inputs", "preserve_signed", "preserve_absolute", "preserve_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(ModelFlags, SetFlags, RunFlags):
+class Score(TrainSplitFlag, ModelFlags, SetFlags, RunFlags):
     """Scores every weight of the blocks' matrices in one pass over the examples: signed SNIP on a behaviour, absolute on a preserve set."""
 
     behaviour: str = "rude"
@@ -25,8 +25,6 @@ class Score(ModelFlags, SetFlags, RunFlags):
     """Folder for the scores and run.json."""
     kinds: tuple[Kind, ...] = ("behaviour_signed", "preserve_absolute")
     """What is summed over the examples: gradients (signed), their absolute values, or squared inputs (for Wanda)."""
-    split: Literal["", "train", "heldout"] = "train"
-    """Take rows of this split, where a file has splits; empty: all rows."""
     scored_separator: bool = False
     """Score what stands between prompt and response too."""
     max_length: int = 0
