@@ -21,7 +21,7 @@ from jaxmed.cli.main import COMMANDS, main
 from jaxmed.cli.parser import flags_of
 from tests import tiny
 
-WITHOUT_MODEL = ("bench load", "models", "report", "prune combine", "prune compression")
+WITHOUT_MODEL = ("agreement", "bench load", "models", "report", "prune combine", "prune compression")
 FRAGMENT = re.compile(r"(Of|At|That|The same|The latter|For nothing|Goes on|Gives|Lies)\b")
 
 

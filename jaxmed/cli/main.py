@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from jaxmed.cli import show
+from jaxmed.cli.agreement import Agreement
 from jaxmed.cli.answers import Answers
 from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
@@ -52,6 +53,7 @@ COMMANDS: dict[str, type] = {
     "trace": Trace,
     "gate": Gate,
     "answers": Answers,
+    "agreement": Agreement,
     "report": Report,
     "generate": Generate,
     "evaluate": Evaluate,

@@ -94,11 +94,13 @@ def top_units(folder: Path, ranked: str, count: int = 12) -> None:
     Args:
         ranked: what they are ranked by; see `statistics.ranked_by`.
     """
-    largest = "mean effects" if ranked.startswith("|mean|") else ranked
     parts: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in read_csv(folder / "top.csv"):
         parts.setdefault((row["unit"], row.get("category", "")), []).append(row)
     for (unit, category), rows in parts.items():
+        method = rows[0].get("method", "")
+        largest = f"mean {f'estimates ({method})' if method else 'effects'}" if ranked.startswith("|mean|") else ranked
+        largest += f" of estimates ({method})" if method and not ranked.startswith("|mean|") else ""
         title = f"{unit}{f', category {category}' if category else ''}: largest {largest} (all in {folder / 'top.csv'})"
         _show_top(title, rows[: CATEGORY_ROWS if category else count])
 

@@ -163,12 +163,13 @@ class SweepFlags(ContrastFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(PairsFlag, SweepFlags, RunFlags):
-    """Exact effects of every unit on an outcome: effect = y(base; unit := its value in source) - y(base)."""
+    """Effects of every unit on an outcome, exact or estimated: effect = y(base; unit := its value in source) - y(base)."""
 
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
-    method: Literal["exact"] = "exact"
-    """How effects are computed: exact, by a restarted pass for every unit."""
+    method: Literal["exact", "attribution", "relp"] = "exact"
+    """How effects come about: exact, by a restarted pass for every unit; or as first-order estimates, of all units at once from two
+    forwards and a backward: attribution, with the gradient; relp, with the coefficients of relevance propagation in its place."""
     top: int = 50
     """Units of each kind that are listed in top.csv."""
     by: Literal["", "category"] = ""
@@ -182,7 +183,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         from jaxmed.runs.folder import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        summary = {"seed": self.seed, "top": self.top, "by": self.by}
+        summary = {"seed": self.seed, "top": self.top, "by": self.by, "method": self.method}
         _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))
         if self.dry_run:
             show_plan(job, "sweep", self.out if self.resume else None)
@@ -217,11 +218,13 @@ def show_plan(job: Any, title: str, out: Path | None = None) -> float:
 def sweep_job(job: Any, out: Path, resume: bool, title: str = "sweep") -> str:
     """Prints the plan of a job, then runs and summarises it; returns what its units are ranked by."""
     from jaxmed.effects.cost import progress_total
+    from jaxmed.effects.methods import METHODS
     from jaxmed.effects.summary import summarise
     from jaxmed.effects.sweep import run_sweep
 
     rate = show_plan(job, title, out if resume else None)
-    with show.progress(title, progress_total(job)) as report:
+    counted = "effects" if (method := METHODS[job.request.method]).exact else method.values
+    with show.progress(title, progress_total(job), counted) as report:
         run_sweep(job, out, resume, report, rate)
     table = summarise(out, job.model, job.request.top, job.request.seed, job.request.by)
     return next(str(one.attrs["ranked"]) for one in table.data_vars.values() if "ranked" in one.attrs)

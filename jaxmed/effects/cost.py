@@ -11,6 +11,7 @@ import numpy as np
 from jaxmed import results
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import BLOCK, Job, shapes_of
+from jaxmed.effects.methods import METHODS
 from jaxmed.effects.patches import PATCHES
 from jaxmed.effects.table import table_bytes
 from jaxmed.effects.work import Item
@@ -27,6 +28,7 @@ class SweepPlan:
         pairs, patches, effects: pairs and patched positions in all, and effects to compute.
         chunk: rows per device of every program.
         rate: FLOP/s of this machine, or None.
+        method: a key of `METHODS`.
     """
 
     cost: Cost
@@ -35,6 +37,7 @@ class SweepPlan:
     effects: int
     chunk: dict[str, int]
     rate: float | None
+    method: str = "exact"
 
     @property
     def seconds(self) -> float | None:
@@ -43,11 +46,12 @@ class SweepPlan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
+        method = METHODS[self.method]
         sizes = sorted({size for key, size in self.chunk.items() if key != BLOCK})
         shown = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         lines = [
-            f"pairs {self.pairs}, patched positions {self.patches}, exact effects {self.effects:,}",
-            f"restarted passes {self.cost.passes:,.0f} ({self.cost.flops / 1e12:.2f} TFLOP of matmuls); {shown} rows per device and chunk",
+            f"pairs {self.pairs}, patched positions {self.patches}, {method.values} {self.effects:,}",
+            f"{method.passes} {self.cost.passes:,.0f} ({self.cost.flops / 1e12:.2f} TFLOP of matmuls); {shown} {method.rows}",
             f"result table at most {self.cost.written / 1e6:.1f} MB",
         ]
         if self.seconds is not None and self.rate is not None:
@@ -67,14 +71,8 @@ def finished(job: Job, out: Path | None) -> np.ndarray:
 def open_items(job: Job, done: np.ndarray) -> Sequence[Item]:
     """The items that hold a layer to do, and of them those layers."""
     every = find_estimator(job.request.method).items(job)
-    left = [Item(item.pair, tuple(layer for layer in item.layers if not done[item.pair, layer])) for item in every]
+    left = [Item(item.pairs, tuple(layer for layer in item.layers if not done[list(item.pairs), layer].all())) for item in every]
     return [item for item in left if item.layers]
-
-
-def full_forwards(job: Job, pair: int) -> float:
-    """FLOPs of the full forwards of a pair."""
-    config, seen = job.model.config, shapes_of(job.contrasts[pair])[0].seen
-    return 2 * len(job.sides(job.contrasts[pair])) * propagate_flops(config, 1, seen, 0, config.layers)
 
 
 def reference_forwards(job: Job) -> float:
@@ -92,13 +90,13 @@ def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepP
     """
     estimator, items = find_estimator(job.request.method), open_items(job, finished(job, out))
     works = [estimator.work(job, item) for item in items]
-    pairs = sorted({item.pair for item in items})
-    flops = sum(work.flops for work in works) + sum(full_forwards(job, pair) for pair in pairs)
+    pairs = sorted({pair for item in items for pair in item.pairs})
+    flops = sum(work.flops for work in works) + sum(estimator.shared(job, pair) for pair in pairs)
     flops += reference_forwards(job) if items else 0.0
-    programs = len({shape for contrast in job.contrasts for shape in shapes_of(contrast)}) * len(job.groups)
+    programs = sum(key != BLOCK for key in job.chunk)
     cost = Cost("sweep", flops, sum(work.passes for work in works), written=table_bytes(job), programs=programs)
     patches = sum(len(job.contrasts[pair].patches) for pair in pairs)
-    return SweepPlan(cost, len(pairs), patches, sum(work.effects for work in works), dict(job.chunk), rate)
+    return SweepPlan(cost, len(pairs), patches, sum(work.effects for work in works), dict(job.chunk), rate, job.request.method)
 
 
 def progress_total(job: Job) -> float:

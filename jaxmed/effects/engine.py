@@ -85,7 +85,7 @@ def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[
     key, value = (here.pop(name) for name in CACHED)
     base_outcome = read(config, params, h, reads, readout)
     patched = [column - start for patch in patches for column in patch.base]
-    margin = _routing_margin(config, here, there, packed.used - start, patched) if config.experts else None
+    margin = routing_margin(config, here, there, packed.used - start, patched) if config.experts else None
     ends = np.asarray(base_outcome), np.asarray(source_outcome)
     return PreparedContrast(contrast, packed, start, here, there, key, value, target, *ends, margin)
 
@@ -98,7 +98,7 @@ def source_values(contrast: Contrast, units: tuple[str, ...]) -> Record:
     return record(source.model.config, source.model.params, *_fed(packed), columns, columns[:1], taps)[0]
 
 
-def _routing_margin(config: ModelConfig, base: Record, source: Record, used: int, patched: list[int]) -> np.ndarray:
+def routing_margin(config: ModelConfig, base: Record, source: Record, used: int, patched: list[int]) -> np.ndarray:
     """By how many logits the last used expert leads the first unused one, at the least over tokens: float32 [L].
 
     Infinite where tokens use all experts. Takes the router logits [L,T,X] out of the records: no patch needs them.

@@ -1,16 +1,19 @@
-"""Estimators: how effects are computed. A new method is one row of `ESTIMATORS`."""
+"""Estimators: what runs each method. A new one is a row here and a row of `methods.METHODS`; an estimate of first order is the latter."""
 
 from __future__ import annotations
 
+from jaxmed.effects.estimates import FirstOrder
 from jaxmed.effects.exact import Exact
+from jaxmed.effects.methods import METHODS, find_method
 from jaxmed.effects.work import Estimator
-from jaxmed.errors import unknown
 
-ESTIMATORS: dict[str, Estimator] = {"exact": Exact()}
+ESTIMATORS: dict[str, Estimator] = {
+    "exact": Exact(),
+    **{name: FirstOrder(method.rules) for name, method in METHODS.items() if method.rules is not None},
+}
 
 
 def find_estimator(method: str) -> Estimator:
     """The estimator of a name; a UserError with the nearest names where there is none."""
-    if method not in ESTIMATORS:
-        raise unknown("method", method, ESTIMATORS)
+    find_method(method)
     return ESTIMATORS[method]

@@ -17,7 +17,7 @@ from jaxmed.effects.mediators import MEDIATORS, Unit
 from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import UnitPath, UnitSet
-from jaxmed.effects.work import Chunk, Item, OpenPair, Work, in_table, one_outcome
+from jaxmed.effects.work import Chunk, Item, OpenPair, Work, ends, in_table, one_outcome
 from jaxmed.models.model import Model
 from jaxmed.runner import are_few
 from jaxmed.runs.cost import propagate_flops
@@ -92,17 +92,15 @@ class TogetherBatch:
 class Exact:
     """Every unit, set and path by a restarted run."""
 
-    exact = True
-
     def items(self, job: Job) -> list[Item]:
         """Blocks of layers, pair by pair."""
         size = job.chunk[BLOCK]
         blocks = [job.layers[at : at + size] for at in range(0, len(job.layers), size)]
-        return [Item(number, layers) for number in range(len(job.contrasts)) for layers in blocks]
+        return [Item((number,), layers) for number in range(len(job.contrasts)) for layers in blocks]
 
     def work(self, job: Job, item: Item) -> Work:
         """Rows of whole chunks, base rows and padding included."""
-        sides, batches = job.sides(job.contrasts[item.pair]), _batches(job, item)
+        sides, batches = job.sides(job.contrasts[item.pairs[0]]), _batches(job, item)
         works = [
             _work(job, batch, shape, PASSES[name].way, number == 0)
             for number, name in enumerate(job.passes)
@@ -111,16 +109,27 @@ class Exact:
         ]
         return Work(sum(one.passes for one in works), sum(one.flops for one in works), sum(one.effects for one in works))
 
-    def open(self, job: Job, pair: int) -> OpenPair:
+    def shared(self, job: Job, pair: int) -> float:
+        """The full forwards of both sides."""
+        config, seen = job.model.config, shapes_of(job.contrasts[pair])[0].seen
+        return 2 * len(job.sides(job.contrasts[pair])) * propagate_flops(config, 1, seen, 0, config.layers)
+
+    def open(self, job: Job, pairs: tuple[int, ...]) -> OpenPair:
         """Runs base and source."""
+        (pair,) = pairs
         stream = bool(job.request.sets or job.request.paths)
         sides = job.sides(job.contrasts[pair])
         prepared = {turned: prepare(side, job.request.outcomes, job.request.kinds, stream) for turned, side in sides.items()}
         prepared = {turned: with_patch(one, job.request.patching, job.reference) for turned, one in prepared.items()}
-        return OpenPair(prepared, {turned: [open_window(one, p) for p in one.contrast.patches] for turned, one in prepared.items()})
+        windows = {turned: [open_window(one, p) for p in one.contrast.patches] for turned, one in prepared.items()}
+        turned, one = next(iter(prepared.items()))
+        base, source = one.base_outcome, one.source_outcome
+        base, source = (source, base) if turned else (base, source)  # turned: the only contrast that was run
+        return OpenPair(prepared, windows, ends(job, pair, base, source, one.routing_margin))
 
-    def start(self, job: Job, item: Item, opened: OpenPair) -> Callable[[], list[Chunk]]:
+    def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Dispatches all chunks of the item."""
+        assert opened is not None
         readout = Readout(job.request.outcomes, job.model.mesh.shape["model"])
         started: list[_Started] = []
         for batch in _batches(job, item):
@@ -172,14 +181,14 @@ def _batches(job: Job, item: Item) -> list[Batch]:
 
 def _collect(job: Job, item: Item, opened: OpenPair, started: list[_Started]) -> list[Chunk]:
     """The item's chunks of the table, base spreads included."""
-    turned, ends = next(iter(opened.prepared.items()))
-    total = (ends.source_outcome - ends.base_outcome)[:, None, None] * (-1 if turned else 1)
+    turned, one = next(iter(opened.prepared.items()))
+    total = (one.source_outcome - one.base_outcome)[:, None, None] * (-1 if turned else 1)
     chunks: list[Chunk] = []
     bases: dict[int, list[np.ndarray]] = {layer: [] for layer in item.layers}
     for batch, values in started:
         found: dict[str, np.ndarray] = {"total": total}
         for name, per_window in values.items():
-            parts = [one.effects(len(batch.firsts)) for one in per_window]
+            parts = [window.effects(len(batch.firsts)) for window in per_window]
             found[name] = np.stack([effect for effect, _ in parts], axis=-1)  # [outcome, units, patches]
             if name == job.passes[0]:
                 base = np.stack([base for _, base in parts], axis=-1)
@@ -188,10 +197,10 @@ def _collect(job: Job, item: Item, opened: OpenPair, started: list[_Started]) ->
             for unit, at, rows in batch.cells():
                 alone = unit in MEDIATORS and not MEDIATORS[unit].axis
                 effect = combined[:, rows[0]] if alone else combined[:, rows]
-                chunks.append((variable(unit, estimand), {"pair": item.pair, **at}, in_table(job, effect)))
+                chunks.append((variable(unit, estimand), {"pair": item.pairs[0], **at}, in_table(job, effect)))
         for _, at, rows in batch.cells():
             bases[at.get("layer", item.layers[0])].append(base[:, rows].reshape(len(base), -1))
     for layer, parts in bases.items():
-        seen, place = np.concatenate(parts, axis=1) if parts else ends.base_outcome[:, None], {"pair": item.pair, "layer": layer}
+        seen, place = np.concatenate(parts, axis=1) if parts else one.base_outcome[:, None], {"pair": item.pairs[0], "layer": layer}
         chunks += [("base_lowest", place, one_outcome(job, seen.min(axis=1))), ("base_highest", place, one_outcome(job, seen.max(axis=1)))]
     return chunks

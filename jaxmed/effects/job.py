@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -12,14 +13,16 @@ import numpy as np
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.estimands import ESTIMANDS, PASSES
 from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.methods import METHODS
 from jaxmed.effects.outcomes import outcome_name
+from jaxmed.effects.pair_batches import shape_of
 from jaxmed.effects.readout import READ_BUCKETS, read_columns
 from jaxmed.effects.reference import Reference
 from jaxmed.effects.request import Request, check_request, check_spans, layers_of
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.runs.cost import matmul_rate, units_per_device
+from jaxmed.runs.cost import matmul_rate, pairs_per_device, units_per_device
 from jaxmed.tokens import DATE, WINDOW_BUCKETS, bucket
 
 
@@ -127,6 +130,8 @@ def _chunks(job: Job) -> dict[str, int]:
     Each window has a size of its own, for a program is compiled per window anyway. An item is one layer where a kind of unit fills chunks
     of one layer; else as many layers as fill a chunk of the widest window.
     """
+    if not METHODS[job.request.method].exact:
+        return _batch_sizes(job)
     config, mesh = job.model.config, job.model.mesh
     whole_rows = any(callable(outcome) for outcome in job.request.outcomes)
     sized = partial(units_per_device, config, mesh)
@@ -145,6 +150,16 @@ def _chunks(job: Job) -> dict[str, int]:
         rows = min(count, most * mesh.shape["data"])
         sizes |= {shape.chunk_key(group): sized(rows, shape.window, shape.seen, whole_rows) for shape in shapes if rows}
     return {BLOCK: block, **dict(sorted(sizes.items()))}
+
+
+def _batch_sizes(job: Job) -> dict[str, int]:
+    """Pairs per batch of every shape: as many as keep the devices busy, in batches of about equal size."""
+    counts = Counter(shape_of(contrast) for contrast in job.contrasts)
+    devices, sizes = job.model.mesh.shape["data"], {}
+    for shape, count in sorted(counts.items()):
+        most = pairs_per_device(job.model.config, job.model.mesh, shape.length, shape.window * job.count(job.request.units)) * devices
+        sizes[shape.key] = -(-count // -(-count // most))
+    return sizes
 
 
 def manifest(job: Job) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxmed.models.transformer import head, matrix_rows
 STATISTICS = ("ci_low", "ci_high", "t", "p", "p_adjusted", "q")
 MARGIN = "p_margin"
 WEAKEST = ("weakest_category", "weakest_mean")
-COLUMNS = ["rank", "unit", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share", *STATISTICS, MARGIN]
+COLUMNS = ["rank", "unit", "method", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share", *STATISTICS, MARGIN]
 COLUMNS += ["pairs_agreeing", *WEAKEST, "promotes", "suppresses"]
 
 
@@ -35,7 +35,7 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
     """
     unit, outcome, mean = found.attrs["unit"], found.attrs["outcome"], found["mean"].values
     coordinate = table[unit].attrs["coordinate"]
-    total = _mean_total(table, outcome, pairs)
+    total, exact = _mean_total(table, outcome, pairs), table.attrs.get("method", "exact") == "exact"
     categories = _categories(table, pairs)
     first = statistics.strongest(mean, found["t"].values, found.attrs["smallest_p"])[:top]
     taken = statistics.take(UnitBlocks(effects, pairs), first)
@@ -49,6 +49,7 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
             {
                 "rank": rank,
                 "unit": unit,
+                **({} if exact else {"method": table.attrs["method"]}),
                 "layer": where.get("layer", ""),
                 "index": where.get(coordinate, ""),
                 **{name: int(found[name].values[where[OF_NEURON]]) for name in EXPERT if name in found.coords},
@@ -66,7 +67,9 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
 
 
 def noise_floor(table: xr.Dataset) -> xr.DataArray:
-    """Spread of the base outcome over all passes of a pair: [pair], or [outcome, pair]."""
+    """Spread of the base outcome over all passes of a pair: [pair], or [outcome, pair]; NaN where effects are estimates."""
+    if "base_lowest" not in table:
+        return xr.full_like(table.base_outcome, np.nan)
     highest = np.maximum(table.base_highest.max("layer"), table.base_outcome)  # the full forward is one more way to the same number
     return highest - np.minimum(table.base_lowest.min("layer"), table.base_outcome)
 
@@ -120,6 +123,6 @@ def name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
 
 
 def write_top(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes top.csv; the columns of experts, categories and the margin are there where a row has one."""
-    some = (*EXPERT, *WEAKEST, MARGIN, "category")
+    """Writes top.csv; the columns of experts, categories, the margin and the method of estimates are there where a row has one."""
+    some = ("method", *EXPERT, *WEAKEST, MARGIN, "category")
     write_csv(folder / results.TOP, rows, [name for name in COLUMNS if name not in some or any(row.get(name) for row in rows)])

@@ -14,6 +14,7 @@ import numpy as np
 from jaxmed.effects.outcomes import OUTCOMES, Answers, OutcomeName
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
+from jaxmed.models.rules import EXACT, Rules
 from jaxmed.models.transformer import Params, as_logits, final_norm, head
 from jaxmed.runner import logits_of
 from jaxmed.tokens import PackedPrompt, bucket
@@ -71,14 +72,16 @@ class Readout:
 
     Attributes:
         parts: over how many devices the unembedding's rows are split, the mesh's size on "model". Each device sums over its own.
+        rules: what gradients of the final norm flow through.
     """
 
     outcomes: tuple[OutcomeName, ...]
     parts: int
+    rules: Rules = EXACT
 
     def __call__(self, config: ModelConfig, params: Params, h: jax.Array, reads: Reads) -> jax.Array:
         """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""
-        x = final_norm(config, params, h)
+        x = final_norm(config, params, h, self.rules)
         known = [OUTCOMES[o] for o in self.outcomes if not callable(o)]
         logits = as_logits(config, contract("UTD,RD->URT", x, head(params)[reads.token]))
         logits = jnp.take_along_axis(logits, reads.at[None, :, None], axis=2)[..., 0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from jaxmed.effects.contrast import CONTRASTS, Contrast
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
+from jaxmed.effects.methods import check_method
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
 from jaxmed.effects.patches import Patching, check_patch
 from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, kinds_of
@@ -37,7 +38,7 @@ class Request:
         estimands: keys of `ESTIMANDS`.
         contrast: a key of `CONTRASTS`: how a pair becomes two runs.
         direction: "reverse": base and source change places.
-        method: a key of `ESTIMATORS`.
+        method: a key of `METHODS`.
         sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
         patch: a key of `PATCHES`: what is written in the place of base values.
         patch_factor: the number that the patch takes, if any; None: its default.
@@ -89,6 +90,7 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     check_paths(model.config, request.paths, request.window)
     request = replace(request, patch_factor=check_patch(request.patching).factor)
     _check_words(request, model, source_model)
+    check_method(request.method, outcomes, request.estimands, together, model.config.vocabulary)
     layers_of(model.config, request.layers)
     return request
 

@@ -40,7 +40,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
     parts, null = _parts(table, by), _null_pairs(table)
     rows: list[dict[str, Any]] = []
     noise = noise_floor(table)
-    added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})}
+    added: dict[str, Any] = {"noise_floor": (noise.dims, noise.values, {})} if "base_lowest" in table else {}
     for unit in swept_variables(table):
         found: dict[str, list[xr.Dataset]] = {}
         for category, pairs in parts.items():

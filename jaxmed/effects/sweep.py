@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from jaxmed import results
 from jaxmed.effects.cost import open_items, plan
-from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
@@ -23,7 +21,7 @@ from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitPath, as_set, as_unit, layer_windows
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
-from jaxmed.effects.work import Chunk, Estimator, Item, one_outcome
+from jaxmed.effects.work import Chunk, Estimator, Item
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder
@@ -67,17 +65,16 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
         work = estimator.work(job, item)
         watch(work.flops, work.effects, RESUMED)
     pending: tuple[Item, Callable[[], list[Chunk]]] | None = None
-    opened, pair = None, -1
+    opened, pairs = None, ()
     for item in [*todo, None]:
         ahead = None
         if item is not None:
-            if item.pair != pair:
-                if pending is not None:  # one pair's records are held at a time
+            if item.pairs != pairs:
+                if pending is not None and opened is not None:  # one pair's records are held at a time
                     yield _commit(job, table, estimator, *pending, watch)
                     pending = None
-                opened, pair = estimator.open(job, item.pair), item.pair
-                table.write(_ends(job, item.pair, *next(iter(opened.prepared.items()))))
-            assert opened is not None
+                opened, pairs = estimator.open(job, item.pairs), item.pairs
+                table.write(opened.known if opened is not None else [])
             ahead = item, estimator.start(job, item, opened)
         if pending is not None:
             yield _commit(job, table, estimator, *pending, watch)
@@ -86,8 +83,8 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
 
 def _difference(every: Any, todo: Any) -> list[Item]:
     """Of all items, the layers that are done."""
-    left = {(item.pair, layer) for item in todo for layer in item.layers}
-    found = [Item(item.pair, tuple(layer for layer in item.layers if (item.pair, layer) not in left)) for item in every]
+    left = {(item.pairs, layer) for item in todo for layer in item.layers}
+    found = [Item(item.pairs, tuple(layer for layer in item.layers if (item.pairs, layer) not in left)) for item in every]
     return [item for item in found if item.layers]
 
 
@@ -96,23 +93,11 @@ def _commit(
 ) -> dict[str, int]:
     """Writes a finished item, then marks its layers done."""
     table.write(collect())
-    for layer in item.layers:
-        table.mark_done(item.pair, layer)
+    for pair in item.pairs:
+        table.mark_done(pair, item.layers)
     work = estimator.work(job, item)
-    watch(work.flops, work.effects, job.pairs[item.pair].id)
-    return {"passes": work.passes, "layers": len(item.layers)}
-
-
-def _ends(job: Job, pair: int, turned: bool, prepared: PreparedContrast) -> list[Chunk]:
-    """What is known of a pair before any unit: outcomes of base and source, and how near routing is to a tie."""
-    ends = [prepared.base_outcome, prepared.source_outcome]
-    if turned:  # the only contrast that was run
-        ends.reverse()
-    names = ("base_outcome", "source_outcome")
-    chunks: list[Chunk] = [(name, {"pair": pair}, one_outcome(job, np.asarray(value))) for name, value in zip(names, ends, strict=True)]
-    if prepared.routing_margin is not None:
-        chunks.append(("routing_margin", {"pair": pair}, prepared.routing_margin))
-    return chunks
+    watch(work.flops, work.effects, job.pairs[item.pairs[-1]].id)
+    return {"passes": work.passes, "layers": len(item.layers) * len(item.pairs)}
 
 
 def _near_ties(job: Job, out: Path) -> dict[str, Any]:
@@ -149,7 +134,7 @@ def sweep(
     layer_window: int = 0,
     watch: Watch = silent,
 ) -> xr.Dataset:
-    """Exact effects of every unit, with statistics over pairs. The arguments are the command's flags.
+    """Effects of every unit, with statistics over pairs: exact ones, or estimates (`method`). The arguments are the command's flags.
 
     effect = y(base; unit := its value in source) - y(base), with y the outcome (target against foil).
 
@@ -168,7 +153,8 @@ def sweep(
             prompt in two models.
         direction: "reverse": base and source change places.
         source_model: where source values come from, for the contrast "model".
-        method: a key of `jaxmed.effects.estimators.ESTIMATORS`.
+        method: a key of `jaxmed.effects.methods.METHODS`: "exact"; or the estimates of first order "attribution" and "relp", which take two
+            forwards and a backward of a pair for all of its units and positions.
         sets: name -> units (mediator, layer, index) that are patched together, or {"units": ..., "held": ...} with others that keep their
             base values meanwhile; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".

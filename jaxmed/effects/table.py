@@ -14,6 +14,7 @@ from jaxmed import results
 from jaxmed.effects.estimands import ESTIMANDS, variable
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import EXPERT, MEDIATORS, OF_NEURON
+from jaxmed.effects.methods import METHODS
 from jaxmed.effects.outcomes import outcome_name
 from jaxmed.effects.sets import UnitPath, UnitSet
 from jaxmed.files import simple
@@ -114,7 +115,8 @@ def variables(job: Job) -> list[results.Variable]:
         for estimand in job.request.estimands
     ]
     table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
-    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest")]
+    exact = METHODS[job.request.method].exact
+    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest") if exact]
     table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
     return [*table, results.Variable("done", ("pair", "layer"), "uint8")]
 
@@ -129,7 +131,8 @@ def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
 
 def _formula(job: Job, estimand: str) -> str:
     """What a variable holds, in words."""
-    formula = ESTIMANDS[estimand].formula
+    method, formula = METHODS[job.request.method], ESTIMANDS[estimand].formula
+    formula = formula if method.exact else f"first-order estimate of the {formula}. Not computed: {method.told}"
     return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {job.request.patching.told}"
 
 
@@ -153,6 +156,7 @@ def attributes(job: Job) -> dict[str, Any]:
     """Attributes of the whole table."""
     request = job.request
     found = {"position": str(request.position), "window": request.window, "model": job.model.name, "method": request.method}
+    found |= {"values": METHODS[request.method].values, "method_told": METHODS[request.method].told}
     found |= {"contrast": request.contrast, "direction": request.direction}
     found |= {"patch": request.patch, "patch_told": request.patching.told}
     found |= {"patch_factor": request.patch_factor} if request.patch_factor is not None else {}

@@ -18,15 +18,15 @@ Chunk = tuple[str, dict[str, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """The unit of work, of resume and of distribution: layers of one pair. Its first one brings the pair's sets and paths."""
+    """The unit of work, of resume and of distribution: layers of some pairs. Their first one brings the pairs' sets and paths."""
 
-    pair: int
+    pairs: tuple[int, ...]
     layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an item takes: restarted rows, matmul FLOPs, and effects that come of it."""
+    """What an item takes: rows that run through the model, matmul FLOPs, and effects that come of it."""
 
     passes: int
     flops: float
@@ -35,31 +35,35 @@ class Work:
 
 @dataclass(frozen=True)
 class OpenPair:
-    """A pair that is being swept: its prepared contrast and windows, as it stands (False) and turned (True)."""
+    """A pair that is being swept: its prepared contrast and windows, as it stands (False) and turned (True); and what is known of it
+    before any unit, for the table."""
 
     prepared: dict[bool, PreparedContrast]
     windows: dict[bool, list[Window]]
+    known: list[Chunk]
 
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A way to compute effects."""
-
-    exact: bool
+    """A way to come by effects. What a reader is told of it is a row of `METHODS`."""
 
     def items(self, job: Job) -> Sequence[Item]:
-        """The job's items, those of a pair one after the other."""
+        """The job's items, those of the same pairs one after the other."""
         ...
 
     def work(self, job: Job, item: Item) -> Work:
         """What an item takes."""
         ...
 
-    def open(self, job: Job, pair: int) -> OpenPair:
-        """What all items of a pair share."""
+    def shared(self, job: Job, pair: int) -> float:
+        """Matmul FLOPs that all items of a pair share."""
         ...
 
-    def start(self, job: Job, item: Item, opened: OpenPair) -> Callable[[], list[Chunk]]:
+    def open(self, job: Job, pairs: tuple[int, ...]) -> OpenPair | None:
+        """What all items of some pairs share; None where they share nothing."""
+        ...
+
+    def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Begins an item on the devices; the call of what it returns waits for it."""
         ...
 
@@ -77,3 +81,17 @@ def in_table(job: Job, effect: np.ndarray) -> np.ndarray:
     padded = np.full((*effect.shape[:-1], width), np.nan, np.float32)
     padded[..., width - effect.shape[-1] :] = effect
     return one_outcome(job, padded)
+
+
+def ends(job: Job, pair: int, base: np.ndarray, source: np.ndarray, margin: np.ndarray | None) -> list[Chunk]:
+    """What is known of a pair before any unit.
+
+    Args:
+        base, source: float32 [outcome], outcomes of the two runs.
+        margin: float32 [L], how near routing is to a tie; None without experts.
+    """
+    found: list[Chunk] = [
+        ("base_outcome", {"pair": pair}, one_outcome(job, base)),
+        ("source_outcome", {"pair": pair}, one_outcome(job, source)),
+    ]
+    return found if margin is None else [*found, ("routing_margin", {"pair": pair}, margin)]

@@ -261,9 +261,9 @@ def head(params: Params) -> jax.Array:
     return params.get("head", params["embedding"])
 
 
-def final_norm(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
+def final_norm(config: ModelConfig, params: Params, h: jax.Array, rules: Rules = EXACT) -> jax.Array:
     """Residual stream [...,D] -> what the unembedding reads [...,D]."""
-    return normalise(config, h, params["final_norm"], params.get("final_norm_bias"), config.compute)
+    return normalise(config, h, params["final_norm"], params.get("final_norm_bias"), config.compute, rules=rules)
 
 
 def as_logits(config: ModelConfig, products: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ class Caution:
 
 def cautions(record: Record) -> list[Caution]:
     """Everything that applies to a run, serious ones first."""
-    found = [*_progress(record), *_finite(record), *_statistics(record), *_routing(record)]
+    found = [*_estimates(record), *_progress(record), *_finite(record), *_statistics(record), *_routing(record)]
     for outcome in record.outcomes:
         found += [*_nothing(record, outcome), *_signs(record, outcome), *_noise(record, outcome), *_carrying(record, outcome)]
     return sorted(dict.fromkeys(found), key=lambda caution: not caution.serious)
@@ -46,6 +46,16 @@ def cautions(record: Record) -> list[Caution]:
 
 def _about(record: Record, outcome: str) -> str:
     return f" of {outcome}" if len(record.outcomes) > 1 else ""
+
+
+def _estimates(record: Record) -> Iterator[Caution]:
+    if not record.exact:
+        method = record.table.attrs["method"]
+        yield Caution(
+            f"The values are {record.values} (--method {method}), not exact effects. They are read off the slope at the base run, and are "
+            "wrong where the outcome bends: most for whole modules and large changes. Intervals and p values are about the estimates. "
+            "Compute what you quote with --method exact; `jaxmed agreement` compares the two."
+        )
 
 
 def _progress(record: Record) -> Iterator[Caution]:

@@ -38,6 +38,16 @@ class Record:
         return self.manifest.get("request", {})
 
     @property
+    def values(self) -> str:
+        """What the table holds: "exact effects", or estimates."""
+        return str(self.table.attrs.get("values", "exact effects"))
+
+    @property
+    def exact(self) -> bool:
+        """Whether effects were computed and not estimated."""
+        return self.table.attrs.get("method", "exact") == "exact"
+
+    @property
     def units(self) -> list[str]:
         """The variables that hold effects, in the order in which they are drawn."""
         swept = [str(name) for name, array in self.table.data_vars.items() if {"pair", "layer"} <= set(array.dims)]
@@ -177,6 +187,8 @@ def noise_floor(record: Record, outcome: str) -> float:
     if "noise_floor" in record.table and not is_partial(record):
         stored = select(record.table["noise_floor"], outcome).values
         return float(np.nanmax(stored)) if np.isfinite(stored).any() else float("nan")
+    if "base_lowest" not in record.table:  # estimates have none
+        return float("nan")
     low, high = (select(record.table[name], outcome) for name in ("base_lowest", "base_highest"))
     spread = (high.max("layer") - low.min("layer")).values
     return float(np.nanmax(spread)) if np.isfinite(spread).any() else float("nan")

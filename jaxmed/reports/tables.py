@@ -95,17 +95,16 @@ def facts(record: Record) -> list[tuple[str, str]]:
         *((("Patch", f"{record.table.attrs['patch']}: {told}"),) if (told := record.table.attrs.get("patch_told")) else ()),
         ("Pairs", _pairs(record)),
         ("Layers swept", f"{spans(record.layers)} of {record.table.sizes['layer']}"),
-        ("Effects computed", f"{_effects(record):,}"),
+        ("Effects computed" if record.exact else record.values.capitalize(), f"{_effects(record):,}"),
+        *((("Method", str(record.table.attrs.get("method_told", record.table.attrs["method"]))),) if not record.exact else ()),
         ("Passes", f"{sum(session.get('passes', 0) for session in sessions):,}"),
         ("Time", f"{number(sum(session.get('seconds', 0) for session in sessions))} s"),
     ]
     several = len(record.outcomes) > 1
     for outcome in record.outcomes:
         about = f" ({outcome})" if several else ""
-        found += [
-            (f"Mean total{about}", number(mean_total(record, outcome))),
-            (f"Noise floor{about}", number(noise_floor(record, outcome))),
-        ]
+        found.append((f"Mean total{about}", number(mean_total(record, outcome))))
+        found += [(f"Noise floor{about}", number(noise_floor(record, outcome)))] if record.exact else []
     attributes = next((record.table[f"{unit}_mean"].attrs for unit in record.units if f"{unit}_mean" in record.table), {})
     if attributes and not is_partial(record):
         found += [

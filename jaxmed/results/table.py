@@ -135,9 +135,10 @@ class Table:
         except (ValueError, OSError) as error:
             raise UserError(f"{self.folder / self.table / 'done'}: {reason(error)}. Continue the run with --resume.") from None
 
-    def mark_done(self, pair: int, layer: int, done: int = 1) -> None:
-        """Marks one (pair, layer); call it after `write` returned."""
-        self.write([("done", {"pair": pair, "layer": layer}, np.asarray(done, np.uint8))])
+    def mark_done(self, pair: int, layer: int | Sequence[int], done: int = 1) -> None:
+        """Marks layers of a pair, all at once; call it after `write` returned."""
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        self.write([("done", {"pair": pair, "layer": layers}, np.full(len(layers), done, np.uint8))])
 
 
 def label(array: Any, at: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ def run(
     if isinstance(first, int) or count < config.layers:
         windows, scanned = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), (windows, scanned))
         layers = _Layer(params["blocks"], windows, first + jnp.arange(count), scanned, kv)
-        stream, recorded = jax.lax.scan(jax.checkpoint(step) if recording.remat else step, stream, layers)
+        stream, recorded = _scan(jax.checkpoint(step) if recording.remat else step, stream, layers, count)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
         if asked is not None and are_few(asked.shape[0], stream.shape[1]) and not parts and not names:
@@ -148,6 +148,14 @@ class _Layer(NamedTuple):
     def at(self, number: Any) -> _Layer:
         """One layer's slice of all."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), self)
+
+
+def _scan(step: Callable[..., Any], stream: jax.Array, layers: _Layer, count: int) -> tuple[jax.Array, Any]:
+    """`step` over all layers. One layer needs no loop, whose gradient would run what nothing reads."""
+    if count > 1:
+        return jax.lax.scan(step, stream, layers)
+    stream, recorded = step(stream, jax.tree.map(lambda x: x[0], layers))
+    return stream, jax.tree.map(lambda x: x[None], recorded)
 
 
 def _loop(

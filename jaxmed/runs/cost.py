@@ -42,6 +42,25 @@ def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, w
     return size if size < 8 else -(-size // 8) * 8
 
 
+PAIR_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+"""Most tokens of one batch of pairs on one device: beyond these, matmuls do not get faster."""
+
+
+def pairs_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, length: int, effects: int) -> int:
+    """Batch size: how many pairs each device takes through the model at once, both ways. A function of shapes and device kind alone.
+
+    Args:
+        length: tokens of a row (length bucket).
+        effects: effects per layer, times the tokens of a window.
+    """
+    device = mesh.devices.flat[0]
+    kept = config.width + 2 * config.kv_heads * config.head_width
+    inside = 4 * config.sizes["C"] * config.neurons + 8 * config.width + 4 * config.heads * length
+    memory = (device.memory_stats() or {}).get("bytes_limit", 8 << 30) * MEMORY_SHARE
+    per_pair = 4 * (length * (config.layers * kept + inside) + 3 * config.layers * effects)
+    return max(1, int(min(PAIR_TOKENS.get(device.platform, 512) // length, memory // per_pair)))
+
+
 def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, layers: int, asked: int | None = None) -> float:
     """Multiply-adds times two of `layers` layers of `propagate`, matmuls of weights and attention (readout not included).
 
@@ -54,6 +73,18 @@ def propagate_flops(config: ModelConfig, rows: int, window: int, seen: int, laye
         return whole
     joined = config.width * config.head_width * (config.heads + 2 * config.kv_heads)
     return whole - float(rows) * (window - asked) * (2 * (config.layer_weights - joined) + attention)
+
+
+def backward_flops(config: ModelConfig, rows: int, window: int, seen: int, layers: int, outcomes: int) -> float:
+    """FLOPs of the gradients of `outcomes` in the activations of `layers` layers, each of which is run again but for its down projection.
+
+    Args:
+        window: tokens of a row that gradients are taken at.
+        seen: earlier tokens that they see, 0 without any; their keys and values have no gradient.
+    """
+    tokens, heads = float(rows) * window * layers, 4 * config.heads * config.head_width
+    again = 2 * (config.layer_weights - config.width * config.neurons) + heads * (seen + window)
+    return tokens * (again + outcomes * (2 * config.layer_weights + heads * seen + 2 * heads * window))
 
 
 def count_flops(jaxpr: Any, trips: float = 1.0) -> float:

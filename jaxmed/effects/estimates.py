@@ -1,0 +1,124 @@
+"""The estimators of first order: all units of some pairs from two forwards and one backward of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxmed.effects.engine import PreparedContrast, routing_margin
+from jaxmed.effects.estimands import variable
+from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
+from jaxmed.effects.job import Job
+from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of
+from jaxmed.effects.patches import with_patch
+from jaxmed.effects.readout import Readout
+from jaxmed.effects.rows import Record
+from jaxmed.effects.work import Chunk, Item, OpenPair, Work, ends, in_table
+from jaxmed.models.rules import Rules
+from jaxmed.runs.cost import backward_flops, propagate_flops
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Change times gradient, for every unit at once; `rules` say what gradients flow through."""
+
+    rules: Rules
+
+    def items(self, job: Job) -> list[Item]:
+        """Batches of pairs of one shape, all layers."""
+        return [Item(numbers, job.layers) for numbers in batches_of(job.contrasts, job.chunk)]
+
+    def work(self, job: Job, item: Item) -> Work:
+        """Two forwards and a backward of every row, rows that fill the batch included. Layers of an item take their part of it each."""
+        shape, config = shape_of(job.contrasts[item.pairs[0]]), job.model.config
+        rows, outcomes, seen = _rows(job, item), len(job.request.outcomes), shape.length if shape.window < shape.length else 0
+        flops = sum(propagate_flops(config, rows, length, 0, config.layers) for length in (shape.length, shape.source_length))
+        flops += backward_flops(config, rows, shape.window, seen, config.layers - job.layers[0], outcomes)
+        part = len(item.layers) / len(job.layers)
+        each = sum(len(job.contrasts[pair].patches) for pair in item.pairs) * outcomes * job.count(job.request.units)
+        return Work(round((2 + outcomes) * rows * part), flops * part, each * len(item.layers))
+
+    def shared(self, job: Job, pair: int) -> float:
+        """Nothing: an item takes all that its pairs take."""
+        del job, pair
+        return 0.0
+
+    def open(self, job: Job, pairs: tuple[int, ...]) -> OpenPair | None:
+        """Nothing."""
+        del job, pairs
+
+    def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
+        """Dispatches the forwards and the backward."""
+        del opened
+        contrasts = [job.contrasts[pair] for pair in item.pairs]
+        model, other, request = contrasts[0].base.model, contrasts[0].source.model, job.request
+        pairs = jax.device_put(batch_rows(contrasts, _rows(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
+        readout = Readout(request.outcomes, model.mesh.shape["model"], self.rules)
+        sites = sites_of(request.units)
+        routed = ("router_logits",) if model.config.experts else ()
+        base_taps = (*routed, *(narrow(sites) if request.patch == "resample" else sites))
+        there, source_outcome = run_source(other.config, other.params, pairs, (*routed, *sites), readout)
+        base = run_base(model.config, model.params, pairs, base_taps, readout)
+        written = {site: there[site] for site in sites} if request.patch == "resample" else _written(job, item, pairs, base, there)
+        first = job.layers[0]
+        found = estimate(model.config, model.params, pairs, base, written, request.units, request.window, self.rules, first)
+        margins = (base.record["router_logits"], there["router_logits"]) if routed else None
+        outcomes = base.outcome, source_outcome
+        return lambda: [*_ends(job, item, pairs, outcomes, margins), *_chunks(job, item, found, first)]
+
+
+def _rows(job: Job, item: Item) -> int:
+    """Rows of an item's programs: those of a whole batch, a multiple of the devices."""
+    devices = job.model.mesh.shape["data"]
+    return -(-job.chunk[shape_of(job.contrasts[item.pairs[0]]).key] // devices) * devices
+
+
+def _written(job: Job, item: Item, pairs: PairRows, base: Base, there: Record) -> Record:
+    """What the patch writes at the sites, pair by pair: [L,B,W,...]."""
+    sites, nothing = sites_of(job.request.units), np.zeros(0, np.float32)
+    own = []
+    for row, pair in enumerate(item.pairs):
+        contrast, (base_record, source) = (
+            job.contrasts[pair],
+            ({site: side[site][:, row] for site in sites} for side in (base.record, there)),
+        )
+        start = min(patch.base[0] for patch in contrast.patches)
+        runs = PreparedContrast(contrast, contrast.packed(), start, base_record, source, base.key, base.value, None, nothing, nothing, None)
+        own.append(with_patch(runs, job.request.patching, job.reference).source)
+    own += [own[-1]] * (pairs.start.shape[0] - len(own))
+    return {site: jax.numpy.stack([one[site] for one in own], axis=1) for site in sites}
+
+
+def _ends(
+    job: Job, item: Item, pairs: PairRows, outcomes: tuple[jax.Array, jax.Array], margins: tuple[jax.Array, jax.Array] | None
+) -> list[Chunk]:
+    """Outcomes of base and source of every pair, and how near routing is to a tie."""
+    base, source = map(np.asarray, outcomes)
+    chunks: list[Chunk] = []
+    for row, pair in enumerate(item.pairs):
+        margin, contrast = None, job.contrasts[pair]
+        if margins is not None:
+            start = min(patch.base[0] for patch in contrast.patches)
+            patched = [column - start for patch in contrast.patches for column in patch.base]
+            here, there = ({"router_logits": side[:, row]} for side in margins)
+            margin = routing_margin(job.model.config, here, there, contrast.packed().used - start, patched)
+        chunks += ends(job, pair, base[:, row], source[:, row], margin)
+    return chunks
+
+
+def _chunks(job: Job, item: Item, found: Record, first: int) -> list[Chunk]:
+    """The item's effects, as the table has them."""
+    chunks: list[Chunk] = []
+    for unit, effects in found.items():
+        values = np.moveaxis(np.asarray(effects), 2, 0)  # [B, L, O, P, U]
+        for row, pair in enumerate(item.pairs):
+            of_pair = np.swapaxes(values[row][:, :, : len(job.contrasts[pair].patches)], -1, -2)  # [L, O, U, P]
+            of_pair = of_pair if MEDIATORS[unit].axis else of_pair[:, :, 0]
+            chunks += [
+                (variable(unit, "indirect"), {"pair": pair, "layer": layer}, in_table(job, of_pair[layer - first])) for layer in item.layers
+            ]
+    return chunks
