@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,7 @@ from jaxmed.runs.cost import count_flops, propagate_flops
 from jaxmed.runs.folder import read_run
 from jaxmed.tokens import align, render
 from tests import naive, tiny
+from tests.conftest import QUICK_COMPILES
 from tests.exported import written
 
 WINDOW = 7
@@ -347,7 +349,6 @@ def test_estimates_equal_autograd_of_pytorch(name: str, tmp_path: Path, request:
 def test_eight_devices_agree_with_one() -> None:
     """In a process of its own, for its eight devices."""
     code = (
-        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
         "import numpy as np, jaxmed as jm\n"
         "from dataclasses import replace\n"
         "from tests import tiny\n"
@@ -358,7 +359,9 @@ def test_eight_devices_agree_with_one() -> None:
         "    for name in ('neuron', 'head_out', 'both_out', 'base_outcome', 'source_outcome'):\n"
         "        print(float(np.nanmax(np.abs(other[name].values - tables[0][name].values))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    flags = f"{QUICK_COMPILES} --xla_force_host_platform_device_count=8"
+    where: dict[str, Any] = {"cwd": Path(__file__).parents[1], "env": {**os.environ, "XLA_FLAGS": flags}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **where)
     assert done.returncode == 0, done.stderr[-2000:]
     apart = [float(line) for line in done.stdout.split()]
     assert len(apart) == 10
