@@ -98,7 +98,7 @@ def test_estimates_are_derivatives_of_full_forwards(kind: str) -> None:
     _compare(MODEL(kind), tiny.PAIRS[1:2], "user_last", ("log-odds", "logprob"), 2)
 
 
-@pytest.mark.parametrize("position", ["last", pytest.param("all", marks=pytest.mark.slow), pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("position", ["last", "user", pytest.param("all", marks=pytest.mark.slow)])
 def test_estimates_of_several_tokens_and_answers(plain_model: Model, position: str) -> None:
     _compare(plain_model, tiny.LONG[:1], position, ("prefix-gap", "sequence-logprob"), 2)
 

@@ -13,7 +13,7 @@ from jaxmed.effects.estimands import variable
 from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import MEDIATORS
-from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of
+from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of, window_of
 from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.rows import Record
@@ -86,7 +86,7 @@ def _written(job: Job, item: Item, pairs: PairRows, base: Base, there: Record) -
             job.contrasts[pair],
             ({site: side[site][:, row] for site in sites} for side in (base.record, there)),
         )
-        start = min(patch.base[0] for patch in contrast.patches)
+        start, _ = window_of(contrast)
         runs = PreparedContrast(contrast, contrast.packed(), start, base_record, source, base.key, base.value, None, nothing, nothing, None)
         own.append(with_patch(runs, job.request.patching, job.reference).source)
     own += [own[-1]] * (pairs.start.shape[0] - len(own))
@@ -102,10 +102,11 @@ def _ends(
     for row, pair in enumerate(item.pairs):
         margin, contrast = None, job.contrasts[pair]
         if margins is not None:
-            start = min(patch.base[0] for patch in contrast.patches)
+            start, first = window_of(contrast)[0], min(patch.base[0] for patch in contrast.patches)
             patched = [column - start for patch in contrast.patches for column in patch.base]
             here, there = ({"router_logits": side[:, row]} for side in margins)
-            margin = routing_margin(job.model.config, here, there, contrast.packed().used - start, patched)
+            here = {name: values[:, first - start :] for name, values in here.items()}
+            margin = routing_margin(job.model.config, here, there, contrast.packed().used - first, patched)
         chunks += ends(job, pair, base[:, row], source[:, row], margin)
     return chunks
 

@@ -50,7 +50,7 @@ def shape_of(contrast: Contrast) -> BatchShape:
     return BatchShape(
         len(packed.tokens),
         len(source.tokens),
-        bucket(packed.used - _start(contrast), WINDOW_BUCKETS),
+        window_of(contrast)[1],
         bucket(len(read_columns(packed)), READ_BUCKETS),
         bucket(max(sum(map(len, contrast.answers.ids)), 1), READ_BUCKETS),
         bucket(len(patches), WINDOW_BUCKETS) if len(patches) > 1 else 1,
@@ -109,7 +109,7 @@ class PairRows:
 
 def pair_rows(contrast: Contrast, shape: BatchShape) -> PairRows:
     """A contrast as rows of the shape's sizes."""
-    packed, source, start = contrast.packed(), contrast.packed(contrast.source), _start(contrast)
+    packed, source, start = contrast.packed(), contrast.packed(contrast.source), window_of(contrast)[0]
     offset = start + np.arange(shape.window, dtype=np.int32)
     columns, used = np.minimum(offset, len(packed.tokens) - 1), offset < packed.used
     visible = packed.visible[np.ix_(columns, columns)] & used & used[:, None] | np.eye(shape.window, dtype=bool)
@@ -135,5 +135,8 @@ def _row(packed: PackedPrompt, columns: np.ndarray, reads: Reads) -> Row:
     return Row(packed.tokens, packed.position, packed.visible, columns, reads)
 
 
-def _start(contrast: Contrast) -> int:
-    return min(patch.base[0] for patch in contrast.patches)
+def window_of(contrast: Contrast) -> tuple[int, int]:
+    """First column and size of a window. One that would be as long as the row is the row: it then needs no earlier keys and values."""
+    packed, start = contrast.packed(), min(patch.base[0] for patch in contrast.patches)
+    size = bucket(packed.used - start, WINDOW_BUCKETS)
+    return (start, size) if size < len(packed.tokens) else (0, len(packed.tokens))
