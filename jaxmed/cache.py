@@ -23,7 +23,8 @@ from jaxmed.files import ArrayLayout, find_damage, open_array, write_json
 from jaxmed.files.arrays import open_checked
 from jaxmed.interventions.sites import ALIASES, SITES
 from jaxmed.results import Table, lay_out, open_group
-from jaxmed.runs.folder import Legal, RunFolder, Session
+from jaxmed.runs.folder import RunFolder, Session
+from jaxmed.runs.legal import Legal
 from jaxmed.runs.provenance import versions
 
 MANIFEST, DONE, GROUP = "manifest.json", "done", "zarr.json"

@@ -77,7 +77,8 @@ def bare_matmuls(job: Any) -> Any:
 
     from jaxmed.finetuning.lora import lay_out, new_factors
     from jaxmed.models.layers import contract
-    from jaxmed.models.transformer import MATRICES, blocks_from, head
+    from jaxmed.models.params import MATRICES
+    from jaxmed.models.transformer import blocks_from, head
 
     model, settings, full = job.model, job.settings, job.settings.method == "full"
     rows, scored = job.shape.rows * job.shape.length, job.shape.rows * job.shape.scored

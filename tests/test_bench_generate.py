@@ -9,7 +9,8 @@ import pytest
 from jaxmed.bench.generate import THEIRS, measure_generate, token_cost
 from jaxmed.cli.main import main
 from jaxmed.models.load import load
-from jaxmed.models.transformer import MATRICES, head
+from jaxmed.models.params import MATRICES
+from jaxmed.models.transformer import head
 from tests import tiny
 
 

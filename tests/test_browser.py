@@ -15,7 +15,7 @@ from jaxmed.cli.main import main
 from jaxmed.reports.answers import write_answers
 from jaxmed.reports.gate import write_gate
 from jaxmed.reports.page import write_report
-from jaxmed.runs.folder import Legal, check_folder
+from jaxmed.runs.legal import Legal, check_folder
 from tests.test_report import MOST_BYTES, build, plots
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")

@@ -34,7 +34,7 @@ from jaxmed.files.arrays import kvstore
 from jaxmed.models.checkpoints.new_folder import check_vacant
 from jaxmed.pruning.masks import Mask, write_mask
 from jaxmed.reports.page import write_report
-from jaxmed.runs.folder import Legal, check_folder
+from jaxmed.runs.legal import Legal, check_folder
 
 TEXTS = (
     "plain",

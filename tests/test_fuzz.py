@@ -24,8 +24,8 @@ from jaxmed.models.checkpoints.tensors import check_tensors, needed_rules, under
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES, read_config
 from jaxmed.models.load import load
+from jaxmed.models.params import Params, param_shapes
 from jaxmed.models.rope import layer_windows
-from jaxmed.models.transformer import Params, param_shapes
 from jaxmed.runner import causal_layout, forward
 from tests import damage, tiny
 

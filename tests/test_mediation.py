@@ -22,7 +22,7 @@ from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
 from jaxmed.errors import UserError
 from jaxmed.models.load import from_params
-from jaxmed.models.transformer import random_params
+from jaxmed.models.params import random_params
 from jaxmed.prompts import read_pairs
 from jaxmed.results import open_results
 from jaxmed.studies import claims

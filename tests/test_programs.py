@@ -22,8 +22,8 @@ from jaxmed.effects.readout import Readout
 from jaxmed.effects.request import Request
 from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
+from jaxmed.models.params import param_shapes
 from jaxmed.models.rope import frequencies
-from jaxmed.models.transformer import param_shapes
 from jaxmed.runner import are_few, causal_layout, forward, propagate
 from jaxmed.runs.cost import count_flops, propagate_flops
 from tests import tiny

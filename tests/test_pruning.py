@@ -17,7 +17,7 @@ from jaxmed.batching.texts import response_tokens
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 from jaxmed.pruning import (
     Rule,
     read_scores,

@@ -14,7 +14,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.models.families import FAMILIES, read_config
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "public_configs.json").read_text(encoding="utf-8"))
 SIZES = {"layers": ("num_hidden_layers", "n_layer"), "width": ("hidden_size", "n_embd"), "vocabulary": ("vocab_size",)}

@@ -18,7 +18,7 @@ import jaxmed as jm
 from jaxmed import results
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
-from jaxmed.runs import folder as run_folder
+from jaxmed.runs import legal as run_legal
 from jaxmed.runs.folder import read_run
 from tests import tiny
 
@@ -104,7 +104,7 @@ def test_a_full_disk_keeps_what_was_finished(plain_model: Model, tmp_path: Path,
 
 
 def test_too_little_space_is_said_before_anything_is_written(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
+    monkeypatch.setattr(run_legal.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
     with pytest.raises(jm.UserError, match="needs up to"):
         jm.sweep(plain_model, tiny.PAIRS[:1], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

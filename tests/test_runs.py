@@ -17,7 +17,8 @@ from jaxmed.cli.main import main
 from jaxmed.errors import UserError
 from jaxmed.files import read_json
 from jaxmed.runs import provenance, signals
-from jaxmed.runs.folder import Legal, RunFolder, check_folder, hold, last_versions, open_file, read_run, seconds_spent
+from jaxmed.runs.folder import RunFolder, hold, last_versions, open_file, read_run, seconds_spent
+from jaxmed.runs.legal import Legal, check_folder
 from tests import tiny
 
 LEGAL = Legal(("table.csv", "parts"), begins=("copy-",), needed=("parts",), measured=("table.csv",))

@@ -14,7 +14,7 @@ from jaxmed.cli.main import main
 from jaxmed.cli.measure import MeasureFlags
 from jaxmed.prompts.readers import read_text
 from jaxmed.pruning import Rule, read_mask, read_scores, select
-from jaxmed.runs import folder
+from jaxmed.runs import legal
 from jaxmed.studies.pruning import PruningStudy
 from tests import tiny
 from tests.test_experiments import yes_no_model  # noqa: F401
@@ -52,7 +52,7 @@ def _tables(out: Path) -> dict[str, str]:
 def test_a_disk_without_room_for_the_scores_is_refused_first(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
+    monkeypatch.setattr(legal.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10})())
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "its disk has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_shapes, param_shardings
+from jaxmed.models.params import param_shapes, param_shardings
 from jaxmed.prompts import PromptPair
 
 LLAMA = ModelConfig("llama", 3, 16, 4, 2, 8, 24, 264, 512, Rope(10000.0), tied=False)

@@ -27,7 +27,8 @@ from jaxmed.interventions.edits import ANY, CURRENT, Edit, where
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.runs.folder import Legal, RunFolder
+from jaxmed.runs.folder import RunFolder
+from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import RESUMED, Display, no_display
 
 ANSWERS, KEPT = "answers.csv", "answers"

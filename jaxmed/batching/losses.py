@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, embed, final_norm, head
 from jaxmed.models.vocabulary import log_total
 from jaxmed.runner import Recording, run
 

@@ -14,7 +14,8 @@ from jaxmed.batching.scoring import passes, scored_stream
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params, as_logits, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, head
 from jaxmed.models.vocabulary import log_total
 from jaxmed.tokens import TokenizedExample, bucket
 

@@ -19,7 +19,8 @@ from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params, as_logits, final_norm, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, final_norm, head
 from jaxmed.models.vocabulary import largest, log_total
 from jaxmed.runner import run_tokens
 from jaxmed.runs.cost import TOKENS_PER_DEVICE

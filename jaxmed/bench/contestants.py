@@ -14,7 +14,8 @@ from jaxmed.effects.engine import chunk_rows, unit_values
 from jaxmed.interventions.edits import ANY, Edit, Where
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, as_logits, final_norm, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, final_norm, head
 from jaxmed.runner import causal_layout, forward, run_tokens
 
 

@@ -29,7 +29,8 @@ from jaxmed.models.checkpoints.export import export_folder
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import head
 from jaxmed.prompts import Example, read_pairs
 from jaxmed.runs import watch
 from jaxmed.runs.provenance import short_commit

@@ -16,7 +16,7 @@ from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import random_params
+from jaxmed.models.params import random_params
 from jaxmed.prompts import PromptPair, read_pairs
 from jaxmed.runs.cost import units_per_device
 from jaxmed.tokens import Patch, render

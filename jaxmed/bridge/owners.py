@@ -14,7 +14,7 @@ import numpy as np
 from jaxmed.models.checkpoints.tensors import layer_tensors, matrix_rules, split_layer
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
-from jaxmed.models.transformer import block_letters
+from jaxmed.models.params import block_letters
 
 KINDS = {"gate_up": "neuron", "down": "neuron", "qkv": "head_out", "out": "head_out"}
 """Parameter of a block -> the mediator that its weights belong to."""

@@ -34,7 +34,8 @@ from jaxmed.pruning.scores import Scores, read_scores, run_job
 from jaxmed.pruning.selection import random_like, select
 from jaxmed.results import open_results
 from jaxmed.runs.cost import Cost
-from jaxmed.runs.folder import Legal, RunFolder, check_folder, check_same, read_run
+from jaxmed.runs.folder import RunFolder, read_run
+from jaxmed.runs.legal import Legal, check_folder, check_same
 from jaxmed.runs.watch import Display
 
 SWEEPS = ("heads", "before", "after", "after-neurons")

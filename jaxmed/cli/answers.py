@@ -34,7 +34,7 @@ class Answers(PairsFlag, ContrastFlags, RunFlags, JudgeFlags, AnswersSpec):
         from jaxmed.answering.run import KEPT, LEGAL, run_answers
         from jaxmed.effects.sets import read_sets
         from jaxmed.reports.answers import write_answers
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
         if self.sets is None:

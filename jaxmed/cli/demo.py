@@ -31,7 +31,7 @@ class Demo(ModelFlags, PlanFlags):
         from jaxmed.effects.request import Request
         from jaxmed.prompts import read_pairs
         from jaxmed.results import LEGAL
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         for flag, count in (("--pairs", self.pairs), ("--profile-pairs", self.profile_pairs)):
             if count < 1:

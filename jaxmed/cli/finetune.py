@@ -27,7 +27,7 @@ class Finetune(ModelFlags, Recipe, RunFlags):
         from jaxmed.finetuning.job import make_job
         from jaxmed.finetuning.run import finish, run_job
         from jaxmed.reports.curves import write_loss_curve
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
         job = make_job(self.describe(), *self.examples(), self.settings)

@@ -31,7 +31,7 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
         from jaxmed.gating.run import KEPT, LEGAL, run_gate
         from jaxmed.prompts.readers import read_text
         from jaxmed.reports.gate import write_gate
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
         _, job = self.checked(self.pairs, lambda model, pairs, other: make_gate(model, pairs, self.request(), other))

@@ -32,7 +32,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         from jaxmed.prompts import read_pairs
         from jaxmed.prompts.readers import read_text
         from jaxmed.reports.mediation import write_mediation
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
         from jaxmed.studies.mediation import LEGAL, make_mediation, run_mediation
 
         controls = read_pairs(self.controls) if self.controls else []

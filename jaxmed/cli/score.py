@@ -41,7 +41,7 @@ class Score(TrainSplitFlag, ModelFlags, SetFlags, RunFlags):
         from jaxmed.pruning.job import make_job
         from jaxmed.pruning.scores import run_job
         from jaxmed.pruning.store import LEGAL
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
         names = ("form", "scored_separator", "max_length", "rows", "layers_per_pass", "remat")

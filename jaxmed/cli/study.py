@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import LoadFlags, ModelFlags, RunFlags
-from jaxmed.runs.folder import check_space
+from jaxmed.runs.legal import check_space
 from jaxmed.studies.pruning import PruningStudy
 
 

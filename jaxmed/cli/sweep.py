@@ -180,7 +180,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
         from jaxmed.results import LEGAL
-        from jaxmed.runs.folder import check_folder
+        from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
         summary = {"seed": self.seed, "top": self.top, "by": self.by, "method": self.method}

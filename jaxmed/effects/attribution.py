@@ -17,7 +17,8 @@ from jaxmed.effects.engine import PreparedContrast, Window
 from jaxmed.effects.readout import Readout, Reads
 from jaxmed.effects.rows import Picks, View, after_module
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.transformer import Params, matrix_rows
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import matrix_rows
 from jaxmed.runner import Restart, run
 
 

@@ -19,7 +19,7 @@ from jaxmed.effects.rows import Picks, Record, View
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 from jaxmed.runner import Entry, Layout, Prefix, Recording, Restart, propagate, run_tokens
 from jaxmed.tokens import WINDOW_BUCKETS, PackedPrompt, Patch, bucket
 

@@ -21,8 +21,8 @@ from jaxmed.effects.rows import Record
 from jaxmed.interventions.edits import Edit, TokenIndex
 from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
+from jaxmed.models.params import Params
 from jaxmed.models.rules import Rules
-from jaxmed.models.transformer import Params
 from jaxmed.runner import Layout, Prefix, Recording, run, run_tokens
 
 

@@ -23,7 +23,7 @@ from jaxmed.interventions.acting import Staged
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 from jaxmed.runner import Recording, Restart, propagate, run
 
 

@@ -30,7 +30,7 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.interventions.edits import ANY, Edit, where
 from jaxmed.interventions.sites import check_sites, has_site
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 
 
 @dataclass(frozen=True)

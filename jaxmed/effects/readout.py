@@ -14,8 +14,9 @@ import numpy as np
 from jaxmed.effects.outcomes import OUTCOMES, Answers, OutcomeName
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
+from jaxmed.models.params import Params
 from jaxmed.models.rules import EXACT, Rules
-from jaxmed.models.transformer import Params, as_logits, final_norm, head
+from jaxmed.models.transformer import as_logits, final_norm, head
 from jaxmed.runner import logits_of
 from jaxmed.tokens import PackedPrompt, bucket
 

@@ -15,7 +15,7 @@ from jaxmed.effects.engine import source_values
 from jaxmed.effects.rows import Record
 from jaxmed.interventions.sites import STREAM
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 
 
 @dataclass(frozen=True)

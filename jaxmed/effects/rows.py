@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import ACTIVATIONS, contract, normalise
-from jaxmed.models.transformer import Params, matrix_rows
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import matrix_rows
 
 Record = dict[str, jax.Array]
 """Site -> activations [L, W, ...] of one run, at the columns of a window."""

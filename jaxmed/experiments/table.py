@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxmed.files import NAME_COLUMNS, Row, read_csv, write_csv
 from jaxmed.runs import signals
-from jaxmed.runs.folder import Legal, RunFolder, Session
+from jaxmed.runs.folder import RunFolder, Session
+from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import RESUMED, Watch
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.finetuning.job import Job
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 from jaxmed.runner import run_tokens
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxmed.files import write_csv
 from jaxmed.finetuning import checkpoint
-from jaxmed.runs.folder import Legal
+from jaxmed.runs.legal import Legal
 
 LOSSES, CURVE = "losses.csv", "losses.html"
 COLUMNS = ("step", "epoch", "loss", "heldout_loss", "gradient_norm", "learning_rate", "scored_tokens")

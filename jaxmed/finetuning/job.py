@@ -31,7 +31,7 @@ from jaxmed.errors import UserError
 from jaxmed.finetuning.lora import adapted_rules, factor_shapes
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 from jaxmed.prompts.examples import Example
 from jaxmed.runs.cost import Cost
 from jaxmed.tokens import DATE, TokenizedExample, check_tokens, encode_example, tell_seams

@@ -29,7 +29,8 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Family, Rule
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import ADDED, Params, blocks_from
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import ADDED, blocks_from
 
 Factors = dict[str, dict[str, Any]]
 """Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}, L from the first adapted one on."""

@@ -25,7 +25,7 @@ from jaxmed.finetuning.train import learning_rates, make_evaluation, make_optimi
 from jaxmed.models.checkpoints.edit_record import refuse_attacks
 from jaxmed.models.checkpoints.export import export_folder
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_dtype
+from jaxmed.models.params import param_dtype
 from jaxmed.prompts.examples import Example
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RunFolder, Session, hold, read_run, seconds_spent

@@ -18,7 +18,8 @@ from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
 from jaxmed.finetuning.settings import Settings
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import MATRICES, Params, blocks_from, param_dtype, with_transposes
+from jaxmed.models.params import MATRICES, Params, param_dtype
+from jaxmed.models.transformer import blocks_from, with_transposes
 
 
 def learning_rates(settings: Settings, steps: int) -> optax.Schedule:

@@ -31,7 +31,8 @@ from jaxmed.gating.tables import VERDICTS, Measured, enough, gate_rows, read_ver
 from jaxmed.gating.verdicts import Verdict
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.runs.folder import Legal, RunFolder
+from jaxmed.runs.folder import RunFolder
+from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import Display, no_display
 
 HALVES = (0, 1)

@@ -20,7 +20,7 @@ from jaxmed.interventions.edits import Edit
 from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 from jaxmed.runner import Ran, Recording, causal_layout, extend, run_tokens
 
 Gates = dict[str, jax.Array]

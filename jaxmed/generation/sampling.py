@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, as_logits, final_norm, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, final_norm, head
 
 
 @jax.tree_util.register_dataclass

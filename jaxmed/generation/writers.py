@@ -20,7 +20,8 @@ from jaxmed.generation.sampling import Sampling, choose
 from jaxmed.interventions.edits import Edit, TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params, embed
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import embed
 from jaxmed.runner import Layout, Prefix, Ran, Recording, causal_layout, extend, run, run_tokens
 
 AT_ONCE = 16

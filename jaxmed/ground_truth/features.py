@@ -26,7 +26,7 @@ from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families.llama import llama_json
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_letters, param_shapes, param_shardings
+from jaxmed.models.params import param_letters, param_shapes, param_shardings
 
 CONFIG = ModelConfig("llama", 4, 64, 4, 2, 8, 32, len(VOCABULARY), 64, Rope(1e6), tied=False)
 """Shape of the planted models; heads share keys and values in twos."""

@@ -19,7 +19,7 @@ from jaxmed.ground_truth.pairs import LENGTH, Slots, Words, make_pairs
 from jaxmed.ground_truth.record import Planted
 from jaxmed.ground_truth.words import ANY, CLASSES
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params, param_letters
+from jaxmed.models.params import Params, param_letters
 from jaxmed.prompts.examples import Example
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runner.public import forward

@@ -27,7 +27,7 @@ from jaxmed.models.families.table import Family
 from jaxmed.models.families.wrappers import unwrapped
 from jaxmed.models.fetch import hub_shapes, is_hub_name
 from jaxmed.models.model import Later, Model
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 
 DTYPES = ("float32", "bfloat16")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import State, file_state, known_digest
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 
 NAMES = ("adapter", "mask_of")
 """Keys of an edit that hold what a folder or a model was called, and say nothing of the weights."""

@@ -16,7 +16,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 
 Edit = Callable[[np.ndarray], np.ndarray]
 """Values of chosen numbers of one matrix, [chosen] -> values in their place."""

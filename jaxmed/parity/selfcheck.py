@@ -15,7 +15,7 @@ from jaxmed.interventions.edits import Edit, where
 from jaxmed.models.digests import code_digest
 from jaxmed.models.folders import cache_folder
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 from jaxmed.runner import causal_layout, forward
 
 LENGTH = 8

@@ -13,7 +13,7 @@ from jaxmed.batching.one_per_row import batches
 from jaxmed.batching.texts import response_tokens
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import inputs_axis, named_layers
-from jaxmed.models.transformer import Params
+from jaxmed.models.params import Params
 from jaxmed.pruning.job import Job
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runs import signals

@@ -13,7 +13,7 @@ from jaxmed.batching.one_per_row import Group, count_batches, group
 from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import TokenizedExample
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxmed.errors import UserError, notice
 from jaxmed.files import ArrayLayout, open_array
 from jaxmed.files.arrays import chunk_places, find_damage, reason
-from jaxmed.runs.folder import RUN, Legal, RunFolder, Session, read_run
+from jaxmed.runs.folder import RUN, RunFolder, Session, read_run
+from jaxmed.runs.legal import Legal
 
 ARRAYS = "scores"
 LEGAL = Legal((ARRAYS,))

@@ -14,7 +14,8 @@ from jaxmed.batching.losses import token_losses
 from jaxmed.models.checkpoints.tensors import matrix_rules
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families import FAMILIES
-from jaxmed.models.transformer import MATRICES, SCORED, Params, block_letters, embed
+from jaxmed.models.params import MATRICES, Params, block_letters
+from jaxmed.models.transformer import SCORED, embed
 from jaxmed.runner import Recording, run
 
 

@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from jaxmed.errors import UserError
 from jaxmed.files.arrays import open_array, reason
-from jaxmed.runs.folder import Legal
+from jaxmed.runs.legal import Legal
 
 TABLE, TOP, REPORT = "effects.zarr", "top.csv", "report.html"
 NEAR_TIE = 1e-3

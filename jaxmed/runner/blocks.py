@@ -22,9 +22,10 @@ from jaxmed.interventions.acting import Part, Staged, apply_edit, at_layer, in_o
 from jaxmed.interventions.sites import BRANCHES, INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import recomputed, sees
+from jaxmed.models.params import Params
 from jaxmed.models.rope import layer_windows, model_angles
 from jaxmed.models.rules import EXACT, Rules
-from jaxmed.models.transformer import Params, open_block
+from jaxmed.models.transformer import open_block
 from jaxmed.runner.layout import Entry, Layout, Prefix
 
 FEWER = 8

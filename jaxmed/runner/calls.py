@@ -12,7 +12,8 @@ from jaxmed.interventions.acting import Staged
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
-from jaxmed.models.transformer import Params, as_logits, embed, final_norm, head
+from jaxmed.models.params import Params
+from jaxmed.models.transformer import as_logits, embed, final_norm, head
 from jaxmed.runner.blocks import PLAIN, Ran, Recording, run
 from jaxmed.runner.layout import Entry, Layout, Prefix, Restart
 

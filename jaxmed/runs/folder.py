@@ -9,66 +9,21 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, all_problems, notice
-from jaxmed.files import TMP, check_file, check_path, read_json, simple, write_json
+from jaxmed.files import check_file, read_json, simple, write_json
 from jaxmed.runs import signals
+from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
 from jaxmed.runs.provenance import versions
 
 NOTED_EVERY = 10.0
 """Seconds between two records of a session while it runs."""
-
-
-PICTURES = "report-"
-"""What the names of pictures beside a run's page begin with; they are legal everywhere."""
-
-
-@dataclass(frozen=True)
-class Legal:
-    """What a folder may hold.
-
-    Attributes:
-        names: files and folders; RUN and what is left of half-written ones (.tmp) are legal everywhere.
-        begins: what other names may begin with.
-        needed: names without which there is nothing to continue: the run begins anew.
-        measured: names that are worth nothing without RUN, which says what they are of.
-    """
-
-    names: tuple[str, ...]
-    begins: tuple[str, ...] = ()
-    needed: tuple[str, ...] = ()
-    measured: tuple[str, ...] = ()
-
-
-def check_folder(out: Path, resume: bool, legal: Legal) -> bool:
-    """Whether a run can begin or continue in `out`, before anything is loaded; returns True if it holds one to continue.
-
-    Raises:
-        UserError: a path that cannot be written, a file instead of a folder, foreign files, or a run and no --resume.
-    """
-    check_path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file. Give a folder; nothing was written.")
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    ours = {one for name in (RUN, *legal.names) for one in (name, name + TMP)} | {LOCK}
-    foreign = sorted(name for name in held if name not in ours and not name.startswith((*legal.begins, PICTURES)))
-    if foreign:
-        shown = ", ".join(ascii(name)[1:-1][:80] for name in foreign[:5]) + f" and {len(foreign) - 5} more" * (len(foreign) > 5)
-        raise UserError(f"--out {out} holds something else ({shown}). Give a new or empty folder; nothing was written.")
-    if RUN in held and not resume:
-        raise UserError(f"--out {out} holds a run already. Add --resume to continue it, or give another folder; nothing was written.")
-    nameless = sorted(held & set(legal.measured)) if RUN not in held else []
-    if nameless:
-        raise UserError(f"--out {out} holds {nameless[0]} without {RUN}, so nobody can say what it is of. Give a new folder.")
-    return {RUN, *legal.needed} <= held
 
 
 def seconds_spent(record: Mapping[str, Any]) -> float:
@@ -80,45 +35,6 @@ def last_versions(record: Mapping[str, Any]) -> dict[str, Any]:
     """Versions of what computed a run, in its last session; of earlier versions' runs, in all."""
     sessions = [session for session in record.get("sessions", []) if isinstance(session, dict)]
     return (sessions or [record])[-1].get("versions", {})
-
-
-def check_same(out: Path, stored: Mapping[str, Any], now: Mapping[str, Any], reused: Sequence[str] = ()) -> None:
-    """Raises a UserError where the manifest of a run in `out` is not that of the run that would continue it; see `RunFolder.open`."""
-    now = simple(now)
-    different = [key for key in now if key not in reused and not _same(stored.get(key), now[key])]
-    if different:
-        shown = "\n".join(f"  - {key}: {_differ(stored.get(key), now[key])}" for key in different)
-        raise UserError(
-            f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
-        )
-
-
-def _same(stored: Any, now: Any) -> bool:
-    """Whether two entries agree. A model is its weights, whatever path or name it was loaded by."""
-    if isinstance(stored, dict) and isinstance(now, dict) and stored.get("weights") and {"name", "weights"} <= now.keys():
-        return {**stored, "name": now["name"]} == now
-    return stored == now
-
-
-def _differ(stored: Any, now: Any) -> str:
-    """What differs between two values, the innermost parts of mappings and lists."""
-    if isinstance(stored, dict) and isinstance(now, dict):
-        keys = [key for key in now if stored.get(key) != now[key]] or [key for key in stored if key not in now]
-        return ", ".join(f"{key}: {_differ(stored.get(key), now.get(key))}" for key in keys[:3])
-    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
-        at = next(at for at, pair in enumerate(zip(stored, now, strict=True)) if pair[0] != pair[1])
-        return f"entry {at + 1}: {_differ(stored[at], now[at])}"
-    return f"{str(stored)[:120]} there, {str(now)[:120]} now"
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises a UserError if the disk has no room for `needed` bytes."""
-    at = folder.absolute()
-    while not at.exists():
-        at = at.parent
-    free = shutil.disk_usage(at).free
-    if free < needed:
-        raise UserError(f"--out {folder} needs up to {needed / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free. Nothing was written.")
 
 
 class RunFolder:

@@ -32,7 +32,8 @@ from jaxmed.gating.run import RULES, run_gate
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.cost import Cost
-from jaxmed.runs.folder import Legal, RunFolder
+from jaxmed.runs.folder import RunFolder
+from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import Display, no_display
 from jaxmed.studies.claims import make_claims
 from jaxmed.studies.mediation_spec import MediationSpec

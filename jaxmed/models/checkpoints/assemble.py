@@ -20,7 +20,7 @@ from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.tensors import SHARDED, axis_terms, check_tensors, is_stacked, letters_of, needed_rules, under_full_names
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
-from jaxmed.models.transformer import MATRICES, Params, param_dtype, param_shapes
+from jaxmed.models.params import MATRICES, Params, param_dtype, param_shapes
 
 Part = tuple[int, int, int]
 """A share of the model axis: parts from `first` to `stop`, of `count`."""

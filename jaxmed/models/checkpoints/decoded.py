@@ -31,7 +31,7 @@ from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import code_digest, known_digest
 from jaxmed.models.folders import cache_folder
-from jaxmed.models.transformer import Params, param_shapes, param_shardings
+from jaxmed.models.params import Params, param_shapes, param_shardings
 
 CARD, TOKENIZER = "decoded.json", "tokenizer.json"
 LIMIT, LIMIT_GB = "JAXMED_DECODED_GB", 20.0

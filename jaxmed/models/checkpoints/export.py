@@ -20,7 +20,7 @@ from jaxmed.models.checkpoints.safetensors_file import Tensor, into_files, tenso
 from jaxmed.models.checkpoints.tensors import is_stacked, layer_tensors, needed_rules, split_layer
 from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.table import Rule
-from jaxmed.models.transformer import param_shapes
+from jaxmed.models.params import param_shapes
 
 if TYPE_CHECKING:
     from jaxmed.models.model import Model

@@ -30,7 +30,7 @@ from jaxmed.models.checkpoints.new_folder import check_vacant, new_folder
 from jaxmed.models.checkpoints.safetensors_file import TYPES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import known_digest
-from jaxmed.models.transformer import Params, param_dtype, param_shapes, param_shardings
+from jaxmed.models.params import Params, param_dtype, param_shapes, param_shardings
 
 if TYPE_CHECKING:
     from jaxmed.models.model import Model

@@ -14,7 +14,7 @@ from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
-from jaxmed.models.transformer import MATRICES, param_letters
+from jaxmed.models.params import MATRICES, param_letters
 
 SHARDED = frozenset(letter for letter, axis in MESH_AXES.items() if axis == "model")
 """Letters of axes that are cut along the model axis of the mesh."""
