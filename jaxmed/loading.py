@@ -14,7 +14,7 @@ from jaxmed.parity.selfcheck import check_once
 
 
 def load(
-    name_or_path: str,
+    name_or_path: str | Path,
     dtype: str | None = "float32",
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -39,9 +39,10 @@ def load(
     Raises:
         UserError: unknown name, no network, or a checkpoint with any problem (all are listed together).
     """
-    if needs_building(name_or_path):
-        build_variant(name_or_path)
-    model = load_unchecked(name_or_path, dtype, revision, mesh, int8, template_from, adapter)
+    name = str(name_or_path)
+    if needs_building(name):
+        build_variant(name)
+    model = load_unchecked(name, dtype, revision, mesh, int8, template_from, adapter)
     if check:
         check_once(model)
     return model

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import jaxmed as jm
 from jaxmed.cli import show
 from jaxmed.cli.main import COMMANDS, main
 from jaxmed.errors import UserError
@@ -55,6 +56,11 @@ def _refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert code == 2
     assert "Traceback" not in said
     return said
+
+
+def test_a_model_that_was_loaded_by_a_path_object_can_be_swept(folder: Path, tmp_path: Path) -> None:
+    jm.sweep(jm.load(folder), tiny.PAIRS[:1], unit="mlp_out", out=tmp_path / "run")
+    assert open_results(tmp_path / "run").attrs
 
 
 @pytest.mark.parametrize("command", COMMANDS)
