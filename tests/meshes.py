@@ -17,6 +17,7 @@ import numpy as np
 import jaxmed as jm
 from jaxmed.effects import engine, joint, readout
 from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.runner import by_layer
 from tests import tiny
 
 MESHES = ("data=1", "data=8", "data=2,model=2", "data=4,model=2")
@@ -72,6 +73,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     first: dict[str, np.ndarray] = {}
     jitted = ((engine, "propagate"), (joint, "propagate"), (engine, "patched_rows"), (engine, "record"), (joint, "_respond"))
+    jitted += (by_layer, "run_layer"), (by_layer, "read_out")
     functions = [getattr(module, name) for module, name in jitted]
     for mesh in MESHES:
         programs: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from jaxmed.models.config import Rope
 from jaxmed.models.model import Model
 from jaxmed.models.params import param_shapes
 from jaxmed.models.rope import frequencies
-from jaxmed.runner import are_few, causal_layout, forward, propagate
+from jaxmed.runner import are_few, by_layer, causal_layout, forward, propagate
 from jaxmed.runs.cost import count_flops, propagate_flops
 from tests import tiny
 
@@ -34,9 +34,19 @@ def prepare(model: Model, pair: jm.PromptPair, position: str) -> PreparedContras
     return prepare_contrast(make_contrast(model, pair, Reading("pair", position, "chat", ("log-odds",))), ("log-odds",), ("neuron",))
 
 
-def _program() -> Any:
-    """`propagate`, with the attributes of a jitted function that its type does not declare."""
-    return propagate
+def _compiled() -> dict[str, int]:
+    """How many programs restarted runs have compiled to since `_forget`. A layer and the readout are programs of their own on the CPU."""
+    sizes = {function.__name__: function._cache_size() for function in _JITTED}
+    assert not sizes.pop("propagate")
+    return sizes
+
+
+def _forget() -> None:
+    for function in _JITTED:
+        function.clear_cache()
+
+
+_JITTED: tuple[Any, ...] = (propagate, by_layer.run_layer, by_layer.read_out)
 
 
 @pytest.mark.parametrize("layers", ["equal", pytest.param("different", marks=pytest.mark.slow)])
@@ -45,23 +55,25 @@ def test_one_compile_per_length_window_and_chunk(plain_model: Model, layers: str
     if layers == "different":
         different = replace(plain_model.config, windows=(4, 2**30, 9), local_rope=Rope(500.0))
         plain_model = replace(plain_model, config=different)
-    _program().clear_cache()
+    _forget()
     jm.sweep(plain_model, tiny.PAIRS, unit=("neuron",))
     lengths = {len(prepare(plain_model, pair, "last").packed.tokens) for pair in tiny.PAIRS}
-    assert _program()._cache_size() == len(lengths)
+    assert _compiled() == {"run_layer": len(lengths), "read_out": 1}
     jm.sweep(plain_model, tiny.PAIRS[:1], unit=("neuron",), layers=[0, 2])
-    assert _program()._cache_size() == len(lengths)
+    assert _compiled() == {"run_layer": len(lengths), "read_out": 1}
 
 
 @pytest.mark.slow
 def test_each_position_reuses_programs_of_window_buckets(plain_model: Model) -> None:
-    _program().clear_cache()
+    """The last layer has a program of its own where the window is long."""
+    _forget()
     prepared = prepare(plain_model, tiny.PAIRS[2], "each")
     patches = prepared.contrast.patches
-    windows = {open_window(prepared, patch).size for patch in patches}
+    opened = {window.size: window for window in (open_window(prepared, patch) for patch in patches)}
+    long = sum(are_few(len(window.reads.slots), size) for size, window in opened.items())
     jm.sweep(plain_model, tiny.PAIRS[2:], unit="neuron", position="each")
-    assert len(windows) < len(patches)
-    assert _program()._cache_size() == len(windows)
+    assert len(opened) < len(patches)
+    assert _compiled()["run_layer"] == len(opened) + long
 
 
 def test_planned_flops_equal_those_of_the_program(plain_model: Model) -> None:

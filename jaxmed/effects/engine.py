@@ -20,7 +20,7 @@ from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.params import Params
-from jaxmed.runner import Entry, Layout, Prefix, Recording, Restart, propagate, run_tokens
+from jaxmed.runner import Entry, Layout, Prefix, Recording, Restart, lies_by_layer, propagate, propagate_by_layer, run_tokens
 from jaxmed.tokens import WINDOW_BUCKETS, PackedPrompt, Patch, bucket
 
 
@@ -227,7 +227,8 @@ def _chunk_outcome(
     kind, layer, index = np.where(chunk >= 0, own[:, 0], -1), np.where(chunk >= 0, own[:, 1], first), own[:, 2]
     placed = jax.device_put(Picks(kind, layer, index), jax.NamedSharding(model.mesh, jax.P("data")))
     rows, mid = patched_rows(config, params, window.view, placed, kinds, width)
-    run = partial(propagate, config, params, window.restart, reads=window.reads, readout=readout, asked=window.reads.slots)
+    propagates = propagate_by_layer if lies_by_layer(params) else propagate
+    run = partial(propagates, config, params, window.restart, reads=window.reads, readout=readout, asked=window.reads.slots)
     vectors = None if way == "whole" else _vectors(window.view, placed, rows, mid)
     if way == "to-logits":
         return run(_last_streams(window.view, vectors), np.int32(config.layers))

@@ -22,7 +22,7 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.params import Params
 from jaxmed.models.transformer import embed
-from jaxmed.runner import Layout, Prefix, Ran, Recording, causal_layout, extend, run, run_tokens
+from jaxmed.runner import Layout, Prefix, Ran, Recording, causal_layout, each_layer, extend, lies_by_layer, run, run_tokens
 
 AT_ONCE = 16
 """Tokens that one call writes on accelerators, where every call costs the host's attention."""
@@ -90,8 +90,7 @@ class Writer(Protocol):
 
 def writer(model: Model) -> Writer:
     """The writer for a model's devices."""
-    local = all(isinstance(leaf, jax.Array) and leaf.is_fully_replicated for leaf in jax.tree.leaves(model.params))
-    return write_by_layer if local and model.mesh.devices.flat[0].platform == "cpu" else write_at_once
+    return write_by_layer if lies_by_layer(model.params) else write_at_once
 
 
 @partial(jax.jit, static_argnames="config")
@@ -111,7 +110,7 @@ def write_by_layer(model: Model, batch: Batch) -> Iterator[np.ndarray]:
     assert kept is not None
     caches = _open_caches(kept, batch.room)
     place = jax.device_put(Place(padding, np.int32(batch.tokens.shape[1]), np.int32(-1)), device)
-    top, blocks = {name: held for name, held in params.items() if name != "blocks"}, _each_layer(params["blocks"], device)
+    top, blocks = {name: held for name, held in params.items() if name != "blocks"}, each_layer(params["blocks"])
     numbers = [jax.device_put(np.int32(number), device) for number in range(config.layers)]
     while True:
         token, stream, place = choose_next(config, top, stream, place, batch.sampling)
@@ -133,13 +132,6 @@ def placed(batch: Batch, where: Any) -> Batch:
         written=jax.device_put(batch.written, everywhere),
         sampling=replace(batch.sampling, keys=jax.device_put(batch.sampling.keys, where)),
     )
-
-
-def _each_layer(blocks: Params, device: Any) -> list[Params]:
-    """The stacked arrays [L, ...] of blocks as one tree of arrays [1, ...] per layer, without a copy where they are aligned."""
-    held = jax.tree.map(np.asarray, blocks)
-    count = len(jax.tree.leaves(held)[0])
-    return [jax.device_put(jax.tree.map(lambda stack, at=at: stack[at : at + 1], held), device) for at in range(count)]
 
 
 Cache = tuple[jax.Array, jax.Array]

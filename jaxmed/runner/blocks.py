@@ -91,7 +91,7 @@ def run(
         edits: checked interventions (`check_edits`); they act in restarted runs too, where `Where.row` names a row. Several of one site act
             one after another.
         columns: int [B,W], keeps only these columns of every tap but the cached keys and values.
-        asked: int [R], with a traced `first`: the columns whose last residual stream is returned, [B,R,D]. Where they are few
+        asked: int [R], with a traced `first` or one block: the columns whose last residual stream is returned, [B,R,D]. Where they are few
             and nothing is edited or recorded, the last block has queries and an MLP for them alone.
     """
     parts, names = in_order(edits or {}), recording.taps + (("cached_key", "cached_value") if recording.keep else ())
@@ -126,6 +126,8 @@ def run(
     if isinstance(first, int) or count < config.layers:
         windows, scanned = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), (windows, scanned))
         layers = _Layer(params["blocks"], windows, first + jnp.arange(count), scanned, kv)
+        if asked is not None and count == 1:
+            return Ran(step(stream, jax.tree.map(lambda x: x[0], layers), asked)[0], {}, None)
         stream, recorded = _scan(jax.checkpoint(step) if recording.remat else step, stream, layers, count)
     else:
         layers = _Layer(params["blocks"], windows, jnp.arange(config.layers), scanned, kv)
