@@ -26,7 +26,7 @@ def lies_by_layer(params: Params) -> bool:
     return len(held) == len(jax.tree.leaves(params)) and all(device.platform == "cpu" for device in held[0].devices())
 
 
-_apart: dict[tuple[int, ...], list[Any]] = {}
+_apart: dict[tuple[Any, ...], list[Any]] = {}
 
 
 def each_layer(stacked: Any) -> list[Any]:
@@ -35,7 +35,7 @@ def each_layer(stacked: Any) -> list[Any]:
     Made once for the same arrays, and forgotten with the first of them.
     """
     leaves, tree = jax.tree.flatten(stacked)
-    key = tuple(map(id, leaves))
+    key = tree, *map(id, leaves)
     if key not in _apart:
         parts = zip(*map(_take_apart, leaves), strict=True)
         _apart[key] = [jax.tree.unflatten(tree, part) for part in parts]
