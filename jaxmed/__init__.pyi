@@ -9,7 +9,7 @@ from .effects.trace import trace
 from .errors import UserError
 from .finetuning.run import finetune
 from .gating.run import Gated, gate
-from .generation import generate
+from .generation import Following, generate
 from .ground_truth.plant import planted
 from .interventions import edits
 from .interventions.edit import Edit
@@ -27,6 +27,7 @@ __all__ = [
     "Edit",
     "Enriched",
     "Example",
+    "Following",
     "Gated",
     "Model",
     "Patched",

@@ -37,6 +37,12 @@ def notice(message: str) -> None:
     warnings.warn(visible(message), Notice, stacklevel=3)
 
 
+def check_seed(seed: object) -> None:
+    """Raises a UserError for a seed that random generators do not take."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"The seed {quoted(seed)} is out of range: whole numbers from 0 to {2**32 - 1:,}.")
+
+
 def unknown(what: str, got: object, legal: Iterable[object], fix: str = "") -> UserError:
     """The error for a value outside a closed set.
 

@@ -101,7 +101,7 @@ def test_changes_are_paired_over_groups() -> None:
     assert effect_rows(job, rows)[1]["pairs"] == 23
 
 
-@pytest.mark.parametrize(("shift", "answer"), [(0.5, "supported"), (0.0, "not supported")])
+@pytest.mark.parametrize(("shift", "answer"), [(0.5, "supported"), (0.0, "not supported"), (-0.2, "not supported")])
 def test_a_set_that_does_what_random_ones_do_is_not_supported(shift: float, answer: str) -> None:
     pairs = [replace(tiny.PAIRS[0], id=str(at), group=str(at)) for at in range(24)]
     job = make_answers(tiny.model("llama"), pairs, SETS[:1], AnswersSpec())
@@ -112,9 +112,49 @@ def test_a_set_that_does_what_random_ones_do_is_not_supported(shift: float, answ
         for c in job.conditions
         for at in range(24)
     ]
-    described, claim = verdicts(job, effect_rows(job, rows))
+    sides, claim = verdicts(job, effect_rows(job, rows))
     assert claim.verdict == answer
-    assert described.verdict in ("behaviour absent in this model", "described")
+    assert sides.verdict == "undecided"
+    assert "the interval holds zero" in sides.why
+
+
+def test_random_sets_belong_to_the_set_that_they_were_drawn_for(plain_model: Model) -> None:
+    """Names that begin alike, and modules, whose random ones are of other layers."""
+    sets = [replace(SETS[0], name="a"), replace(SETS[2], name="a b"), UnitSet("m", (("mlp_out", 2, 0),))]
+    job = make_answers(plain_model, PAIRS, sets, AnswersSpec(random=2))
+    assert job.random == {name: (f"{RANDOM}{name} 1", f"{RANDOM}{name} 2") for name in ("a", "a b", "m")}
+    drawn = {one.name: one.units for one in job.sets}
+    assert all(kind == "mlp_out" and layer < 2 for kind, layer, _ in drawn[f"{RANDOM}m 1"])
+    assert not set(drawn[f"{RANDOM}a 1"]) & set(SETS[0].units)
+    whole = UnitSet("all", tuple(("mlp_out", layer, 0) for layer in range(3)))
+    assert make_answers(plain_model, PAIRS, [whole], AnswersSpec()).random == {"all": ()}
+
+
+def test_what_is_not_there_is_said(plain_model: Model) -> None:
+    """No answer changed; no random set; too few groups."""
+    pairs = [replace(tiny.PAIRS[0], id=str(at), group=str(at)) for at in range(12)]
+    whole = UnitSet("all", tuple(("mlp_out", layer, 0) for layer in range(3)))
+    job = make_answers(plain_model, pairs, [whole], AnswersSpec())
+    level = {("", "base"): 0.0, ("", "source"): 0.0, ("all", "base"): 1.0}
+    rows = [
+        {"set": c.name, "prompts": c.prompts, "pair": str(at), "sample": "1", "score": level[c.name, c.prompts] * (0.5 + at / 30)}
+        for c in job.conditions
+        for at in range(12)
+    ]
+    sides, claim = verdicts(job, effect_rows(job, rows))
+    assert sides.verdict == "behaviour absent in this model"
+    assert (claim.verdict, claim.why.split(";")[0]) == ("undecided", "no random set to compare with")
+    few = make_answers(plain_model, pairs[:4], [whole], AnswersSpec())
+    assert verdicts(few, effect_rows(few, [row for row in rows if int(row["pair"]) < 4]))[1].verdict == "undecided"
+    flat = [{**row, "score": 0.0} for row in rows]
+    assert verdicts(job, effect_rows(job, flat))[1].why.startswith("no answer changed")
+
+
+@pytest.mark.parametrize("given", [7.0, -0.1, float("nan"), "short"])
+def test_a_judge_that_gives_something_else_is_refused(plain_model: Model, given: Any) -> None:
+    judge: Any = lambda prompts, texts, report: [0.5] if given == "short" else [given] * len(texts)  # noqa: E731
+    with pytest.raises(jm.UserError, match="The judge gives"):
+        jm.answers(plain_model, PAIRS, {"a": SETS[0].units}, judge=judge, tokens=2)
 
 
 def test_samples_are_drawn_alike_under_all_patches(plain_model: Model) -> None:
@@ -166,7 +206,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(plain_model: Model, tmp_pa
     ("change", "said"),
     [
         ({"samples": 3}, "all the same"),
-        ({"tokens": 0}, "at least 1"),
+        ({"tokens": 0}, "--tokens 0 is out of range"),
+        ({"tokens": 1.5}, r"--tokens 1\.5"),
+        ({"seed": -1}, "The seed -1"),
+        ({"patch": "steer"}, "patch 'steer'"),
+        ({"edited": "bth"}, "edited 'bth'"),
+        ({"temperature": float("nan")}, "not negative"),
         ({"temperature": -1.0}, "not negative"),
         ({"top_p": 0.0}, r"in \(0, 1\]"),
     ],
@@ -181,6 +226,14 @@ def test_what_cannot_be_asked_is_refused(plain_model: Model) -> None:
         make_answers(plain_model, PAIRS, [replace(SETS[0], held=(("mlp_out", 2, 0),))], AnswersSpec())
     with pytest.raises(jm.UserError, match="neuron of layer 0 names index 99"):
         make_answers(plain_model, PAIRS, [UnitSet("a", (("neuron", 0, 99),))], AnswersSpec())
+    with pytest.raises(jm.UserError, match="of random sets"):
+        make_answers(plain_model, PAIRS, [replace(SETS[0], name=f"{RANDOM}x")], AnswersSpec())
+    with pytest.raises(jm.UserError, match="names a window"):
+        make_answers(plain_model, PAIRS, [UnitSet("w", (("window", 0, 0),))], AnswersSpec())
+    with pytest.raises(jm.UserError, match="is given 2 times"):
+        make_answers(plain_model, [PAIRS[0]] * 2, SETS, AnswersSpec())
+    with pytest.raises(jm.UserError, match=r"argument of jm\.answers"):
+        jm.answers(plain_model, PAIRS, {"a": SETS[0].units}, foo=1)
     with pytest.raises(jm.UserError, match="go together"):
         make_answers(plain_model, PAIRS, SETS, AnswersSpec(), contrast="model")
     with pytest.raises(jm.UserError, match="control pairs do not count"):

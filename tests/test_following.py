@@ -95,5 +95,11 @@ def test_what_cannot_follow_is_refused(plain_model: Model) -> None:
         generate_ids(plain_model, PROMPTS, 2, follow=Following(other, chosen), edits=jm.edits.zero("neuron", layer=0, unit=1))
     with pytest.raises(jm.UserError, match="same sizes alone; here F: 24 and 32"):
         generate_ids(plain_model, PROMPTS, 2, follow=Following(tiny.model("mixture"), chosen))
+    with pytest.raises(jm.UserError, match=r"jm\.Following"):
+        generate_ids(plain_model, PROMPTS, 2, follow=other)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(jm.UserError, match="site 'nosuch'"):
+        generate_ids(plain_model, PROMPTS, 2, follow=Following(other, {"nosuch": chosen["neuron"]}))
+    with pytest.raises(jm.UserError, match="24 units, or 1"):
+        generate_ids(plain_model, PROMPTS, 2, follow=Following(other, {"neuron": chosen["neuron"][:, :, :5]}))
     with pytest.raises(jm.UserError, match="3 layers, 2 prompts"):
         generate_ids(plain_model, PROMPTS[:2], 2, follow=Following(other, chosen))

@@ -48,10 +48,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     [
         ("swep", "`jaxmed sweep`"),
         ("sweeep --limit 1", "`jaxmed sweep`"),
-        ("score", "`jaxmed prune score`"),
-        ("scor", "`jaxmed prune score`"),
+        ("score", "`jaxmed probe score` or `jaxmed prune score`"),
+        ("scor", "`jaxmed probe score` or `jaxmed prune score`"),
         ("pruning", "`jaxmed study pruning`"),
-        ("prune scroe", "`jaxmed prune score`"),
+        ("prune scroe", "`jaxmed probe score` or `jaxmed prune score`"),
         ("prune sweep", "`jaxmed sweep`"),
         ("study prunning", "`jaxmed study pruning`"),
         ("finetunee", "`jaxmed finetune`"),

@@ -184,8 +184,25 @@ def test_a_fit_of_too_few_or_of_equal_scores_is_refused(plain_model: Model) -> N
         fit(plain_model, PROMPTS, PROMPTS, PREFIXES)
     with pytest.raises(jm.UserError, match="all have one score"):
         fit(plain_model, PROMPTS[:1] * 12, PROMPTS[1:2] * 12, PREFIXES)
+    with pytest.raises(jm.UserError, match="--folds 99"):
+        fit(plain_model, PROMPTS * 3, PROMPTS * 3, PREFIXES, FitSpec(folds=99))
+    with pytest.raises(jm.UserError, match="two prompts of each kind"):
+        measure("x", np.asarray([0.1]), np.asarray([0.2, 0.3]))
     with pytest.raises(jm.UserError, match="--fpr 0"):
         fit(plain_model, PROMPTS * 3, PROMPTS * 3, PREFIXES, FitSpec(fpr=0))
+
+
+def test_prompts_that_openings_were_searched_in_test_nothing(plain_model: Model) -> None:
+    """`jm.probe` fits on others; a fit on the same ones says so."""
+    rng = np.random.default_rng(8)
+    benign, harmful = ([rng.integers(low, low + 60, size=6) for _ in range(24)] for low in (40, 120))
+    found = jm.probe(plain_model, benign, harmful, SearchSpec(beams=2, length=1, keep=1, floor=9), form="text", folds=3)
+    assert found.fitted["benign"] == 12
+    assert not found.prefixes.searched & set(found.fitted["prompts"])
+    with pytest.warns(jm.errors.Notice, match="searched in: its rates are too good"):
+        fit(plain_model, benign[::2], harmful[::2], found.prefixes, FitSpec(folds=3))
+    with pytest.raises(jm.UserError, match="form 'text', not 'qa'"):
+        jm.probe(plain_model, benign, harmful, found.prefixes, form="qa")
 
 
 def test_rates_are_those_counted_by_hand(fitted: Any) -> None:
@@ -223,7 +240,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     tiny.tokenizer().save_pretrained(model)
     words = ["bake", "sing", "draw", "walk"], ["rob", "lie", "hurt", "burn"]
     rows = [
-        {"prompt": f"How can I {word} {at}?", "kind": kind, "split": split}
+        {"prompt": f"How can I {word} {at} {split}?", "kind": kind, "split": split}
         for kind, several in zip(("benign", "harmful"), words, strict=True)
         for word in several
         for at in range(6)
@@ -232,11 +249,15 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
     use = ["--model", str(model), "--examples", str(tmp_path / "e.jsonl")]
     found, probe = str(tmp_path / "prefixes.json"), str(tmp_path / "probe.json")
-    assert main(["probe", "search", *use, "--beams", "2", "--length", "2", "--keep", "2", "--floor", "9", "--out", found, "--dry-run"]) == 0
+    searched = ["probe", "search", *use, "--prompts", "8", "--beams", "2", "--length", "2", "--keep", "2", "--floor", "9", "--out", found]
+    assert main([*searched, "--dry-run"]) == 0
     assert not Path(found).exists()
-    assert main(["probe", "search", *use, "--beams", "2", "--length", "2", "--keep", "2", "--floor", "9", "--out", found]) == 0
+    assert main(searched) == 0
     assert main(["probe", "fit", *use, "--prefixes", found, "--out", probe]) == 0
-    assert "AUC" in capsys.readouterr().out
+    assert read_probe(Path(probe)).fitted["benign"] == 16
+    told = capsys.readouterr()
+    assert "AUC" in told.out
+    assert "16 prompts are left out of the fit" in told.err
     scores = str(tmp_path / "scores.jsonl")
     scored = ["probe", "score", "--model", str(model), "--probe", probe, "--data", str(tmp_path / "e.jsonl")]
     assert main([*scored, "--out", scores, "--batch", "9"]) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxmed.answering.spec import AnswersSpec
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.mediators import MEDIATORS, Unit
 from jaxmed.effects.sets import Membership, UnitSet, check_sets, kinds_of, membership
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
@@ -42,6 +42,7 @@ class AnswersJob:
     Attributes:
         sets: those that were asked for, and their random ones.
         contrasts: one per pair; control pairs have been left out.
+        random: name of a set that was asked for -> names of its random sets.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class AnswersJob:
     contrasts: tuple[Contrast, ...]
     contrast: str
     form: str
+    random: Mapping[str, tuple[str, ...]]
     source_model: Model | None = None
 
     @property
@@ -121,27 +123,45 @@ def make_answers(
         raise UserError('Give --sets: a JSON list of units that are patched together, [{"name": "a", "units": [["neuron", 29, 17]]}].')
     if held := [one.name for one in sets if one.held]:
         raise UserError(f"Set {held[0]!r} holds units at base values, which written text does not have. Leave `held` out.")
-    whole = check_sets(model.config, (*sets, *_random_sets(model.config, check_sets(model.config, sets, 1), spec)), 1)
+    _check_names(counted, sets)
+    asked = check_sets(model.config, sets, 1)
+    drawn = {one.name: _random_sets(model.config, one, number, spec) for number, one in enumerate(asked)}
+    whole = check_sets(model.config, (*asked, *(one for several in drawn.values() for one in several)), 1)
     contrasts = make_contrasts(model, counted, Reading(contrast, "last", form, ()), source_model)
     for used in {id(side.model): side.model for one in contrasts for side in (one.base, one.source)}.values():
         check_tokens(used.config, [one.base.ids for one in contrasts], "A prompt with its answer", used.tokenizer, spec.tokens)
-    return AnswersJob(model, counted, spec, whole, contrasts, contrast, form, source_model)
+    names = {name: tuple(one.name for one in several) for name, several in drawn.items()}
+    return AnswersJob(model, counted, spec, whole, contrasts, contrast, form, names, source_model)
 
 
-def _random_sets(config: ModelConfig, sets: Sequence[UnitSet], spec: AnswersSpec) -> list[UnitSet]:
-    """For every set, others of as many units of the same kinds and layers; none where a layer has too few others."""
-    made = []
-    for number, one in enumerate(sets):
-        counts = Counter((kind, layer) for kind, layer, _ in dict.fromkeys(one.units))
-        for draw in range(spec.random):
-            rng = np.random.default_rng([spec.seed, number, draw])
-            units: list[Unit] = []
-            for (kind, layer), count in counts.items():
+def _check_names(pairs: Sequence[PromptPair], sets: Sequence[UnitSet]) -> None:
+    """Raises a UserError for pairs of one id, for sets named as random ones are, and for windows, whose width a set does not say."""
+    ids = Counter(pair.id for pair in pairs)
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise UserError(f"The pair {quoted(repeated[0])} is given {ids[repeated[0]]} times. Give every pair an id of its own.")
+    for one in sets:
+        if one.name.startswith(RANDOM) or not one.name:
+            raise UserError(f"A set cannot be named {quoted(one.name)}: names that begin with {RANDOM!r} are of random sets.")
+        if any(kind == "window" for kind, _, _ in one.units):
+            raise UserError(f"Set {quoted(one.name)} names a window. Name its neurons one by one here.")
+
+
+def _random_sets(config: ModelConfig, one: UnitSet, number: int, spec: AnswersSpec) -> list[UnitSet]:
+    """Sets of as many other units of the same kinds and layers (whole modules: of other layers); none where there are too few."""
+    counts, made = Counter((kind, layer) for kind, layer, _ in dict.fromkeys(one.units)), []
+    whole = {kind for kind, _ in counts if MEDIATORS[kind].count(config, 1) == 1}
+    for draw in range(spec.random):
+        rng = np.random.default_rng([spec.seed, number, draw])
+        units: list[Unit] = []
+        for kind in sorted(whole):
+            taken = {layer for of, layer in counts if of == kind}
+            free = [layer for layer in range(config.layers) if layer not in taken]
+            units += [(kind, int(layer), 0) for layer in rng.permutation(free)[: len(taken)]]
+        for (kind, layer), count in counts.items():
+            if kind not in whole:
                 taken = {index for of, at, index in one.units if (of, at) == (kind, layer)}
-                others = [index for index in range(MEDIATORS[kind].count(config, 1)) if index not in taken]
-                if len(others) < count:
-                    break
-                units += [(kind, layer, int(index)) for index in rng.choice(others, count, replace=False)]
-            else:
-                made.append(UnitSet(f"{RANDOM}{one.name}" + (f" {draw + 1}" if spec.random > 1 else ""), tuple(units)))
+                free = [index for index in range(MEDIATORS[kind].count(config, 1)) if index not in taken]
+                units += [(kind, layer, int(index)) for index in rng.permutation(free)[:count]]
+        if len(units) == sum(counts.values()):
+            made.append(UnitSet(f"{RANDOM}{one.name}" + (f" {draw + 1}" if spec.random > 1 else ""), tuple(units)))
     return made

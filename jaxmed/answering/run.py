@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from jaxmed.answering.job import AnswersJob, Condition, make_answers
 from jaxmed.answering.spec import AnswersSpec
 from jaxmed.answering.tables import COLUMNS, EFFECTS, as_table, effect_rows, verdicts
 from jaxmed.effects.sets import as_set
+from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.evaluation.judges import Judge, refusal_rules
 from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.tables import VERDICTS
@@ -132,6 +133,7 @@ def run_answers(
                     continue
                 texts = writer.texts(batch)
                 scores = judge([Example(_asked(job, one, pair)) for one, pair, _ in batch], texts, lambda count: None)
+                _check_scores(scores, len(texts))
                 kept = texts if keep_text else [hashlib.sha256(text.encode()).hexdigest() for text in texts]
                 rows = [row for row in rows if (row["set"], row["prompts"], row["pair"], row["sample"]) not in set(keys)]
                 rows += [_row(key, score, text) for key, score, text in zip(keys, scores, kept, strict=True)]
@@ -141,6 +143,14 @@ def run_answers(
         found = effect_rows(job, read_csv(file, COLUMNS))
         write_csv(out / EFFECTS, found)
         write_csv(out / VERDICTS, [asdict(one) for one in verdicts(job, found)])
+
+
+def _check_scores(scores: Sequence[float | None], count: int) -> None:
+    """Raises a UserError for a judge that gives something else than a number from 0 to 1, or None, for every answer."""
+    if len(scores) != count:
+        raise UserError(f"The judge gives {len(scores)} scores for {count} answers.")
+    if wrong := [score for score in scores if score is not None and not 0 <= score <= 1]:
+        raise UserError(f"The judge gives the score {quoted(wrong[0])}; scores are from 0 to 1, or None.")
 
 
 def _row(key: tuple[str, ...], score: float | None, answer: str) -> dict[str, Any]:
@@ -180,6 +190,8 @@ def answers(
     Raises:
         UserError: anything in the arguments that cannot be used; nothing has run then.
     """
+    if wrong := [name for name in spec if name not in {one.name for one in fields(AnswersSpec)}]:
+        raise unknown("argument of jm.answers", wrong[0], [one.name for one in fields(AnswersSpec)])
     chosen = [as_set(name, units) for name, units in sets.items()]
     job = make_answers(model, pairs, chosen, AnswersSpec(**spec), None, form, source_model)
     with tempfile.TemporaryDirectory() as scratch:

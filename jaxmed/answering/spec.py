@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, check_seed, quoted, unknown
+
+MOST = 10**6
+PATCHES, EDITED = ("resample", "mean", "zero"), ("both", "prompt", "generated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +35,16 @@ class AnswersSpec:
     """Seed of the samples, which are drawn alike under all patches, and of the random sets."""
 
     def check(self) -> None:
-        """Raises a UserError for numbers out of range."""
-        if self.tokens < 1 or self.samples < 1 or self.random < 0:
-            raise UserError(f"--tokens {self.tokens} and --samples {self.samples} are at least 1, --random {self.random} is not negative.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        """Raises a UserError for values out of range."""
+        for name, legal in (("patch", PATCHES), ("edited", EDITED)):
+            if getattr(self, name) not in legal:
+                raise unknown(name, getattr(self, name), legal)
+        check_seed(self.seed)
+        for name, least in (("tokens", 1), ("samples", 1), ("random", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= MOST:
+                raise UserError(f"--{name} {quoted(value)} is out of range: whole numbers from {least} to {MOST:,}.")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise UserError(f"--temperature {self.temperature} is not negative, and --top-p {self.top_p} is in (0, 1].")
         if self.samples > 1 and not self.temperature:
             raise UserError(f"--samples {self.samples} of greedy answers are all the same: give a --temperature above 0.")

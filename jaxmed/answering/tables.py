@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import statistics
-from jaxmed.answering.job import RANDOM, AnswersJob
-from jaxmed.gating.verdicts import ABSENT, DESCRIBED, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict
+from jaxmed.answering.job import AnswersJob
+from jaxmed.gating.verdicts import ABSENT, LEVEL, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict
 
 EFFECTS = "effects.csv"
 COLUMNS = ("set", "prompts", "pair", "sample", "score", "answer")
@@ -60,10 +60,9 @@ def _names(job: AnswersJob) -> list[str]:
 def _beyond_random(job: AnswersJob, changes: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
     """By set: its change minus the mean change of its random sets, with an interval."""
     found, names = {}, _names(job)
-    for at, name in enumerate(names):
-        drawn = [number for number, other in enumerate(names) if other.startswith(RANDOM + name)]
-        if not name.startswith(RANDOM) and drawn:
-            apart = changes[:, at + 1] - changes[:, [number + 1 for number in drawn]].mean(axis=1)
+    for name, drawn in job.random.items():
+        if drawn:
+            apart = changes[:, names.index(name) + 1] - changes[:, [names.index(other) + 1 for other in drawn]].mean(axis=1)
             means, _ = statistics.group_means(apart[:, None], groups)
             low, high = statistics.mean_interval(means[:, 0])
             found[name] = {"more_than_random": means.mean(), "more_low": float(low), "more_high": float(high)}
@@ -71,35 +70,55 @@ def _beyond_random(job: AnswersJob, changes: np.ndarray, groups: np.ndarray) -> 
 
 
 def verdicts(job: AnswersJob, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """A claim per set that was asked for: patching it changes how base prompts are answered, more than random sets do."""
-    total = rows[0]
-    split = total["low"] != "" and _apart(total["low"], total["high"])
-    made = [_described(total)]
-    for row in (row for row in rows[1:] if not row["set"].startswith(RANDOM)):
-        claim = f"patching {row['set']!r} changes how base prompts are answered"
+    """A claim per set that was asked for: patching it changes how base prompts are answered, further than random sets do.
+
+    Supported: p adjusted over all sets is 0.05 at most, the interval of the change leaves zero out, and so does that of the change beyond
+    random sets, on the same side.
+    """
+    made = [_sides(rows[0])]
+    split = made[0].verdict == SUPPORTED
+    for row in (row for row in rows[1:] if row["set"] in job.random):
+        answer, reason = _answer(row)
         why = f"mean score {row['unpatched']:.2f} as they are, {row['score']:.2f} patched"
-        answer = NOT_SUPPORTED
-        if row["low"] == "":
-            answer, why = UNDECIDED, f"{row['note'] or FEW}; {why}"
-        elif _apart(row["low"], row["high"]):
-            beyond = row["more_low"] != "" and _apart(row["more_low"], row["more_high"])
-            answer = SUPPORTED if beyond or row["more_low"] == "" else NOT_SUPPORTED
+        why = f"{reason}; {why}" if reason else why
         if row["more_low"] != "":
             why += f"; beyond random sets {row['more_than_random']:+.3f} ({row['more_low']:.3f} to {row['more_high']:.3f})"
         if row["share"] != "" and split:
             why += f"; {row['share']:.0%} of the difference between the two sides"
-        numbers = (math.nan if row[key] == "" else row[key] for key in ("mean", "low", "high", "p_adjusted"))
-        made.append(Verdict(claim, answer, UNIT, why, *numbers))
+        claim = f"patching {row['set']!r} changes how base prompts are answered"
+        made.append(Verdict(claim, answer, UNIT, why, *_numbers(row, "p_adjusted")))
     return made
 
 
-def _described(total: dict[str, Any]) -> Verdict:
-    numbers = [math.nan if total[key] == "" else total[key] for key in ("mean", "low", "high", "p")]
+def _answer(row: dict[str, Any]) -> tuple[str, str]:
+    """(verdict, reason) of a set's row."""
+    if row["note"] == FLAT:
+        return NOT_SUPPORTED, FLAT
+    if row["low"] == "":
+        return UNDECIDED, row["note"] or FEW
+    if not _apart(row["low"], row["high"]) or row["p_adjusted"] > LEVEL:
+        return NOT_SUPPORTED, ""
+    if row["more_low"] == "":
+        return UNDECIDED, "no random set to compare with"
+    side = math.copysign(1, row["mean"])
+    return (SUPPORTED, "") if min(side * row["more_low"], side * row["more_high"]) > 0 else (NOT_SUPPORTED, "random sets do as much")
+
+
+def _sides(total: dict[str, Any]) -> Verdict:
+    """Whether the two sides are answered differently at all."""
     why = f"mean score {total['unpatched']:.2f} on base's side, {total['score']:.2f} on source's"
-    answer = DESCRIBED
-    if total["low"] != "" and not _apart(total["low"], total["high"]):
+    answer = SUPPORTED
+    if total["note"] == FLAT:
         answer, why = ABSENT, f"both sides are answered alike; {why}"
-    return Verdict("base and source are answered differently", answer, UNIT, why, *numbers)
+    elif total["low"] == "":
+        answer, why = UNDECIDED, f"{total['note'] or FEW}; {why}"
+    elif not _apart(total["low"], total["high"]):
+        answer, why = UNDECIDED, f"the interval holds zero; {why}"
+    return Verdict("base and source are answered differently", answer, UNIT, why, *_numbers(total, "p"))
+
+
+def _numbers(row: dict[str, Any], p: str) -> list[float]:
+    return [math.nan if row[key] == "" else row[key] for key in ("mean", "low", "high", p)]
 
 
 def _apart(low: float, high: float) -> bool:

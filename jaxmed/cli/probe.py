@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmed.cli import show
 from jaxmed.cli.flags import FormFlag, ModelFlags, PlanFlags, SplitFlag, TrainSplitFlag, check_absent
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, notice
 from jaxmed.probing.spec import FitSpec, SearchSpec
 
 HARMFUL, BENIGN = "harmful", "benign"
@@ -80,6 +80,7 @@ class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags
         show.lines(f"probe search: {model.name}", lines)
         if self.dry_run:
             return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
         with show.progress("openings", total, "openings") as report:
             benign, harmful = _ids(model, sides, self.form)
@@ -106,14 +107,17 @@ class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, F
     def run(self) -> None:
         """Checks, plans, fits, prints."""
         from jaxmed.probing.prefixes import by_hand, check_prefixes, read_prefixes
-        from jaxmed.probing.probe import fit, write_probe
+        from jaxmed.probing.probe import check_counts, fit, write_probe
 
         check_absent(self.out)
         spec = FitSpec(**{one.name: getattr(self, one.name) for one in fields(FitSpec)})
         spec.check()
         model = self.describe()
         prefixes = by_hand(model, self.form) if self.prefixes is None else check_prefixes(model, read_prefixes(self.prefixes))
-        sides = self.labelled(self.split, spec.seed)
+        if self.prefixes is not None and self.form not in ("chat", prefixes.form):
+            raise UserError(f"The openings of {self.prefixes} stand behind prompts of the form {prefixes.form}, not {self.form}.")
+        sides = self._not_searched(model, prefixes, self.labelled(self.split, spec.seed))
+        check_counts(len(sides[0]), len(sides[1]), spec)
         total = sum(map(len, sides)) * len(prefixes.prefixes)
         show.lines(
             f"probe fit: {model.name}",
@@ -121,6 +125,7 @@ class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, F
         )
         if self.dry_run:
             return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
         with show.progress("scores", total, "openings") as report:
             benign, harmful = _ids(model, sides, prefixes.form)
@@ -129,11 +134,23 @@ class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, F
         of = found.fitted
         lines = [
             f"AUC {of['auc']:.3f} over {of['folds']} folds",
-            f"at {spec.fpr:.0%} of the benign prompts of the other folds: flags {of['held_out_tpr']:.1%} of harmful prompts and "
+            f"at {spec.fpr:g} of the benign prompts of the other folds: flags {of['held_out_tpr']:.1%} of harmful prompts and "
             f"{of['held_out_fpr']:.1%} of benign ones",
             f"probe: {self.out}",
         ]
         show.lines("fitted", lines)
+
+    def _not_searched(self, model: Any, prefixes: Any, sides: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The examples whose prompts the openings were not searched in: those would not test them."""
+        from jaxmed.probing.prefixes import prompt_digest
+
+        kept = [
+            [row for row, ids in zip(side, ids, strict=True) if prompt_digest(ids) not in prefixes.searched]
+            for side, ids in zip(sides, _ids(model, sides, prefixes.form), strict=True)
+        ]
+        if left := sum(map(len, sides)) - sum(map(len, kept)):
+            notice(f"{left} prompts are left out of the fit: the openings were searched in them.")
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +163,7 @@ class ProbeFlag:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
-    """Scores prompts with a probe: a line of JSON per prompt, batch by batch, so that files of any length stream through."""
+    """Scores prompts with a probe: a line of JSON per prompt, batch by batch. An interrupted run leaves OUT.part and no OUT."""
 
     data: Path | None = None
     """Prompts (.jsonl, .csv, .parquet; column prompt, optional id)."""
@@ -174,8 +191,9 @@ class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
         show.lines(f"probe score: {model.name}", [f"{len(rows):,} prompts, {len(probe.prefixes.prefixes)} openings"])
         if self.dry_run:
             return
-        model, flagged = self.load(), 0
-        with show.progress("prompts", len(rows), "prompts") as report, self.out.open("x", encoding="utf-8") as file:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        model, flagged, part_file = self.load(), 0, self.out.with_name(self.out.name + ".part")
+        with show.progress("prompts", len(rows), "prompts") as report, part_file.open("w", encoding="utf-8") as file:
             for at in range(0, len(rows), self.batch):
                 part = rows[at : at + self.batch]
                 scores = score(model, prompts_of(model, part, probe.prefixes.form), probe)
@@ -184,6 +202,7 @@ class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 report(len(part), len(part), "")
+        part_file.replace(self.out)
         show.lines("scored", [f"{flagged:,} of {len(rows):,} prompts are flagged", f"scores: {self.out}"])
 
 
@@ -196,7 +215,7 @@ def _lines(rows: Sequence[Any], scores: np.ndarray, probe: Any, first: int) -> I
 class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
     """How well a probe tells harmful from benign prompts: ROC, rates, calibration, latency, beside a refusal direction and the length."""
 
-    baseline_split: str = "train"
+    baseline_split: Literal["", "train", "heldout"] = "train"
     """Split of the same file that the refusal direction is taken from."""
     out: Path | None = None
     """JSON file for what is measured."""
@@ -204,7 +223,7 @@ class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
     def run(self) -> None:
         """Checks, scores, measures, prints."""
         from jaxmed.files import write_json
-        from jaxmed.probing.measure import at_threshold, direction_baseline, latency, measure
+        from jaxmed.probing.measure import AT_FPR, FEWEST, at_threshold, direction_baseline, latency, measure
         from jaxmed.probing.prefixes import check_prefixes
         from jaxmed.probing.probe import as_record, read_probe, score
 
@@ -216,22 +235,47 @@ class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
         show.lines(f"probe evaluate: {model.name}", [f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}"])
         if self.dry_run:
             return
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
         ids, train = (_ids(model, of, probe.prefixes.form) for of in (sides, trained))
         total = sum(map(len, ids)) * len(probe.prefixes.prefixes)
         with show.progress("scores", total, "openings") as report:
             scores = [score(model, side, probe, lambda done: report(done, done, "")) for side in ids]
-        *directed, layer = direction_baseline(model, (train[0], train[1]), (ids[0], ids[1]))
-        lengths = [np.asarray([float(len(one)) for one in side]) for side in ids]
-        rows = [measure("prefix probe", *scores), measure(f"direction, layer {layer}", *directed), measure("prompt length", *lengths)]
+        train = _others(train, ids)
+        rows = [measure("prefix probe", *scores)]
+        if min(map(len, train)) >= FEWEST:
+            *directed, layer = direction_baseline(model, (train[0], train[1]), (ids[0], ids[1]))
+            rows.append(measure(f"direction, layer {layer}", *directed))
+        rows.append(measure("prompt length", *([float(len(one)) for one in side] for side in ids)))
+        _tell_seen(probe, ids)
         cut, time = at_threshold(probe, *scores), latency(model, [*ids[0], *ids[1]], probe)
         if self.out is not None:
             write_json(self.out, {"read_outs": [asdict(one) for one in rows], "threshold": cut, "latency": time, "probe": as_record(probe)})
-        shown = [[one.name, f"{one.auc:.3f}", f"{one.low:.3f} to {one.high:.3f}", f"{one.tpr_at_fpr:.1%}"] for one in rows]
-        show.table("read-outs", ["read-out", "AUC", "95 %", "flagged at 1 % FPR"], shown, left=1)
+        shown = [[one.name, f"{one.auc:.3f}", _interval(one), f"{one.tpr_at_fpr:.1%}"] for one in rows]
+        show.table("read-outs", ["read-out", "AUC", "95 %", f"flagged, {int(AT_FPR * len(ids[0]))} of {len(ids[0])} benign"], shown, left=1)
         lines = [
             f"flags {cut['tpr']:.1%} of harmful and {cut['fpr']:.1%} of benign prompts; F1 {cut['f1']:.3f}",
             f"calibration error {cut['calibration_error']:.3f}, Brier score {cut['brier']:.3f}",
             f"one prompt of {time['prompt_tokens']:.0f} tokens: {time['probe'] * 1e3:.0f} ms, {time['ratio']:.2f} forwards of the prompt",
         ]
         show.lines("at its threshold", lines)
+
+
+def _interval(one: Any) -> str:
+    return "none" if one.low != one.low else f"{one.low:.3f} to {one.high:.3f}"
+
+
+def _others(train: Sequence[Sequence[np.ndarray]], test: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """The training prompts that are not tested."""
+    tested = {ids.tobytes() for side in test for ids in side}
+    return [[ids for ids in side if ids.tobytes() not in tested] for side in train]
+
+
+def _tell_seen(probe: Any, sides: Sequence[Sequence[np.ndarray]]) -> None:
+    """Says how many of the tested prompts the probe was made from."""
+    from jaxmed.probing.prefixes import prompt_digest
+
+    seen = {*probe.fitted.get("prompts", ()), *probe.prefixes.searched} & {prompt_digest(ids) for side in sides for ids in side}
+    if seen:
+        notice(f"{len(seen)} of the {sum(map(len, sides))} prompts are those that the probe was made from: its numbers are too good.")

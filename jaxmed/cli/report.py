@@ -48,6 +48,8 @@ def write_report(folders: list[Path], file: Path) -> None:
 
     pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "answering": write_answers}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
+    if held and len(folders) > 1:
+        raise UserError(f"{folders[0]} has a page of its own; several folders make one page where all of them are of sweeps.")
     if held:
         held[0](folders[0], file)
     else:

@@ -16,7 +16,10 @@ import numpy as np
 from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.reference import Reference
 from jaxmed.effects.rows import Record
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import UserError, check_seed, unknown
+
+LARGEST = 1e6
+"""Size of a patch's number beyond which only overflow is measured."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def check_patch(asked: Patching) -> Patching:
     """
     if asked.patch not in PATCHES:
         raise unknown("patch", asked.patch, PATCHES)
+    check_seed(asked.seed)
     default, factor = PATCHES[asked.patch].factor, asked.factor
     if factor is None:
         return replace(asked, factor=default)
@@ -176,8 +180,10 @@ def check_patch(asked: Patching) -> Patching:
         raise UserError(
             f"--patch-factor {factor:g} does not go with --patch {asked.patch}, which takes no number; those that do: {takers}."
         )
-    if not math.isfinite(factor):
-        raise UserError(f"--patch-factor {factor} is not finite. Give a number, or leave it out for {default:g}.")
+    if not math.isfinite(factor) or abs(factor) > LARGEST:
+        raise UserError(
+            f"--patch-factor {factor} is out of range (at most {LARGEST:g} in size). Give another, or leave it out for {default:g}."
+        )
     return replace(asked, factor=float(factor))
 
 

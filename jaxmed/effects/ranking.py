@@ -125,4 +125,6 @@ def name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
 def write_top(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes top.csv; the columns of experts, categories, the margin and the method of estimates are there where a row has one."""
     some = ("method", *EXPERT, *WEAKEST, MARGIN, "category")
-    write_csv(folder / results.TOP, rows, [name for name in COLUMNS if name not in some or any(row.get(name) for row in rows)])
+    write_csv(
+        folder / results.TOP, rows, [name for name in COLUMNS if name not in some or any(row.get(name) not in (None, "") for row in rows)]
+    )

@@ -13,7 +13,7 @@ from jaxmed.effects.mediators import Unit
 from jaxmed.effects.outcomes import OutcomeName, outcome_name
 from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitSet
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, check_seed
 from jaxmed.gating.cases import UPSTREAM, Case, Layout, ladder, make_cases
 from jaxmed.gating.spec import GateSpec
 from jaxmed.models.config import ModelConfig
@@ -117,6 +117,7 @@ def make_gate(model: Model, pairs: Sequence[PromptPair], request: GateRequest, s
     Raises:
         UserError: what a sweep refuses; too few groups; a place that is several; layers, modules, widths and counts out of range.
     """
+    check_seed(request.spec.seed)
     if request.position in BY_POSITION:
         raise UserError(f"A gate is looked for at one place; --position {request.position} names one after another. Give last, user, ...")
     spec, config = request.spec, model.config

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, unknown
 from jaxmed.generation.writers import KEEP, Batch, Edits, Place, choose_next, placed, put
 from jaxmed.interventions.edits import Edit
 from jaxmed.interventions.sites import SITES
@@ -42,6 +42,8 @@ class Following:
 
 def check_following(model: Model, follow: Following, prompts: int, edited: bool) -> None:
     """Raises a UserError for edits beside it, for models of other sizes, and for choices of another number of prompts."""
+    if not isinstance(follow, Following):
+        raise UserError(f"follow is a jm.Following(model, {{site: chosen}}), not a {type(follow).__name__}.")
     if edited:
         raise UserError("Give edits or units that follow another model, not both.")
     if model.config.sizes != follow.model.config.sizes:
@@ -52,9 +54,13 @@ def check_following(model: Model, follow: Following, prompts: int, edited: bool)
         ]
         raise UserError(f"Units can follow a model of the same sizes alone; here {', '.join(differ)}.")
     for site, chosen in follow.chosen.items():
-        if chosen.shape[:2] != (model.config.layers, prompts):
+        if site not in SITES or site == "attention_pattern":
+            raise unknown("site", site, [name for name in SITES if name != "attention_pattern"])
+        shape, units = np.shape(chosen), model.config.sizes[SITES[site].unit]
+        if shape not in {(model.config.layers, prompts, count) for count in (1, units)}:
             raise UserError(
-                f"What follows at {site!r} has the shape {chosen.shape}; it is [{model.config.layers} layers, {prompts} prompts, units]."
+                f"What follows at {site!r} has the shape {list(shape)}; it is [{model.config.layers} layers, {prompts} prompts, "
+                f"{units} units, or 1 for all of them]."
             )
 
 
@@ -82,6 +88,7 @@ def write_following(follow: Following, where: str, model: Model, batch: Batch) -
 
 def _gate(site: str, chosen: np.ndarray, rows: int) -> np.ndarray:
     """float32 [L,B,1,n,1...], with rows too many at zero."""
+    chosen = np.asarray(chosen, bool)
     layers, prompts, units = chosen.shape
     gate = np.zeros((layers, rows, 1, units, *(1,) * (len(SITES[site].axes) - 3)), np.float32)
     gate[:, :prompts] = chosen.reshape(layers, prompts, *gate.shape[2:])

@@ -74,7 +74,7 @@ def generate_ids(
     prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("There is no prompt to continue." if not prompts else "A prompt has no tokens.")
-    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_tokens < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
         raise UserError(f"Tokens ({max_tokens}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
     if said := odd_text(list(stop_texts), "stop_texts"):
         raise UserError(f"{said}.")
@@ -115,7 +115,7 @@ def generate(model: Model, prompts: Sequence[str | Example], max_tokens: int = 6
     Args:
         max_tokens: tokens written at most.
         form: how prompts are written: chat, text (which goes straight on), plain, space or qa; see `prompts.forms`.
-        how: temperature, top_p, seed, edits, where, stops, stop_texts (left out of the text), rows, report; see `generate_ids`.
+        how: temperature, top_p, seed, edits, follow, where, stops, stop_texts (left out of the text), rows, report; see `generate_ids`.
 
     Raises:
         UserError: no tokenizer or chat template; what `generate_ids` raises.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.probing.prefixes import PrefixSet, by_hand
 from jaxmed.probing.probe import Probe, fit
@@ -34,16 +35,20 @@ def probe(
 
     Args:
         benign, harmful: user messages, examples, chats, or token ids int [T].
-        prefixes: openings; how to search them in the same prompts; default: six written by hand.
+        prefixes: openings; how to search them, in every second prompt, and the fit has the others; default: six written by hand.
         form: how prompts are written; see `prompts.forms`.
         fpr, folds, seed: see `jaxmed.probing.spec.FitSpec`.
 
     Raises:
         UserError: too few prompts; openings that cannot be used; numbers out of range.
     """
+    if isinstance(prefixes, PrefixSet) and form not in ("chat", prefixes.form):
+        raise UserError(f"The openings stand behind prompts of the form {prefixes.form!r}, not {form!r}. Leave form out.")
+    form = prefixes.form if isinstance(prefixes, PrefixSet) else form
     low, high = _ids(model, benign, form), _ids(model, harmful, form)
     if isinstance(prefixes, SearchSpec):
-        prefixes = search(model, low, high, prefixes, form)
+        prefixes = search(model, low[::2], high[::2], prefixes, form)
+        low, high = low[1::2], high[1::2]
     return fit(model, low, high, prefixes or by_hand(model, form), FitSpec(fpr=fpr, folds=folds, seed=seed))
 
 

@@ -20,6 +20,8 @@ from jaxmed.runner.public import forward
 AT_FPR = 0.01
 BINS = 10
 ROUNDS = 9
+FEWEST = 4
+"""Training prompts of each kind below which no direction is taken."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,15 @@ class Measured:
     tpr_at_fpr: float
 
 
-def measure(name: str, benign: np.ndarray, harmful: np.ndarray) -> Measured:
-    """A read-out's scores of benign and of harmful prompts, which should be higher."""
+def measure(name: str, benign: Sequence[float] | np.ndarray, harmful: Sequence[float] | np.ndarray) -> Measured:
+    """A read-out's scores of benign and of harmful prompts, which should be higher.
+
+    Raises:
+        UserError: fewer than two prompts of a kind.
+    """
+    benign, harmful = np.asarray(benign), np.asarray(harmful)
+    if min(len(benign), len(harmful)) < 2:
+        raise UserError(f"A read-out is measured on two prompts of each kind at least, not {len(benign)} and {len(harmful)}.")
     low, high = statistics.auc_interval(harmful, benign)
     return Measured(name, statistics.auc(harmful, benign), low, high, tpr_at(benign, harmful, AT_FPR))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +43,15 @@ class Prefix:
 
 @dataclass(frozen=True)
 class PrefixSet:
-    """Openings of both kinds, for one tokenizer, behind prompts of one form."""
+    """Openings of both kinds, for one tokenizer, behind prompts of one form.
+
+    Attributes:
+        searched: digests of the prompts that they were searched in (`prompt_digest`): nothing about those is a test of them.
+    """
 
     prefixes: tuple[Prefix, ...]
     form: str = "chat"
+    searched: frozenset[str] = frozenset()
 
     def of(self, kind: str) -> np.ndarray:
         """bool [prefixes]."""
@@ -88,7 +94,8 @@ def check_prefixes(model: Model, given: PrefixSet) -> PrefixSet:
 
 def write_prefixes(file: Path, given: PrefixSet, **more: Any) -> None:
     """A JSON file of prefixes, with what else is said of them."""
-    write_json(file, {"format": "jaxmed prefixes 1", "form": given.form, "prefixes": [asdict(one) for one in given.prefixes], **more})
+    held = {"form": given.form, "prefixes": [asdict(one) for one in given.prefixes], "searched": sorted(given.searched)}
+    write_json(file, {"format": "jaxmed prefixes 1", **held, **more})
 
 
 def read_prefixes(file: Path) -> PrefixSet:
@@ -112,14 +119,19 @@ def parse_prefixes(held: Any, name: str) -> PrefixSet:
             )
             for one in held["prefixes"]
         ]
-        return PrefixSet(tuple(made), str(held["form"]))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return PrefixSet(tuple(made), str(held["form"]), frozenset(map(str, held.get("searched", ()))))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{name} holds no prefixes ({type(error).__name__}: {error}). `jaxmed probe search` writes such files.") from None
 
 
 def prompts_of(model: Model, examples: Sequence[Example], form: str) -> list[np.ndarray]:
     """Token ids int [T] of the examples' prompts."""
     return [render(model.tokenizer, one, form=form).ids for one in examples]
+
+
+def prompt_digest(ids: np.ndarray) -> str:
+    """What tells whether two prompts are the same: a digest of their token ids int [T]."""
+    return hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()[:16]
 
 
 def prefix_scores(

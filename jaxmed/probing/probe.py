@@ -15,9 +15,11 @@ from jaxmed import statistics
 from jaxmed.errors import UserError, notice
 from jaxmed.files import read_json
 from jaxmed.models.model import Model
-from jaxmed.probing.prefixes import AGREE, REFUSE, PrefixSet, check_prefixes, parse_prefixes, prefix_scores, write_prefixes
+from jaxmed.probing.prefixes import AGREE, REFUSE, PrefixSet, check_prefixes, parse_prefixes, prefix_scores, prompt_digest, write_prefixes
 from jaxmed.probing.spec import FitSpec
 
+NOISE = 1e-5
+"""Spread of scores, relative to their size, that is rounding."""
 FEWEST = 10
 """Prompts of each class that a fit needs."""
 
@@ -88,9 +90,11 @@ def fit(
     """
     spec = spec or FitSpec()
     spec.check()
-    if min(len(benign), len(harmful)) < FEWEST:
-        raise UserError(f"A fit needs {FEWEST} benign and {FEWEST} harmful prompts at least, not {len(benign)} and {len(harmful)}.")
+    check_counts(len(benign), len(harmful), spec)
     check_prefixes(model, prefixes)
+    known = prefixes.searched & set(map(prompt_digest, [*benign, *harmful]))
+    if known:
+        notice(f"{len(known)} prompts of the fit are those that the openings were searched in: its rates are too good.")
     found = prefix_scores(model, [*benign, *harmful], prefixes, report)
     raw = raw_scores(found, prefixes)
     low, high = raw[: len(benign)], raw[len(benign) :]
@@ -98,13 +102,22 @@ def fit(
     z = ((low - mean) / spread, (high - mean) / spread)
     slope, offset = _logistic(*z)
     fitted = {"benign": len(low), "harmful": len(high), "fpr": spec.fpr, **_folds(low, high, spec)}
+    fitted["prompts"] = sorted(map(prompt_digest, [*benign, *harmful]))
     return Probe(prefixes, mean, spread, threshold, slope, offset, fitted, dict(model.record))
+
+
+def check_counts(benign: int, harmful: int, spec: FitSpec) -> None:
+    """Raises a UserError for too few prompts of a kind, and for more folds than there are."""
+    if min(benign, harmful) < FEWEST:
+        raise UserError(f"A fit needs {FEWEST} benign and {FEWEST} harmful prompts at least, not {benign} and {harmful}.")
+    if spec.folds > min(benign, harmful):
+        raise UserError(f"--folds {spec.folds} are more than there are prompts of a kind ({min(benign, harmful)}).")
 
 
 def _calibrate(benign: np.ndarray, fpr: float) -> tuple[float, float, float]:
     """Mean and spread of benign raw scores, and the standardised score that a fraction `fpr` of them exceeds."""
     mean, spread = float(benign.mean()), float(benign.std(ddof=1))
-    if not spread > 0 or not math.isfinite(spread):
+    if not spread > NOISE * max(1.0, abs(mean)) or not math.isfinite(spread):
         raise UserError("The benign prompts all have one score, so nothing can be standardised.")
     return mean, spread, float(np.quantile((benign - mean) / spread, 1 - fpr, method="higher"))
 

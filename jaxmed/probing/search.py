@@ -11,7 +11,7 @@ import numpy as np
 from jaxmed.batching.next_tokens import next_token_sums
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
-from jaxmed.probing.prefixes import AGREE, REFUSE, Prefix, PrefixSet
+from jaxmed.probing.prefixes import AGREE, REFUSE, Prefix, PrefixSet, prompt_digest
 from jaxmed.probing.spec import SearchSpec
 
 SIGN = {AGREE: 1.0, REFUSE: -1.0}
@@ -81,7 +81,7 @@ def search(
     chosen = [_prefix(model, kind, one) for kind in SIGN for one in _apart(found[kind], kind, spec.keep)]
     if len({one.kind for one in chosen}) < len(SIGN):
         raise UserError(f"No opening costs {spec.floor:g} nats per token or less. Give a larger --floor.")
-    return PrefixSet(tuple(chosen), form)
+    return PrefixSet(tuple(chosen), form, frozenset(map(prompt_digest, [*benign, *harmful])))
 
 
 def _next_means(model: Model, benign: Any, harmful: Any, beams: dict[str, list[_Beam]], report: Any) -> dict[str, np.ndarray]:

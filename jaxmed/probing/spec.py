@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class SearchSpec:
 
     def check(self) -> None:
         """Raises a UserError for numbers out of range."""
-        if min(self.beams, self.length, self.keep) < 1 or self.floor <= 0:
+        if min(self.beams, self.length, self.keep) < 1 or not 0 < self.floor < math.inf:
             given = f"--beams {self.beams}, --length {self.length} and --keep {self.keep}"
             raise UserError(f"{given} are at least 1, and --floor {self.floor:g} is positive.")
 
@@ -40,5 +41,6 @@ class FitSpec:
 
     def check(self) -> None:
         """Raises a UserError for numbers out of range."""
+        check_seed(self.seed)
         if not 0 < self.fpr < 1 or self.folds < 2:
             raise UserError(f"--fpr {self.fpr:g} is between 0 and 1, and --folds {self.folds} is at least 2.")

@@ -55,7 +55,10 @@ def check_runs(exact: Record, estimate: Record) -> list[str]:
             )
     if exact.manifest.get("model", {}).get("weights") != estimate.manifest.get("model", {}).get("weights"):
         raise UserError("The runs are of different weights. Sweep the same model with both methods.")
-    for name in ("outcomes", "position", "patch", "contrast", "direction", "window", "form"):
+    if exact.manifest.get("source_model", {}).get("weights") != estimate.manifest.get("source_model", {}).get("weights"):
+        raise UserError("The runs take their values from different source models. Sweep with the same --source-model and both methods.")
+    drawn = ("seed",) if exact.request.get("patch") == "noise" else ()
+    for name in ("outcomes", "position", "patch", "patch_factor", "contrast", "direction", "window", "form", *drawn):
         if (one := exact.request.get(name)) != (other := estimate.request.get(name)):
             raise UserError(f"The runs differ in {name}: {one} and {other}. Sweep with the same flags and both methods.")
     units = [unit for unit in exact.units if unit in estimate.units]
