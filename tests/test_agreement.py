@@ -55,6 +55,12 @@ def test_numbers_equal_those_of_scipy_and_a_page_is_drawn(plain_model: Model, tm
         (("exact", {}), ("exact", {}), "--method exact"),
         (("exact", {}), ("attribution", {"outcome": "logprob"}), "differ in outcomes"),
         (("exact", {}), ("attribution", {"position": "user_last"}), "differ in position"),
+        (
+            ("exact", {"patch": "scale", "patch_factor": 3.0}),
+            ("attribution", {"patch": "scale", "patch_factor": 0.5}),
+            "differ in patch_factor",
+        ),
+        (("exact", {"patch": "noise", "seed": 1}), ("attribution", {"patch": "noise", "seed": 2}), "differ in seed"),
     ],
 )
 def test_runs_that_are_not_alike_are_refused(plain_model: Model, tmp_path: Path, first: Any, second: Any, said: str, capsys: Any) -> None:

@@ -204,7 +204,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"patch": "zeros-all"}, "resample, zero, mean"),
     "turned": ({"patch": "zero", "estimand": "direct"}, "--patch resample alone"),
     "no number": ({"patch": "mean", "patch_factor": 2.0}, r"--patch-factor 2 does not go with --patch mean.*: noise, scale, steer"),
-    "not finite": ({"patch": "scale", "patch_factor": float("nan")}, "nan is not finite"),
+    "not finite": ({"patch": "scale", "patch_factor": float("nan")}, "nan is out of range"),
+    "beyond float32": ({"patch": "steer", "patch_factor": 1e39}, "out of range"),
+    "a seed below zero": ({"patch": "noise", "seed": -5}, "The seed -5"),
 }
 
 

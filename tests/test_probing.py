@@ -235,6 +235,7 @@ def test_the_direction_is_the_mean_difference(plain_model: Model) -> None:
     assert np.abs(np.concatenate([benign, harmful]) - np.concatenate(last[2:]) @ direction).max() <= 1e-3
 
 
+@pytest.mark.filterwarnings("default::jaxmed.errors.Notice")
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.write_checkpoint(tmp_path / "model")
     tiny.tokenizer().save_pretrained(model)

@@ -13,6 +13,8 @@ import xarray as xr
 import jaxmed as jm
 from jaxmed.cli import show
 from jaxmed.effects.mediators import MEDIATORS
+from jaxmed.effects.ranking import write_top
+from jaxmed.files import read_csv
 from jaxmed.models.model import Model
 from jaxmed.reports.page import write_report
 from jaxmed.results.table import Table
@@ -187,3 +189,10 @@ def test_a_sweep_without_categories_is_not_split(plain_model: Model) -> None:
         jm.sweep(plain_model, [jm.PromptPair("a", "do a", "do b", ("S",), ("N",))], unit="mlp_out", by="category")
     with pytest.raises(jm.UserError, match="'group'"):
         jm.sweep(plain_model, tiny.PAIRS, unit="mlp_out", by="group")
+
+
+def test_columns_whose_numbers_are_all_zero_stay_in_the_table(tmp_path: Path) -> None:
+    write_top(tmp_path, [{"rank": 1, "unit": "mlp_out", "layer": 0, "weakest_category": "x", "weakest_mean": 0.0, "category": ""}])
+    (row,) = read_csv(tmp_path / "top.csv")
+    assert (row["weakest_category"], row["weakest_mean"]) == ("x", "0.0")
+    assert "category" not in row
