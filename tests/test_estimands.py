@@ -78,6 +78,9 @@ def test_openings_of_one_request_make_a_contrast(plain_model: Model) -> None:
     contrast = make_contrast(plain_model, pair, Reading("prefill", "last", "chat", ("log-odds",)))
     assert len(contrast.base.ids) == len(contrast.source.ids)
     assert (contrast.base.ids != contrast.source.ids).sum() == 2
+    for same in ("", "No"):
+        with pytest.raises(jm.UserError, match="no two openings to compare"):
+            make_job(plain_model, [replace(pair, base_prefill=same, source_prefill=same)], replace(Request(), contrast="prefill"))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def make_contrast(model: Model, pair: PromptPair, reading: Reading, source_model
         UserError: the sides cannot be aligned; texts that do not tokenise as an outcome needs; tokens that the model does not have.
     """
     read = CONTRASTS[reading.contrast](pair)
+    if reading.contrast == "prefill" and pair.base_prefill == pair.source_prefill:
+        raise UserError(f"pair {pair.id!r} has no two openings to compare: give base_prefill and source_prefill for --contrast prefill.")
     base, source = (render(model.tokenizer, read, side, reading.form) for side in ("base", "source"))
     patches = tuple(align(base, source, reading.position, pair.spans))
     answers = encode_answers(model.tokenizer, read, reading.outcomes, reading.form)
