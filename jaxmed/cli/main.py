@@ -32,7 +32,8 @@ from jaxmed.cli.mediation import Mediation
 from jaxmed.cli.models import Models
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.parser import parse
-from jaxmed.cli.probe import ProbeEvaluate, ProbeFit, ProbeScore, ProbeSearch
+from jaxmed.cli.probe import ProbeFit, ProbeSearch
+from jaxmed.cli.probe_use import ProbeEvaluate, ProbeScore
 from jaxmed.cli.report import Report
 from jaxmed.cli.score import Score
 from jaxmed.cli.study import Pruning

@@ -1,0 +1,48 @@
+"""Flags and prompts of the commands that learn from labelled prompts, or are tested on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxmed.errors import UserError
+
+HARMFUL, BENIGN = "harmful", "benign"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFlags:
+    """Labelled prompts."""
+
+    examples: str = "alignment"
+    """Prompts (.jsonl, .csv, .parquet; columns prompt, kind: harmful or benign), or a bundled set: alignment."""
+    prompts: int = 200
+    """Prompts of each kind at most, drawn at random."""
+
+    def labelled(self, split: str, seed: int = 0) -> tuple[list[Any], list[Any]]:
+        """Benign and harmful examples of a split.
+
+        Raises:
+            UserError: no rows of a kind; rows of other kinds alone; fewer than one prompt asked for.
+        """
+        from jaxmed.prompts.examples import chosen
+
+        if self.prompts < 1:
+            raise UserError(f"--prompts {self.prompts} leaves none; give 1 or more.")
+        rows = chosen(self.examples, split, None, responses=False)
+        sides = tuple([row for row in rows if row.kind == kind] for kind in (BENIGN, HARMFUL))
+        for kind, side in zip((BENIGN, HARMFUL), sides, strict=True):
+            if not side:
+                raise UserError(f"{self.examples} holds no rows of kind {kind!r} in split {split!r}. Name the kinds in the column `kind`.")
+        rng = np.random.default_rng(seed)
+        drawn = tuple([side[i] for i in sorted(rng.permutation(len(side))[: self.prompts])] for side in sides)
+        return drawn[0], drawn[1]
+
+
+def ids_of(model: Any, sides: Sequence[Sequence[Any]], form: str) -> list[list[np.ndarray]]:
+    from jaxmed.probing.prefixes import prompts_of
+
+    return [prompts_of(model, side, form) for side in sides]
