@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.interventions.sites import SITES, has_site
 from jaxmed.models.families import read_config
 from jaxmed.models.families.llama import llama_json
@@ -89,10 +88,10 @@ def test_engine_equals_naive_patching(folders: Callable, name: str) -> None:
     model.tokenizer, model.name = tiny.tokenizer(), name
     pair = tiny.PAIRS[1]
     window = 4 if model.config.experts else 7
-    table = jm.sweep(model, [pair], ("log-odds",), tuple(MEDIATORS), "user_last", window=window)
+    table = jm.sweep(model, [pair], ("log-odds",), tiny.units_of(model.config), "user_last", window=window)
     rng = np.random.default_rng(0)
     worst = largest = 0.0
-    for unit in MEDIATORS:
+    for unit in tiny.units_of(model.config):
         for layer in range(0, model.config.layers, 2):
             values = np.atleast_1d(table[unit].values[0, layer])
             for index in {int(np.abs(values).argmax()), int(rng.integers(len(values)))}:

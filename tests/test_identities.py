@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.model import Model
 from jaxmed.prompts import read_pairs
 from tests import tiny, tolerances
@@ -16,8 +15,8 @@ from tests import tiny, tolerances
 
 def test_a_pair_of_equal_prompts_has_no_effects(tiny_model: Model) -> None:
     same = replace(tiny.PAIRS[0], source=tiny.PAIRS[0].base)
-    table = jm.sweep(tiny_model, [same], unit=tuple(MEDIATORS), window=7)
-    for unit in MEDIATORS:
+    table = jm.sweep(tiny_model, [same], unit=tiny.units_of(tiny_model.config), window=7)
+    for unit in tiny.units_of(tiny_model.config):
         assert np.abs(table[unit].values).max() <= float(table.noise_floor.max()) + 1e-6
 
 

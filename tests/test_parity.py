@@ -54,7 +54,7 @@ def test_the_command_writes_a_reference_and_compares_with_it(folder: Path, tmp_p
     assert main(["parity", "--model", str(folder), "--tokens", "20", "--write", str(kept)]) == 0
     assert main(["parity", "--model", str(folder), "--reference", str(kept), "--out", str(table)]) == 0
     assert "no site parts" in capsys.readouterr().out
-    assert len(table.read_text().splitlines()) == 4 * 11 + 2
+    assert len(table.read_text().splitlines()) == 4 * 13 + 2
     assert main(["parity", "--model", str(folder), "--reference", str(kept), "--tolerance", "1e-12"]) == 1
     assert "first place where they part" in capsys.readouterr().out
 

@@ -38,7 +38,7 @@ def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
         logits = np.asarray(jm.forward(model, example.ids[None])[0][0], np.float64)[example.prompt - 1 : -1]
         response = example.ids[example.prompt :]
         own = logits[np.arange(len(response)), response] - np.logaddexp.reduce(logits, axis=1)
-        assert np.abs(scored.log_probabilities - own).max() < 3e-5
+        assert np.abs(scored.log_probabilities - own).max() < 1e-4
         assert np.array_equal(scored.likeliest, logits.argmax(1) == response)
     picked = choice_logits(model, [one.ids[: one.prompt] for one in examples], [7, 90, 33])
     for example, values in zip(examples, picked, strict=True):

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxmed.distributed import make_mesh
+from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.models.checkpoints.tensors import expected_tensors, needed_rules
 from jaxmed.models.config import ModelConfig, Rope
 from jaxmed.models.families import FAMILIES
@@ -38,6 +39,11 @@ PAIRS = (
     PromptPair("short", "do a", "do b", ("S", "U", "V"), ("N",), category="y", response="w"),
 )
 LONG = tuple(replace(pair, target=("Sure", "To be"), foil=("No", "I am not", "x")) for pair in PAIRS)
+
+
+def units_of(config: ModelConfig) -> tuple[str, ...]:
+    """All kinds of units that a model has."""
+    return tuple(unit for unit in MEDIATORS if unit != "up" or config.gated)
 
 
 @cache
