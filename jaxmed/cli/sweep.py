@@ -167,9 +167,13 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
 
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
-    method: Literal["exact", "attribution", "relp"] = "exact"
+    method: Literal["auto", "exact", "screened", "attribution", "relp"] = "auto"
     """How effects come about: exact, by a restarted pass for every unit; or as first-order estimates, of all units at once from two
-    forwards and a backward: attribution, with the gradient; relp, with the coefficients of relevance propagation in its place."""
+    forwards and a backward: attribution, with the gradient; relp, with the coefficients of relevance propagation in its place.
+    Screened: estimates of all units, and exact effects of those that are, or may be, among the --top largest of a pair. Auto: exact where
+    the plan is under ten minutes, else screened where that can be."""
+    budget: str = "2%"
+    """Of --method screened, what exact effects may take: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
     top: int = 50
     """Units of each kind that are listed in top.csv."""
     by: Literal["", "category"] = ""
@@ -183,8 +187,11 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        summary = {"seed": self.seed, "top": self.top, "by": self.by, "method": self.method}
+        summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget}
+        summary["method"] = "exact" if self.method == "auto" else self.method
         _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))
+        if self.method == "auto":
+            job = choose_method(job, self.out if self.resume else None)
         if self.dry_run:
             show_plan(job, "sweep", self.out if self.resume else None)
             return
@@ -195,13 +202,43 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         show_stability(self.out)
 
 
+SHORT = 600.0
+"""Seconds that an exact sweep may take by its plan before a screened one is chosen."""
+
+
+def choose_method(job: Any, out: Path | None) -> Any:
+    """The exact job, or where it would take long a screened one that can be had; in a folder with a run, by that run's method. Says so."""
+    from jaxmed.effects.cost import plan
+    from jaxmed.effects.job import estimate_rate, with_method
+    from jaxmed.runs.folder import read_run
+    from jaxmed.runs.watch import show_time
+
+    begun = {} if out is None or not out.exists() else read_run(out).get("manifest", {}).get("request", {})
+    if begun:
+        return job if begun.get("method", "exact") == "exact" else with_method(job, begun["method"])
+    seconds = plan(job, estimate_rate(job)).seconds or 0.0
+    if seconds < SHORT:
+        return job
+    try:
+        screened = with_method(job, "screened")
+    except UserError:  # sets, estimands and outcomes that are computed alone
+        return job
+    line = f"about {show_time(seconds)} for exact effects of all units: --method screened is taken; --method exact computes all"
+    show.lines("method", [line])
+    return screened
+
+
 def show_stability(folder: Path) -> None:
-    """Prints how far the ranking is the same for other pairs, and the margin of null pairs, where the table says so."""
+    """Prints how far the ranking is the same for other pairs, and the margin of null pairs, where the table says so; of a screened sweep,
+    what was computed."""
+    from jaxmed.reports.screen import screen
     from jaxmed.reports.stability import stability
     from jaxmed.results import open_results
 
-    if told := stability(open_results(folder, check=False)):
-        show.lines("The ranking and other pairs", [f"{label}: {line}" for label, line in told])
+    table = open_results(folder, check=False)
+    for title, told in (("What is exact", screen(table)), ("The ranking and other pairs", stability(table))):
+        if told:
+            show.lines(title, [f"{label}: {line}" for label, line in told])
 
 
 def show_plan(job: Any, title: str, out: Path | None = None) -> float:

@@ -50,7 +50,7 @@ def _attribution(
     gradient = jax.grad(outcome)(jnp.zeros((1, *width), jnp.float32))[0]  # by what the MLP adds, before its norm
     written = matrix_rows(config, params, "down", jnp.full(config.neurons, layer), jnp.arange(config.neurons))
     values = (view.at(record, "neuron", here.layer)[0] for record in (view.source, view.base))
-    delta = jnp.where(view.patched[:, None], jnp.subtract(*values), 0.0)
+    delta = jnp.where(view.patched[0, :, None], jnp.subtract(*values), 0.0)
     if config.experts:
         delta *= view.at(view.base, "routing", here.layer)[0][:, np.arange(config.neurons) // config.sizes["M"]]
     return jnp.einsum("TF,TD,FD->F", delta, gradient, written.astype(jnp.float32), precision="highest")

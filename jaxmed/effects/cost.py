@@ -10,9 +10,11 @@ import numpy as np
 
 from jaxmed import results
 from jaxmed.effects.estimators import find_estimator
-from jaxmed.effects.job import BLOCK, Job, shapes_of
+from jaxmed.effects.job import BUDGET, Job, programs_of
 from jaxmed.effects.methods import METHODS
+from jaxmed.effects.pair_batches import PAIRS
 from jaxmed.effects.patches import PATCHES
+from jaxmed.effects.shapes import shapes_of
 from jaxmed.effects.table import table_bytes
 from jaxmed.effects.work import Item
 from jaxmed.runs.cost import Cost, propagate_flops
@@ -47,13 +49,17 @@ class SweepPlan:
     def lines(self) -> list[str]:
         """The plan in words."""
         method = METHODS[self.method]
-        sizes = sorted({size for key, size in self.chunk.items() if key != BLOCK})
+        programs = programs_of(self.chunk)
+        sizes = sorted({size for key, size in programs.items() if not (method.screened and key.startswith(PAIRS))})
         shown = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         lines = [
             f"pairs {self.pairs}, patched positions {self.patches}, {method.values} {self.effects:,}",
             f"{method.passes} {self.cost.passes:,.0f} ({self.cost.flops / 1e12:.2f} TFLOP of matmuls); {shown} {method.rows}",
             f"result table at most {self.cost.written / 1e6:.1f} MB",
         ]
+        if method.screened:
+            part = self.chunk[BUDGET] / 1e4
+            lines.append(f"exact where it matters: {part:.3g} % of what all exact effects would take; all units of kinds that are few")
         if self.seconds is not None and self.rate is not None:
             lines.append(f"about {show_time(self.seconds)} at this machine's matmul rate ({self.rate / 1e9:,.0f} GFLOP/s)")
         return lines
@@ -93,7 +99,7 @@ def plan(job: Job, rate: float | None = None, out: Path | None = None) -> SweepP
     pairs = sorted({pair for item in items for pair in item.pairs})
     flops = sum(work.flops for work in works) + sum(estimator.shared(job, pair) for pair in pairs)
     flops += reference_forwards(job) if items else 0.0
-    programs = sum(key != BLOCK for key in job.chunk)
+    programs = len(programs_of(job.chunk))
     cost = Cost("sweep", flops, sum(work.passes for work in works), written=table_bytes(job), programs=programs)
     patches = sum(len(job.contrasts[pair].patches) for pair in pairs)
     return SweepPlan(cost, len(pairs), patches, sum(work.effects for work in works), dict(job.chunk), rate, job.request.method)

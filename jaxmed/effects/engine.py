@@ -126,7 +126,7 @@ def _columns(packed: PackedPrompt, start: int, patches: Sequence[Patch]) -> tupl
 
 @dataclass(frozen=True)
 class Window:
-    """One patch of a prepared contrast, as the arguments of restarted runs."""
+    """Patches of a prepared contrast, mostly one, as the arguments of restarted runs."""
 
     restart: Restart
     reads: Reads
@@ -138,9 +138,9 @@ class Window:
         return self.view.slots.shape[0]
 
 
-def open_window(prepared: PreparedContrast, patch: Patch) -> Window:
-    """The window from a patch's first token to the last answer token, padded to a bucket."""
-    packed, start = prepared.packed, patch.base[0]
+def open_window(prepared: PreparedContrast, *patches: Patch) -> Window:
+    """The window from the first patched token to the last answer token, padded to a bucket; rows of several patches can share one."""
+    packed, start = prepared.packed, min(patch.base[0] for patch in patches)
     size = bucket(packed.used - start, WINDOW_BUCKETS)
     offset = start + np.arange(size, dtype=np.int32)
     columns = np.minimum(offset, len(packed.tokens) - 1)
@@ -152,7 +152,7 @@ def open_window(prepared: PreparedContrast, patch: Patch) -> Window:
     recorded = next(iter(prepared.base.values())).shape[1]
     slots = np.minimum(offset - prepared.start, recorded - 1).astype(np.int32)
     reads = make_reads(packed, prepared.contrast.answers, start, prepared.target)
-    view = View(prepared.base, prepared.source, slots, np.isin(offset, patch.base))
+    view = View(prepared.base, prepared.source, slots, np.stack([np.isin(offset, patch.base) for patch in patches]))
     return Window(Restart(prefix, Layout(packed.position[columns][None], visible[None], index)), reads, view)
 
 
@@ -199,19 +199,28 @@ def chunk_rows(units: int, per_device: int, devices: int) -> np.ndarray:
 
 
 def unit_values(
-    model: Model, window: Window, units: Sequence[Unit], width: int, per_device: int, readout: Readout, way: str = "whole"
+    model: Model,
+    window: Window,
+    units: Sequence[Unit],
+    width: int,
+    per_device: int,
+    readout: Readout,
+    way: str = "whole",
+    patches: np.ndarray | None = None,
 ) -> Values:
     """Outcomes of units of any kinds and layers, in the order of their layers: every chunk restarts as late as its first one allows.
 
     Returns before they are finished.
 
     Args:
+        patches: int [units], which of the window's patches each one has, where it has several.
         width: neurons of a window.
         per_device: rows of a chunk on each device, beside the base row.
         way: what of the model responds; see `estimands.Pass`.
     """
     kinds = tuple(dict.fromkeys(kind for kind, _, _ in units))
     picks = np.asarray([(kinds.index(kind), layer, index) for kind, layer, index in units], np.int32)
+    picks = picks if patches is None else np.column_stack([picks, patches]).astype(np.int32)
     chunks = chunk_rows(len(units), per_device, model.mesh.shape["data"])
     run = partial(_chunk_outcome, model, window, picks, kinds=kinds, width=width, readout=readout, way=way)
     return Values(chunks, [run(chunk.reshape(-1)) for chunk in chunks])
@@ -220,12 +229,12 @@ def unit_values(
 def _chunk_outcome(
     model: Model, window: Window, picks: np.ndarray, chunk: np.ndarray, kinds: tuple[str, ...], width: int, readout: Readout, way: str
 ) -> jax.Array:
-    """Outcomes float32 [outcome, rows] of one chunk; rows int [rows] number the picks [units, 3], -1 stays at base."""
+    """Outcomes float32 [outcome, rows] of one chunk; rows int [rows] number the picks [units, 3 or 4], -1 stays at base."""
     config, params = model.config, model.params
     own = picks[np.maximum(chunk, 0)]
     first, last = (int(of(picks[chunk[chunk >= 0], 1])) for of in (np.min, np.max))
-    kind, layer, index = np.where(chunk >= 0, own[:, 0], -1), np.where(chunk >= 0, own[:, 1], first), own[:, 2]
-    placed = jax.device_put(Picks(kind, layer, index), jax.NamedSharding(model.mesh, jax.P("data")))
+    kind, layer, index = np.where(chunk >= 0, own[:, 0], -1), np.where(chunk >= 0, own[:, 1], first), own[:, 2:]
+    placed = jax.device_put(Picks(kind, layer, *index.T), jax.NamedSharding(model.mesh, jax.P("data")))
     rows, mid = patched_rows(config, params, window.view, placed, kinds, width)
     propagates = propagate_by_layer if lies_by_layer(params) else propagate
     run = partial(propagates, config, params, window.restart, reads=window.reads, readout=readout, asked=window.reads.slots)
@@ -234,7 +243,9 @@ def _chunk_outcome(
         return run(_last_streams(window.view, vectors), np.int32(config.layers))
     if first == last and not any(MEDIATORS[name].mid for name in kinds):  # all rows begin behind the same layer
         return run(rows, np.int32(first + 1), minus=vectors)
-    return run(rows, np.int32(first), entry=Entry(rows, placed.layer, mid), minus=vectors)
+    behind = np.asarray([MEDIATORS[name].by_layer for name in kinds])[own[:, 0]]
+    begin = np.min((own[:, 1] + behind)[chunk >= 0])
+    return run(rows, np.int32(begin), entry=Entry(rows, placed.layer, mid), minus=vectors)
 
 
 _vectors = jax.jit(written)

@@ -54,21 +54,63 @@ class FirstOrder:
     def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Dispatches the forwards and the backward."""
         del opened
-        contrasts = [job.contrasts[pair] for pair in item.pairs]
-        model, other, request = contrasts[0].base.model, contrasts[0].source.model, job.request
-        pairs = jax.device_put(batch_rows(contrasts, _rows(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
-        readout = Readout(request.outcomes, model.mesh.shape["model"], self.rules)
-        sites = sites_of(request.units)
-        routed = ("router_logits",) if model.config.experts else ()
-        base_taps = (*routed, *(narrow(sites) if request.patch == "resample" else sites))
-        there, source_outcome = run_source(other.config, other.params, pairs, (*routed, *sites), readout)
-        base = run_base(model.config, model.params, pairs, base_taps, readout)
-        written = {site: there[site] for site in sites} if request.patch == "resample" else _written(job, item, pairs, base, there)
-        first = job.layers[0]
-        found = estimate(model.config, model.params, pairs, base, written, request.units, request.window, self.rules, first)
-        margins = (base.record["router_logits"], there["router_logits"]) if routed else None
-        outcomes = base.outcome, source_outcome
-        return lambda: [*_ends(job, item, pairs, outcomes, margins), *_chunks(job, item, found, first)]
+        sites = sites_of(job.request.units)
+        ran = run_pairs(job, item, Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules), sites, narrow(sites))
+        found, first = ran.effects(job, self.rules), job.layers[0]
+        return lambda: [*ran.ends(job, item), *_chunks(job, item, found, first)]
+
+
+@dataclass(frozen=True)
+class RanPairs:
+    """The base and source runs of a batch of pairs.
+
+    Attributes:
+        written: sites [L, B, W, ...], what the patch writes in the place of base's values.
+        source_outcome: float32 [O, B].
+        routed: router logits of base and source, [L, B, W, X]; None without experts.
+    """
+
+    pairs: PairRows
+    base: Base
+    written: Record
+    source_outcome: jax.Array
+    routed: tuple[jax.Array, jax.Array] | None
+
+    def effects(self, job: Job, rules: Rules) -> Record:
+        """First-order effects of all units of the job's layers: unit -> float32 [L, O, B, P, count], from its first layer on."""
+        model, request = job.contrasts[0].base.model, job.request
+        sites, how = {site: self.written[site] for site in sites_of(request.units)}, (request.units, request.window, rules, job.layers[0])
+        return estimate(model.config, model.params, self.pairs, self.base, sites, *how)
+
+    def ends(self, job: Job, item: Item) -> list[Chunk]:
+        """Outcomes of base and source of every pair, and how near routing is to a tie."""
+        base, source = map(np.asarray, (self.base.outcome, self.source_outcome))
+        chunks: list[Chunk] = []
+        for row, pair in enumerate(item.pairs):
+            margin, contrast = None, job.contrasts[pair]
+            if self.routed is not None:
+                start, first = window_of(contrast)[0], min(patch.base[0] for patch in contrast.patches)
+                patched = [column - start for patch in contrast.patches for column in patch.base]
+                here, there = ({"router_logits": side[:, row]} for side in self.routed)
+                here = {name: values[:, first - start :] for name, values in here.items()}
+                margin = routing_margin(job.model.config, here, there, contrast.packed().used - first, patched)
+            chunks += ends(job, pair, base[:, row], source[:, row], margin)
+        return chunks
+
+
+def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, ...], base_sites: tuple[str, ...]) -> RanPairs:
+    """Runs both sides of an item's pairs, and keeps these sites of them; of the base those too that a patch may need."""
+    contrasts = [job.contrasts[pair] for pair in item.pairs]
+    model, other = contrasts[0].base.model, contrasts[0].source.model
+    pairs = jax.device_put(batch_rows(contrasts, _rows(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
+    routed = ("router_logits",) if model.config.experts else ()
+    base_taps = {*routed, *base_sites, *(() if job.request.patch == "resample" else source_sites)} - {"residual_in"}
+    there, source_outcome = run_source(other.config, other.params, pairs, tuple(sorted({*routed, *source_sites})), readout)
+    base = run_base(model.config, model.params, pairs, tuple(sorted(base_taps)), readout)
+    written = {site: there[site] for site in source_sites if site not in routed}
+    if job.request.patch != "resample":
+        written = _written(job, item, pairs, base, written)
+    return RanPairs(pairs, base, written, source_outcome, (base.record["router_logits"], there["router_logits"]) if routed else None)
 
 
 def _rows(job: Job, item: Item) -> int:
@@ -79,36 +121,15 @@ def _rows(job: Job, item: Item) -> int:
 
 def _written(job: Job, item: Item, pairs: PairRows, base: Base, there: Record) -> Record:
     """What the patch writes at the sites, pair by pair: [L,B,W,...]."""
-    sites, nothing = sites_of(job.request.units), np.zeros(0, np.float32)
-    own = []
+    nothing, own = np.zeros(0, np.float32), []
     for row, pair in enumerate(item.pairs):
-        contrast, (base_record, source) = (
-            job.contrasts[pair],
-            ({site: side[site][:, row] for site in sites} for side in (base.record, there)),
-        )
+        contrast = job.contrasts[pair]
+        base_record, source = ({site: side[site][:, row] for site in there} for side in (base.record, there))
         start, _ = window_of(contrast)
         runs = PreparedContrast(contrast, contrast.packed(), start, base_record, source, base.key, base.value, None, nothing, nothing, None)
         own.append(with_patch(runs, job.request.patching, job.reference).source)
     own += [own[-1]] * (pairs.start.shape[0] - len(own))
-    return {site: jax.numpy.stack([one[site] for one in own], axis=1) for site in sites}
-
-
-def _ends(
-    job: Job, item: Item, pairs: PairRows, outcomes: tuple[jax.Array, jax.Array], margins: tuple[jax.Array, jax.Array] | None
-) -> list[Chunk]:
-    """Outcomes of base and source of every pair, and how near routing is to a tie."""
-    base, source = map(np.asarray, outcomes)
-    chunks: list[Chunk] = []
-    for row, pair in enumerate(item.pairs):
-        margin, contrast = None, job.contrasts[pair]
-        if margins is not None:
-            start, first = window_of(contrast)[0], min(patch.base[0] for patch in contrast.patches)
-            patched = [column - start for patch in contrast.patches for column in patch.base]
-            here, there = ({"router_logits": side[:, row]} for side in margins)
-            here = {name: values[:, first - start :] for name, values in here.items()}
-            margin = routing_margin(job.model.config, here, there, contrast.packed().used - first, patched)
-        chunks += ends(job, pair, base[:, row], source[:, row], margin)
-    return chunks
+    return {site: jax.numpy.stack([one[site] for one in own], axis=1) for site in there}
 
 
 def _chunks(job: Job, item: Item, found: Record, first: int) -> list[Chunk]:

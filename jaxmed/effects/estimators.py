@@ -5,11 +5,12 @@ from __future__ import annotations
 from jaxmed.effects.estimates import FirstOrder
 from jaxmed.effects.exact import Exact
 from jaxmed.effects.methods import METHODS, find_method
+from jaxmed.effects.screened import Screened
 from jaxmed.effects.work import Estimator
 
 ESTIMATORS: dict[str, Estimator] = {
     "exact": Exact(),
-    **{name: FirstOrder(method.rules) for name, method in METHODS.items() if method.rules is not None},
+    **{name: Screened(one.rules) if one.screened else FirstOrder(one.rules) for name, one in METHODS.items() if one.rules is not None},
 }
 
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from jaxmed.effects.engine import Values, Window, open_window, prepare, unit_values
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, variable
-from jaxmed.effects.job import BLOCK, Job, Shape, shapes_of
+from jaxmed.effects.job import BLOCK, Job
 from jaxmed.effects.joint import path_values, set_values
 from jaxmed.effects.mediators import MEDIATORS, Unit
 from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import UnitPath, UnitSet
+from jaxmed.effects.shapes import Shape, shapes_of
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work, ends, in_table, one_outcome
 from jaxmed.models.model import Model
 from jaxmed.runner import are_few

@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.effects.budget import budget_part
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.estimands import ESTIMANDS, PASSES
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.methods import METHODS
 from jaxmed.effects.outcomes import outcome_name
 from jaxmed.effects.pair_batches import shape_of
-from jaxmed.effects.readout import READ_BUCKETS, read_columns
 from jaxmed.effects.reference import Reference
 from jaxmed.effects.request import Request, check_request, check_spans, layers_of
+from jaxmed.effects.shapes import row_flops, shapes_of
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.cost import matmul_rate, pairs_per_device, units_per_device
-from jaxmed.tokens import DATE, WINDOW_BUCKETS, bucket
+from jaxmed.tokens import DATE
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,19 @@ class Job:
         """How many units of these kinds a layer has."""
         return sum(MEDIATORS[unit].count(self.model.config, self.request.window) for unit in units)
 
+    def count_in(self, pair: int, units: Sequence[str]) -> int:
+        """How many units of these kinds a pair has, at all layers and positions."""
+        return len(self.layers) * self.count(units) * len(self.contrasts[pair].patches)
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one patch's programs: tokens that rows carry, that they see, and that are read."""
+    def screened(self, pair: int) -> tuple[str, ...]:
+        """The kinds of units of which a screened sweep computes a part; of the others, which are FEW, it computes all."""
+        return tuple(unit for unit in self.request.units if self.count_in(pair, [unit]) > FEW)
 
-    window: int
-    seen: int
-    asked: int
-
-    def chunk_key(self, group: str) -> str:
-        """The key of `Job.chunk`: the group of units, and the program's sizes."""
-        return f"{group}@{self.window}x{self.seen}"
-
-
-def shapes_of(contrast: Contrast) -> list[Shape]:
-    """The sizes of every patch of a contrast."""
-    packed = contrast.packed()
-    asked = bucket(len(read_columns(packed)), READ_BUCKETS)
-    return [Shape(bucket(packed.used - patch.base[0], WINDOW_BUCKETS), len(packed.tokens), asked) for patch in contrast.patches]
+    def row_flops(self, pair: int, units: Sequence[str]) -> float:
+        """FLOPs of exact effects of all units of these kinds of a pair, each by a row of its own."""
+        layers, config = list(self.layers), self.model.config
+        shapes = shapes_of(self.contrasts[pair])
+        return sum(self.count([unit]) * row_flops(config, unit, shape)[layers].sum() for unit in units for shape in shapes)
 
 
 def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source_model: Model | None = None) -> Job:
@@ -116,12 +111,28 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     return replace(job, chunk=_chunks(job))
 
 
+def with_method(job: Job, method: str) -> Job:
+    """The job by another method.
+
+    Raises:
+        UserError: what that method cannot be asked for.
+    """
+    request = check_request(replace(job.request, method=method), job.model, job.source_model)
+    job = replace(job, request=request)
+    return replace(job, chunk=_chunks(job))
+
+
 MODULES_AT_ONCE = 128
 """Most rows per device of chunks that layers share: larger ones would restart earlier for all their rows."""
 SETS_AT_ONCE, PATHS_AT_ONCE = 256, 64
 """Most rows per device of a chunk of sets, whose masks take memory, and of paths, whose rows have values of their own."""
-BLOCK = "layers"
-"""Entry of `Job.chunk`: how many layers an item has."""
+BLOCK, BUDGET = "layers", "budget"
+"""Entries of `Job.chunk`: how many layers an item has; and of screened sweeps, how many millionths of all exact effects' FLOPs their rows
+may take."""
+FEW = 1024
+"""Units of a kind and pair that screened sweeps compute one and all, beside the budget: to leave some out would save little."""
+SCREENED, SCREENED_AT_ONCE = "screened", 128
+"""The group of rows of any kinds and layers, and the most of them per device and chunk."""
 
 
 def _chunks(job: Job) -> dict[str, int]:
@@ -130,7 +141,10 @@ def _chunks(job: Job) -> dict[str, int]:
     Each window has a size of its own, for a program is compiled per window anyway. An item is one layer where a kind of unit fills chunks
     of one layer; else as many layers as fill a chunk of the widest window.
     """
-    if not METHODS[job.request.method].exact:
+    method = METHODS[job.request.method]
+    if method.screened:
+        return _screened_sizes(job)
+    if not method.exact:
         return _batch_sizes(job)
     config, mesh = job.model.config, job.model.mesh
     whole_rows = any(callable(outcome) for outcome in job.request.outcomes)
@@ -162,13 +176,30 @@ def _batch_sizes(job: Job) -> dict[str, int]:
     return sizes
 
 
+def _screened_sizes(job: Job) -> dict[str, int]:
+    """A pair per batch of estimates, rows per device of every window, and the budget."""
+    sizes, sized = {shape_of(contrast).key: 1 for contrast in job.contrasts}, partial(units_per_device, job.model.config, job.model.mesh)
+    whole_rows, most = any(callable(outcome) for outcome in job.request.outcomes), SCREENED_AT_ONCE * job.model.mesh.shape["data"]
+    for shape in {shape for contrast in job.contrasts for shape in shapes_of(contrast)}:
+        sizes[shape.chunk_key(SCREENED)] = sized(most, shape.window, shape.seen, whole_rows)
+    sizes = dict(sorted(sizes.items()))
+    every = sum(job.row_flops(pair, job.screened(pair)) for pair in range(len(job.contrasts)))
+    part = budget_part(job.request.budget, every, lambda: estimate_rate(replace(job, chunk=sizes)))
+    return {BUDGET: round(part * 1e6), **sizes}
+
+
+def programs_of(chunk: dict[str, int]) -> dict[str, int]:
+    """Of `Job.chunk`, what is of programs: rows per device of each."""
+    return {key: size for key, size in chunk.items() if key not in (BLOCK, BUDGET)}
+
+
 def manifest(job: Job) -> dict[str, Any]:
     """What must agree for a run to be resumed; stored in run.json."""
     request, model = job.request, job.model
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
-    del settings["top"], settings["by"]
-    if request.patch_factor is None:
-        del settings["patch_factor"]
+    screened = METHODS[request.method].screened
+    unused = ("by", *(("patch_factor",) if request.patch_factor is None else ()), *(() if screened else ("top", "budget")))
+    settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "request": settings,
         **({"history": list(model.history)} if model.history else {}),
@@ -188,6 +219,6 @@ def manifest(job: Job) -> dict[str, Any]:
 
 def estimate_rate(job: Job) -> float:
     """Matmul FLOP/s of this machine at the job's chunk."""
-    key = max((name for name in job.chunk if name != BLOCK), key=job.chunk.__getitem__)
+    key = max(programs_of(job.chunk), key=job.chunk.__getitem__)
     window = int(key.rpartition("@")[2].partition("x")[0])
     return matmul_rate(job.model.config, job.model.mesh, int(np.maximum(job.chunk[key], 1)) * window)

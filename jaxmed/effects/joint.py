@@ -30,7 +30,7 @@ from jaxmed.runner import Recording, Restart, propagate, run
 def set_values(model: Model, window: Window, sets: Sequence[UnitSet], width: int, per_device: int, readout: Readout) -> Values:
     """Outcomes of joint sets, one row each. Returns before they are finished; arguments as `engine.unit_values` takes them."""
     view = window.view
-    stages = (("units", view.source, view.patched[None]), ("held", view.base, None))
+    stages = (("units", view.source, view.patched), ("held", view.base, None))
     kinds = {which: kinds_of(unit for one in sets for unit in getattr(one, which)) for which, *_ in stages}
     values = {
         which: {site: _recorded(record, view.slots, site) for kind in kinds[which] for site in MEDIATORS[kind].sites}

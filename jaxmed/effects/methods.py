@@ -27,6 +27,7 @@ class Method:
         passes: what its passes are.
         rows: what chunk sizes count.
         rules: how blocks are linearised; None where nothing is.
+        screened: estimates say which effects are computed.
     """
 
     values: str
@@ -34,11 +35,17 @@ class Method:
     passes: str = "forwards and backwards"
     rows: str = "pairs per batch"
     rules: Rules | None = None
+    screened: bool = False
 
     @property
     def exact(self) -> bool:
         """Whether effects are computed and not estimated."""
         return self.rules is None
+
+    @property
+    def restarts(self) -> bool:
+        """Whether there are restarted runs, each beside a base row."""
+        return self.exact or self.screened
 
 
 _CHANGE = "the unit's change times the gradient of the outcome at the base run, summed over its elements and the patched tokens"
@@ -51,6 +58,15 @@ METHODS: dict[str, Method] = {
         f"relevance patching (Jafari et al. 2025): {_CHANGE}; the gradient holds norms and attention patterns constant, takes activations "
         "as multiples of their inputs, and halves products",
         rules=RELP,
+    ),
+    "screened": Method(
+        "effects, exact where it matters",
+        f"attribution patching of all units: {_CHANGE}; then restarted runs of those that are likeliest to be among the largest, and of a "
+        "sample of the others, which shows how far estimates are off. Means and tests use the difference estimator, which is unbiased",
+        passes="forwards, backwards and restarted passes",
+        rows="rows per device and chunk",
+        rules=EXACT,
+        screened=True,
     ),
 }
 

@@ -17,6 +17,9 @@ from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.readout import READ_BUCKETS, Reads, make_reads, read_columns
 from jaxmed.tokens import WINDOW_BUCKETS, PackedPrompt, bucket
 
+PAIRS = "pairs"
+"""The group of rows that are pairs."""
+
 
 @dataclass(frozen=True, order=True)
 class BatchShape:
@@ -41,7 +44,7 @@ class BatchShape:
     def key(self) -> str:
         """The key of `Job.chunk`."""
         sizes = (self.source_length, self.window, self.asked, self.answers, self.patches, self.tokens)
-        return f"pairs@{self.length}x{'x'.join(map(str, sizes))}"
+        return f"{PAIRS}@{self.length}x{'x'.join(map(str, sizes))}"
 
 
 def shape_of(contrast: Contrast) -> BatchShape:

@@ -21,8 +21,8 @@ from jaxmed.models.transformer import head, matrix_rows
 STATISTICS = ("ci_low", "ci_high", "t", "p", "p_adjusted", "q")
 MARGIN = "p_margin"
 WEAKEST = ("weakest_category", "weakest_mean")
-COLUMNS = ["rank", "unit", "method", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share", *STATISTICS, MARGIN]
-COLUMNS += ["pairs_agreeing", *WEAKEST, "promotes", "suppresses"]
+COLUMNS = ["rank", "unit", "method", "verified", "layer", "index", *EXPERT, "position", "outcome", "category", "mean", "share"]
+COLUMNS += [*STATISTICS, MARGIN, "pairs_agreeing", *WEAKEST, "promotes", "suppresses"]
 
 
 def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: np.ndarray, top: int) -> list[dict[str, Any]]:
@@ -50,6 +50,7 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
                 "rank": rank,
                 "unit": unit,
                 **({} if exact else {"method": table.attrs["method"]}),
+                **_verified(table, unit, at, pairs),
                 "layer": where.get("layer", ""),
                 "index": where.get(coordinate, ""),
                 **{name: int(found[name].values[where[OF_NEURON]]) for name in EXPERT if name in found.coords},
@@ -64,6 +65,14 @@ def ranked(table: xr.Dataset, effects: xr.DataArray, found: xr.Dataset, pairs: n
             }
         )
     return rows
+
+
+def _verified(table: xr.Dataset, unit: str, at: Sequence[Any], pairs: np.ndarray) -> dict[str, str]:
+    """In how many pairs a unit's effect is exact, of a screened sweep."""
+    if f"{unit}_verified" not in table:
+        return {}
+    exact = table[f"{unit}_verified"].transpose("pair", ...)
+    return {"verified": f"{sum(int(exact[(int(pair), *at)].values) for pair in pairs)}/{len(pairs)}"}
 
 
 def noise_floor(table: xr.Dataset) -> xr.DataArray:
@@ -124,7 +133,7 @@ def name_tokens(rows: list[dict[str, Any]], model: Model | None) -> None:
 
 def write_top(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes top.csv; the columns of experts, categories, the margin and the method of estimates are there where a row has one."""
-    some = ("method", *EXPERT, *WEAKEST, MARGIN, "category")
+    some = ("method", "verified", *EXPERT, *WEAKEST, MARGIN, "category")
     write_csv(
         folder / results.TOP, rows, [name for name in COLUMNS if name not in some or any(row.get(name) not in (None, "") for row in rows)]
     )

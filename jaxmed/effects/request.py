@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from jaxmed.effects.budget import read_budget
 from jaxmed.effects.contrast import CONTRASTS, Contrast
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
@@ -34,7 +35,7 @@ class Request:
         layers: layers to sweep; None is all.
         form: how prompts are written; see `prompts.forms`.
         seed: of resamples and flips, and of a patch with noise.
-        top: rows per unit in top.csv.
+        top: rows per unit in top.csv; of a screened sweep, the largest units that it looks for.
         estimands: keys of `ESTIMANDS`.
         contrast: a key of `CONTRASTS`: how a pair becomes two runs.
         direction: "reverse": base and source change places.
@@ -43,6 +44,7 @@ class Request:
         patch: a key of `PATCHES`: what is written in the place of base values.
         patch_factor: the number that the patch takes, if any; None: its default.
         by: what statistics are split by too, of `BY`.
+        budget: of a screened sweep; see `budget.read_budget`.
     """
 
     outcomes: tuple[OutcomeName, ...] = ("log-odds",)
@@ -62,6 +64,7 @@ class Request:
     by: str = ""
     patch: str = "resample"
     patch_factor: float | None = None
+    budget: str = "2%"
 
     @property
     def patching(self) -> Patching:
@@ -90,6 +93,7 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     check_paths(model.config, request.paths, request.window)
     request = replace(request, patch_factor=check_patch(request.patching).factor)
     _check_words(request, model, source_model)
+    read_budget(request.budget)
     check_method(request.method, outcomes, request.estimands, together, model.config.vocabulary)
     layers_of(model.config, request.layers)
     return request

@@ -26,7 +26,7 @@ class View:
     Attributes:
         base, source: their records; the source's columns are aligned to the base's.
         slots: int [T], which recorded columns the window has.
-        patched: bool [T], the columns where values are swapped.
+        patched: bool [P, T], the columns where values are swapped, of every patch that shares the window.
     """
 
     base: Record
@@ -38,20 +38,26 @@ class View:
         """A site of one run at layers int [U]: float32 [U,T,...]."""
         return record[site][layer[:, None], self.slots[None]].astype(jnp.float32)
 
-    def change(self, site: str, layer: jax.Array) -> jax.Array:
+    def swapped(self, picks: Picks) -> jax.Array:
+        """The columns that each row swaps: bool [U,T], or [1,T] where there is one patch."""
+        return self.patched[:1] if picks.patch is None else self.patched[picks.patch]
+
+    def change(self, site: str, picks: Picks) -> jax.Array:
         """Source minus base where values are swapped, zero elsewhere: [U,T,D]."""
-        change = self.at(self.source, site, layer) - self.at(self.base, site, layer)
-        return jnp.where(self.patched[None, :, None], change, 0.0)
+        change = self.at(self.source, site, picks.layer) - self.at(self.base, site, picks.layer)
+        return jnp.where(self.swapped(picks)[..., None], change, 0.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Picks:
-    """The units of a chunk's rows: int [U] each. `kind` indexes the chunk's mediators (-1: the row stays at base)."""
+    """The units of a chunk's rows: int [U] each. `kind` indexes the chunk's mediators (-1: the row stays at base), `patch` the window's
+    patches (None: its only one)."""
 
     kind: Any
     layer: Any
     index: Any
+    patch: Any = None
 
 
 Rows = Callable[[ModelConfig, Params, View, Picks, int], jax.Array]
@@ -90,7 +96,7 @@ def down_rows(change: Callable[[ModelConfig, View, Taken], jax.Array]) -> Rows:
         delta = change(config, view, lambda record, site: record[site][layer, slots, index[:, None]].astype(jnp.float32))
         if config.experts:
             delta = delta * view.base["routing"][layer, slots, index[:, None] // config.sizes["M"]]
-        delta = jnp.where(view.patched[None, :, None] & valid[:, None], delta, 0.0)
+        delta = jnp.where(view.swapped(picks)[..., None] & valid[:, None], delta, 0.0)
         vectors = matrix_rows(config, params, "down", picks.layer[:, None], index)  # [U, w, D]
         return after_module(config, params, view, picks, "mlp", jnp.einsum("UTw,UwD->UTD", delta, vectors, precision="highest"))
 
@@ -120,7 +126,7 @@ def head_rows(config: ModelConfig, params: Params, view: View, picks: Picks, wid
     del width
     at = picks.layer[:, None], view.slots[None], picks.index[:, None]
     values = [record["head_out"][at].astype(jnp.float32) for record in (view.source, view.base)]
-    delta = jnp.where(view.patched[None, :, None], values[0] - values[1], 0.0)  # [U, T, H]
+    delta = jnp.where(view.swapped(picks)[..., None], values[0] - values[1], 0.0)  # [U, T, H]
     change = contract("UTH,UHD->UTD", delta, matrix_rows(config, params, "out", picks.layer, picks.index))
     return after_module(config, params, view, picks, "attention", change)
 
@@ -130,6 +136,6 @@ def module_rows(entry: str, *sites: str) -> Rows:
 
     def rows(config: ModelConfig, params: Params, view: View, picks: Picks, width: int) -> jax.Array:
         del config, params, width
-        return view.at(view.base, entry, picks.layer) + sum(view.change(site, picks.layer) for site in sites)
+        return view.at(view.base, entry, picks.layer) + sum(view.change(site, picks) for site in sites)
 
     return rows

@@ -12,8 +12,8 @@ import xarray as xr
 from jaxmed import results, statistics
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.ranking import name_tokens, noise_floor, ranked, write_top
-from jaxmed.effects.table import TOGETHER
-from jaxmed.effects.unit_blocks import UnitBlocks
+from jaxmed.effects.table import ESTIMATE, PROBABILITY, TOGETHER
+from jaxmed.effects.unit_blocks import Sampled, UnitBlocks
 from jaxmed.errors import notice
 from jaxmed.models.model import Model
 from jaxmed.results import NOT_FINITE
@@ -45,7 +45,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         found: dict[str, list[xr.Dataset]] = {}
         for category, pairs in parts.items():
             for outcome, effects in _outcomes(table, unit):
-                of_pairs = _statistics(table, effects, pairs, null, seed)
+                of_pairs = _statistics(table, effects, pairs, null, seed, _sampled(table, unit, outcome))
                 found.setdefault(category, []).append(of_pairs.assign_attrs(unit=unit, outcome=outcome, category=category))
                 rows += ranked(table, effects, found[category][-1], pairs, top)
         added |= dict(_variables(unit, found, "outcome" in table[unit].dims))
@@ -88,12 +88,22 @@ def _outcomes(table: xr.Dataset, unit: str) -> Iterator[tuple[str, xr.DataArray]
         yield outcome, table[unit].sel(outcome=outcome)
 
 
-def _statistics(table: xr.Dataset, effects: xr.DataArray, pairs: np.ndarray, null: np.ndarray, seed: int) -> xr.Dataset:
+def _sampled(table: xr.Dataset, unit: str, outcome: str) -> Sampled | None:
+    """Estimates and probabilities of a unit's effects, of a screened sweep."""
+    if f"{unit}_{PROBABILITY}" not in table:
+        return None
+    estimate = table[f"{unit}_{ESTIMATE}"]
+    return estimate.sel(outcome=outcome) if "outcome" in estimate.dims else estimate, table[f"{unit}_{PROBABILITY}"]
+
+
+def _statistics(
+    table: xr.Dataset, effects: xr.DataArray, pairs: np.ndarray, null: np.ndarray, seed: int, sampled: Sampled | None
+) -> xr.Dataset:
     """Statistics of one unit kind and outcome over some pairs, against the margin of the null pairs where there are some."""
     groups, margin = table.group.values, float("nan")
     if len(null):
-        margin = statistics.null_margin(UnitBlocks(effects, null), groups[null], len(np.unique(groups[pairs])))
-    found = statistics.summarise(UnitBlocks(effects, pairs), groups[pairs], table.split.values[pairs], seed=seed, margin=margin)
+        margin = statistics.null_margin(UnitBlocks(effects, null, sampled), groups[null], len(np.unique(groups[pairs])))
+    found = statistics.summarise(UnitBlocks(effects, pairs, sampled), groups[pairs], table.split.values[pairs], seed=seed, margin=margin)
     fields = {"mean": found.mean, "ci_low": found.low, "ci_high": found.high, "t": found.t}
     fields |= {"p": found.p, "p_adjusted": found.p_adjusted, "q": found.q}
     fields |= {"p_margin": found.p_margin} if found.p_margin is not None else {}

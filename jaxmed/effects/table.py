@@ -106,6 +106,7 @@ def variables(job: Job) -> list[results.Variable]:
         for unit in job.request.units
         for estimand in job.request.estimands
     ]
+    table += [one for unit in job.request.units if METHODS[job.request.method].screened for one in _of_screen(job, unit)]
     outcome, position = _several(job), ("position",) if job.request.position in BY_POSITION else ()
     table += [
         results.Variable(
@@ -115,10 +116,24 @@ def variables(job: Job) -> list[results.Variable]:
         for estimand in job.request.estimands
     ]
     table += [results.Variable(name, (*outcome, "pair")) for name in ("base_outcome", "source_outcome")]
-    exact = METHODS[job.request.method].exact
-    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest") if exact]
+    restarts = METHODS[job.request.method].restarts
+    table += [results.Variable(name, (*outcome, "pair", "layer")) for name in ("base_lowest", "base_highest") if restarts]
     table += [results.Variable("routing_margin", ("pair", "layer"))] if job.model.config.experts else []
     return [*table, results.Variable("done", ("pair", "layer"), "uint8")]
+
+
+VERIFIED, PROBABILITY, ESTIMATE, ERROR, RECALL = "verified", "probability", "estimate", "error", ("recall", "recall_low", "recall_high")
+"""Endings of the variables that a screened sweep has beside a unit's."""
+
+
+def _of_screen(job: Job, unit: str) -> list[results.Variable]:
+    """What a screened sweep knows of a unit's values: their estimates, which are exact, how far the others may be off, and the recall."""
+    dims, several = _dims(job, unit), _several(job)
+    found = [results.Variable(f"{unit}_{end}", dims, attributes={"of": unit}) for end in (ESTIMATE, ERROR)]
+    found += [results.Variable(f"{unit}_{PROBABILITY}", dims[len(several) :], attributes={"of": unit})]
+    found += [results.Variable(f"{unit}_{VERIFIED}", dims[len(several) :], "uint8", {"of": unit})]
+    told = {"of": unit, "top": job.request.top}
+    return found + [results.Variable(f"{unit}_{end}", (*several, "pair"), attributes=told) for end in RECALL]
 
 
 def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
@@ -132,7 +147,10 @@ def _told(job: Job, unit: str, estimand: str) -> dict[str, Any]:
 def _formula(job: Job, estimand: str) -> str:
     """What a variable holds, in words."""
     method, formula = METHODS[job.request.method], ESTIMANDS[estimand].formula
-    formula = formula if method.exact else f"first-order estimate of the {formula}. Not computed: {method.told}"
+    if method.screened:
+        formula = f"{formula}; where it was not computed, its first-order estimate. {method.told}"
+    elif not method.exact:
+        formula = f"first-order estimate of the {formula}. Not computed: {method.told}"
     return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {job.request.patching.told}"
 
 

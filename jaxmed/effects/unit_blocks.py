@@ -8,8 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from jaxmed.statistics.screening import corrected
+
 VALUES = 1 << 21
 """Effects in one block at most, where one unit of all pairs is not more: 8 MB."""
+
+
+Sampled = tuple[xr.DataArray, xr.DataArray]
+"""Estimates of the same effects, and the probabilities with which they were computed, 0 where they were not."""
 
 
 class UnitBlocks:
@@ -18,9 +24,10 @@ class UnitBlocks:
     A table has one chunk per pair and layer. A block is as many whole layers as `VALUES` allows, or a part of one.
     """
 
-    def __init__(self, effects: xr.DataArray, pairs: np.ndarray):
-        """`effects`: one outcome of a variable, its first axis `pair`, lazily read or in memory."""
-        self._effects, self._pairs = effects, pairs
+    def __init__(self, effects: xr.DataArray, pairs: np.ndarray, sampled: Sampled | None = None):
+        """`effects`: one outcome of a variable, its first axis `pair`, lazily read or in memory. With `sampled`, blocks hold the
+        difference estimator, which is unbiased, in the place of values that are partly estimates."""
+        self._effects, self._pairs, self._sampled = effects, pairs, sampled
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,6 +42,9 @@ class UnitBlocks:
             read = np.empty((len(self._pairs), *part.shape[1:]), part.dtype)
             for row, pair in enumerate(self._pairs):
                 read[row] = part[pair].values
+                if self._sampled is not None:
+                    estimate, probability = (one.isel(place)[pair].values for one in self._sampled)
+                    read[row] = corrected(read[row], estimate, probability)
             read = read.reshape(len(read), -1)
             yield slice(begin, begin + read.shape[1]), read
             begin += read.shape[1]

@@ -75,12 +75,17 @@ def one_outcome(job: Job, values: np.ndarray) -> np.ndarray:
 
 def in_table(job: Job, effect: np.ndarray) -> np.ndarray:
     """Effects [outcome, ..., patches] as the table has them: patches on its position axis, right-aligned, or without one."""
+    return one_outcome(job, by_position(job, effect))
+
+
+def by_position(job: Job, values: np.ndarray, nothing: float = np.nan) -> np.ndarray:
+    """Values [..., patches] on the table's position axis, if it has one; `nothing` where a prompt has no such position."""
     if job.request.position not in BY_POSITION:
-        return one_outcome(job, effect[..., 0])
+        return values[..., 0]
     width = max(len(contrast.patches) for contrast in job.contrasts)
-    padded = np.full((*effect.shape[:-1], width), np.nan, np.float32)
-    padded[..., width - effect.shape[-1] :] = effect
-    return one_outcome(job, padded)
+    padded = np.full((*values.shape[:-1], width), nothing, np.float32)
+    padded[..., width - values.shape[-1] :] = values
+    return padded
 
 
 def ends(job: Job, pair: int, base: np.ndarray, source: np.ndarray, margin: np.ndarray | None) -> list[Chunk]:

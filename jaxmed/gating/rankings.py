@@ -55,7 +55,7 @@ def measure_features(
     for contrast in contrasts:
         prepared = prepare(contrast, (outcome,), ("neuron", "residual_out"))
         window = open_window(prepared, contrast.patches[0])
-        view, patched = window.view, np.flatnonzero(window.view.patched)
+        view, patched = window.view, np.flatnonzero(window.view.patched[0])
         slots = view.slots[patched]
         base, source = ({site: record[site][layer, slots].mean(axis=0) for site in SITES} for record in (view.base, view.source))
         attribution = neuron_attribution(prepared, window, layer, readout)

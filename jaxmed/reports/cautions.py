@@ -20,6 +20,7 @@ from jaxmed.reports.record import (
     totals,
     used_pairs,
 )
+from jaxmed.reports.screen import verified
 from jaxmed.reports.style import count, number, percent
 from jaxmed.results import NEAR_TIE, NOT_FINITE, near_ties, not_finite
 from jaxmed.statistics import mean_interval
@@ -49,7 +50,13 @@ def _about(record: Record, outcome: str) -> str:
 
 
 def _estimates(record: Record) -> Iterator[Caution]:
-    if not record.exact:
+    if record.screened:
+        parts = ", ".join(f"{percent(verified(record.table, unit))} of {unit}" for unit in record.units)
+        yield Caution(
+            f"Screened run: exact effects of {parts}; the others are first-order estimates, and NAME_error says how far they may be off. "
+            "Means and tests are unbiased, but those of units that are seldom computed have wide errors."
+        )
+    elif not record.exact:
         method = record.table.attrs["method"]
         yield Caution(
             f"The values are {record.values} (--method {method}), not exact effects. They are read off the slope at the base run, and are "
@@ -70,10 +77,6 @@ def _progress(record: Record) -> Iterator[Caution]:
         )
     elif not any(f"{unit}_mean" in record.table for unit in record.units):
         yield Caution("The sweep is done, but its statistics were not written: no intervals and no p values. Run it again with --resume.")
-    for unit in record.units:
-        if f"{unit}_verified" in record.table:
-            share = float((record.table[f"{unit}_verified"].values > 0).mean())
-            yield Caution(f"Screened run: {percent(share)} of the {unit} effects are exact, the others are estimates.")
 
 
 def _finite(record: Record) -> Iterator[Caution]:

@@ -48,9 +48,16 @@ class Record:
         return self.table.attrs.get("method", "exact") == "exact"
 
     @property
+    def screened(self) -> bool:
+        """Whether the values are exact where they matter and estimates elsewhere."""
+        return self.table.attrs.get("method") == "screened"
+
+    @property
     def units(self) -> list[str]:
         """The variables that hold effects, in the order in which they are drawn."""
-        swept = [str(name) for name, array in self.table.data_vars.items() if {"pair", "layer"} <= set(array.dims)]
+        swept = [
+            str(name) for name, array in self.table.data_vars.items() if {"pair", "layer"} <= set(array.dims) and "of" not in array.attrs
+        ]
         return sorted((name for name in swept if name not in _NO_EFFECTS), key=lambda name: (_DRAWN.index(shows(self.table[name])), name))
 
     def shown(self, *how: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.reports.record import Record, is_partial, labels, mean_total, noise_floor, used_pairs
+from jaxmed.reports.screen import screen
 from jaxmed.reports.stability import stability
 from jaxmed.reports.style import MISSING, count, number, percent, spans
 
@@ -104,7 +105,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
     for outcome in record.outcomes:
         about = f" ({outcome})" if several else ""
         found.append((f"Mean total{about}", number(mean_total(record, outcome))))
-        found += [(f"Noise floor{about}", number(noise_floor(record, outcome)))] if record.exact else []
+        found += [(f"Noise floor{about}", number(noise_floor(record, outcome)))] if record.exact or record.screened else []
     attributes = next((record.table[f"{unit}_mean"].attrs for unit in record.units if f"{unit}_mean" in record.table), {})
     if attributes and not is_partial(record):
         found += [
@@ -112,6 +113,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
             ("Smallest p", number(attributes.get("smallest_p"))),
             *stability(record.table),
         ]
+    found += screen(record.table)
     return found
 
 

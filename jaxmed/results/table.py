@@ -159,7 +159,7 @@ def not_finite(table: xr.Dataset) -> dict[str, int]:
     """
     done, found = table["done"].values.astype(bool), {}
     for name, variable in table.data_vars.items():
-        if not {"pair", "layer"} <= {*variable.dims} or variable.dtype.kind != "f" or name == "routing_margin":
+        if not {"pair", "layer"} <= {*variable.dims} or variable.dtype.kind != "f" or name == "routing_margin" or "of" in variable.attrs:
             continue
         last = variable.isel(position=-1) if "position" in variable.dims else variable
         ordered = last.transpose("pair", "layer", ...)
