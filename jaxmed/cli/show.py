@@ -99,8 +99,8 @@ def top_units(folder: Path, ranked: str, count: int = 12) -> None:
         parts.setdefault((row["unit"], row.get("category", "")), []).append(row)
     for (unit, category), rows in parts.items():
         method = rows[0].get("method", "")
-        largest = f"mean {f'estimates ({method})' if method else 'effects'}" if ranked.startswith("|mean|") else ranked
-        largest += f" of estimates ({method})" if method and not ranked.startswith("|mean|") else ""
+        values = f"estimates ({method})" if method and "verified" not in rows[0] else f"effects{f' ({method})' if method else ''}"
+        largest = f"mean {values}" if ranked.startswith("|mean|") else f"{ranked} of {values}" if method else ranked
         title = f"{unit}{f', category {category}' if category else ''}: largest {largest} (all in {folder / 'top.csv'})"
         _show_top(title, rows[: CATEGORY_ROWS if category else count])
 
