@@ -341,9 +341,7 @@ def test_a_killed_bridge_is_resumed_to_the_same_tables(command: list[str], tmp_p
     environment = {**os.environ, "PYTHONPATH": str(Path(jm.__file__).parent.parent)}
     for number, part in (
         (signal.SIGKILL, "scores-no"),
-        (signal.SIGTERM, "heads"),
-        (signal.SIGKILL, "after"),
-        (signal.SIGKILL, "pruned.csv"),
+        (signal.SIGTERM, "after"),
     ):
         child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         deadline = time.monotonic() + 400

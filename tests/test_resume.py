@@ -126,7 +126,7 @@ def test_sigkill_at_random_times_leaves_a_store_that_resumes(plain_model: Model,
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     kills, rng = 0, np.random.default_rng(0)
-    for _ in range(12):
+    for _ in range(8):
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "run.json").exists() and child.poll() is None and time.monotonic() < deadline:

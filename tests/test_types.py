@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINE = ("test_exact", "test_joint", "test_forward", "test_mediators")
-FILES = (*ENGINE, "test_edits", "test_activations", "test_cache", "test_scoring", "test_generation")
+FILES = ("test_exact", "test_joint", "test_edits", "test_activations", "test_cache", "test_scoring", "test_generation", "test_screening")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ estimates are off. Then whatever may yet be among the largest, first what is che
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,10 +18,9 @@ FEWEST = 20
 """Errors that have to be known before anything is said of the others."""
 TAIL = 0.1
 """Part of the errors that a power law is fitted to."""
-DRAWS = 200
-"""Of the number of units that were missed."""
-_BINS = 64
-_TINY = 1e-30
+RESAMPLES, DRAWS = 20, 10
+"""Of the errors, and for each of the number of units that were missed."""
+_STEPS, _BINS, _RANKS, _TINY = 12, 256, 100, 1e-30
 
 
 def weigh(size: np.ndarray, certain: np.ndarray) -> np.ndarray:
@@ -65,13 +64,15 @@ def draw(weight: np.ndarray, certain: np.ndarray, count: int, rng: np.random.Gen
 class Errors:
     """How far estimates are off, as a function of their size: |exact - estimate| = scale(|estimate|) * z, z alike for all units.
 
+    Small estimates are off by rounding, whatever their size, and large ones by a part of it: the scale is a running median.
+
     Attributes:
-        level, slope: log scale = level + slope * log |estimate|.
+        size, typical: float64 [m], logarithms of sizes, and of the median error there.
         z: float64 [n], sorted.
     """
 
-    level: float
-    slope: float
+    size: np.ndarray
+    typical: np.ndarray
     z: np.ndarray
 
     @staticmethod
@@ -81,14 +82,16 @@ class Errors:
         size, error = np.abs(estimate[finite]).astype(np.float64), np.abs(exact - estimate)[finite].astype(np.float64)
         if len(size) < FEWEST:
             return None
-        size, error = np.log(np.maximum(size, _TINY)), np.log(np.maximum(error, _TINY))
-        slope = float(np.clip(np.cov(size, error)[0, 1] / max(size.var(ddof=1), _TINY), 0, 2))
-        level = float(np.median(error - slope * size))
-        return Errors(level, slope, np.sort(np.exp(error - level - slope * size)))
+        order = np.argsort(size)
+        size, error = np.log(np.maximum(size[order], _TINY)), np.log(np.maximum(error[order], _TINY))
+        parts = np.array_split(np.arange(len(size)), np.clip(len(size) // FEWEST, 1, _STEPS))
+        typical = [np.asarray([np.median(of[part]) for part in parts]) for of in (size, error)]
+        found = Errors(typical[0], typical[1], np.zeros(0))
+        return replace(found, z=np.sort(np.exp(error - np.log(found.scale(np.exp(size))))))
 
     def scale(self, size: np.ndarray) -> np.ndarray:
         """The typical error (median) of estimates of these sizes."""
-        return np.exp(self.level + self.slope * np.log(np.maximum(size, _TINY)))
+        return np.exp(np.interp(np.log(np.maximum(size, _TINY)), self.size, self.typical))
 
     def quantile(self, part: float) -> float:
         """The part of errors that is below this many scales."""
@@ -113,7 +116,7 @@ class Errors:
 
     def resampled(self, rng: np.random.Generator) -> Errors:
         """The same from a resample of the errors."""
-        return Errors(self.level, self.slope, np.sort(rng.choice(self.z, len(self.z))))
+        return replace(self, z=np.sort(rng.choice(self.z, len(self.z))))
 
 
 def threshold(exact: np.ndarray, top: int) -> float:
@@ -145,25 +148,27 @@ def recall(estimate: np.ndarray, exact: np.ndarray, top: int, errors: Errors | N
         return Recall(1.0, 1.0, 1.0)
     if errors is None:
         return Recall(float("nan"), 0.0, min(1.0, known.sum() / top))
-    largest = np.sort(np.abs(exact[known]).astype(np.float64))[::-1][:top]
+    ranks = np.unique(np.linspace(1, min(top, known.sum()), _RANKS).astype(int))
+    largest = np.sort(np.abs(exact[known]).astype(np.float64))[::-1][ranks - 1]
     size, count = _binned(others)
     found = []
-    for _ in range(DRAWS):
+    for _ in range(RESAMPLES):
         one = errors.resampled(rng)
         expected = (one.exceeds(size[:, None], largest[None]) * count[:, None]).sum(0)  # of the others, above each of the largest
-        missed = np.searchsorted(np.cumsum(rng.exponential(size=top + 1)), expected)
-        found.append((np.arange(1, len(largest) + 1) + missed <= top).sum() / top)
+        for _ in range(DRAWS):
+            missed = np.searchsorted(np.cumsum(rng.exponential(size=top + 1)), expected)
+            found.append(np.max(ranks[ranks + missed <= top], initial=0) / top)
     low, high = np.quantile(found, (0.025, 0.975), method="inverted_cdf")
     return Recall(float(np.mean(found)), float(low), float(high))
 
 
 def _binned(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes and how many units have them: logarithmic bins of the three largest decades, and one of all that is less, each by its
-    largest."""
+    """Mean sizes and how many units have them: logarithmic bins of the three largest decades, and one of all that is less."""
     order = np.sort(size)
     at = np.searchsorted(order, order[-1] * np.logspace(-3, 0, _BINS))
     at = np.unique([*at[at > 0], len(size)])
-    return order[at - 1], np.diff(at, prepend=0)
+    count = np.diff(at, prepend=0)
+    return np.add.reduceat(order, [0, *at[:-1]]) / count, count
 
 
 def corrected(value: np.ndarray, estimate: np.ndarray, probability: np.ndarray) -> np.ndarray:
