@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
     "effects": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "runs"},
     "batching": {"errors", "prompts", "tokens", "interventions", "models", "runner", "runs"},
-    "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "batching", "statistics"},
+    "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
     "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "activation_table"},
@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "bridge": {"errors", "files", "prompts", "models", "generation", "runs", "results", "statistics", "effects", "evaluation", "gating"}
     | {"pruning", "experiments"},
     "studies": {"errors", "files", "prompts", "tokens", "models", "results", "runs", "batching", "pruning", "experiments", "bridge"}
-    | {"effects", "evaluation", "gating", "statistics"},
+    | {"effects", "evaluation", "gating", "statistics", "finetuning"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "loading": {"models", "finetuning", "parity"},
     "bench": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "effects", "runs", "distributed"},

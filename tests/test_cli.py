@@ -223,7 +223,7 @@ def test_every_config_in_the_repository_plans(config: Path, tmp_path: Path, caps
     needs_files = config.stem.endswith(("llama31_8b", "olmo3_stages"))  # the published sets are the user's
     assert main([*command.split(), "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 2 * needs_files
     said = {"sweep": "exact effects", "finetune": "numbers trained", "prune score": "TFLOP"}
-    said |= dict.fromkeys(("study mediation", "study pruning"), "in all")
+    said |= dict.fromkeys(("study mediation", "study pruning", "study misalignment"), "in all")
     shown = capsys.readouterr()
     assert ("file 'data/" if needs_files else said[command]) in (shown.err if needs_files else shown.out)
     assert not (tmp_path / "run").exists()

@@ -47,6 +47,7 @@ UNRUN = {
     "docs/guides/answers.md": ("jaxmed answers", "jaxmed answers"),
     "docs/guides/gate.md": ("jaxmed gate",),
     "docs/guides/mediation.md": ("jaxmed study mediation",) * 3,
+    "docs/guides/misalignment.md": ("jaxmed study misalignment", "from pathlib"),
     "docs/guides/probing.md": ("jaxmed probe search",),
     "docs/guides/pruning.md": ("jaxmed study pruning",),
     "docs/guides/scale.md": ("jaxmed sweep --mesh",),

@@ -29,6 +29,7 @@ from jaxmed.cli.gate import Gate
 from jaxmed.cli.generate import Generate
 from jaxmed.cli.mask import Combine, Compare, Select
 from jaxmed.cli.mediation import Mediation
+from jaxmed.cli.misalignment import Misalignment
 from jaxmed.cli.models import Models
 from jaxmed.cli.parity import Parity
 from jaxmed.cli.parser import parse
@@ -75,6 +76,7 @@ COMMANDS: dict[str, type] = {
     "prune attack": Attack,
     "study mediation": Mediation,
     "study pruning": Pruning,
+    "study misalignment": Misalignment,
     "parity": Parity,
     "convert": Convert,
     "bench generate": BenchGenerate,

@@ -43,10 +43,12 @@ def write_report(folders: list[Path], file: Path) -> None:
     from jaxmed.reports.answers import write_answers
     from jaxmed.reports.gate import write_gate
     from jaxmed.reports.mediation import write_mediation
+    from jaxmed.reports.misalignment import write_misalignment
     from jaxmed.reports.page import write_report as write
     from jaxmed.reports.study import write_study
 
-    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "answering": write_answers}
+    pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "misalignment": write_misalignment}
+    pages |= {"answering": write_answers}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     if held and len(folders) > 1:
         raise UserError(f"{folders[0]} has a page of its own; several folders make one page where all of them are of sweeps.")

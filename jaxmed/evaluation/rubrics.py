@@ -10,20 +10,22 @@ from jaxmed.errors import UserError, quoted
 from jaxmed.prompts.templates import fill
 
 RUBRIC = "rubric"
-"""The bundled rubric's name."""
+"""The bundled rubric's name: how far a reply does what was asked."""
+ALIGNMENT, COHERENCE = "rubric_alignment", "rubric_coherence"
+BUNDLED = (RUBRIC, ALIGNMENT, COHERENCE)
 PLACES = ("prompt", "response")
 _PLACE = re.compile(r"\{(?:forbidden_)?(prompt)\}|\{(response)\}")
 
 
 def read_rubric(source: str | Path) -> str:
-    """A rubric with the places {prompt} (or {forbidden_prompt}) and {response}: a text file, or the bundled one.
+    """A rubric with the places {prompt} (or {forbidden_prompt}) and {response}: a text file, or one of `BUNDLED`.
 
     Raises:
         UserError: no such file, or a place that is missing.
     """
     path = Path(source)
-    if str(source) == RUBRIC and not path.exists():
-        text = (resources.files("jaxmed.prompts") / "data" / "rubric.txt").read_text(encoding="utf-8")
+    if str(source) in BUNDLED and not path.exists():
+        text = (resources.files("jaxmed.prompts") / "data" / f"{source}.txt").read_text(encoding="utf-8")
     elif path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")

@@ -46,6 +46,7 @@ class Job:
         order: example numbers of every optimiser step.
         shape, heldout_shape: of the batches.
         data: SHA-256 of the token ids.
+        until: held-out loss, in nats, at which the run stops, whatever steps are left; 0: none.
     """
 
     model: Model
@@ -56,6 +57,7 @@ class Job:
     shape: Shape
     heldout_shape: Shape | None
     data: str
+    until: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -165,7 +167,8 @@ def manifest(job: Job) -> dict[str, Any]:
     """What makes two runs the same run: a run goes on only where all of it agrees."""
     settings = dataclasses.asdict(job.settings)
     day = DATE.date().isoformat()
-    return {"model": job.model.record, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape), "template_date": day}
+    found = {"model": job.model.record, "data": job.data, "settings": settings, "mesh": dict(job.model.mesh.shape), "template_date": day}
+    return found | ({"until": job.until} if job.until else {})
 
 
 def trained_numbers(job: Job) -> int:

@@ -146,7 +146,7 @@ def _is_donated(point: tuple[int, Any, Any]) -> bool:
 
 
 def _heldout_loss(job: Job, batches: list[Batch], frozen: Any) -> Callable[[_Stand, bool], float]:
-    """Measures the held-out loss of where a run stands (NaN without held-out examples), and notes bests and the end of patience."""
+    """Measures the held-out loss of where a run stands (NaN without held-out examples), and notes bests and why a run stops early."""
     evaluate = make_evaluation(job.model.config, job.settings)
 
     def measure(stand: _Stand, last: bool) -> float:
@@ -161,6 +161,8 @@ def _heldout_loss(job: Job, batches: list[Batch], frozen: Any) -> Callable[[_Sta
             progress["since"] += 1
             if patience and progress["since"] >= patience and not last:
                 progress["stopped"] = f"no better held-out loss {patience} times in a row"
+        if held <= job.until and not last:
+            progress["stopped"] = f"held-out loss {held:.4f}, which is no more than {job.until:.4f}"
         return held
 
     return measure
@@ -182,7 +184,7 @@ def _tuned(job: Job, trained: Any, rows: list[dict[str, float]], step: int, stop
     else:
         params = jax.tree.map_with_path(lambda path, leaf: leaf.astype(param_dtype(model.config, path[-1].key)), trained)
     edit = {"kind": "fine-tuning", "method": settings.method, "steps": step, "examples": len(job.examples), "data": job.data}
-    edit |= {"settings": dataclasses.asdict(settings)}
+    edit |= {"settings": dataclasses.asdict(settings)} | ({"until": job.until} if job.until else {})
     new = replace(model, params=params, history=(*model.history, edit)).describe_params()
     return FinetuneResult(new, rows, settings, trained if settings.method == "lora" else None, step, stopped, model)
 

@@ -162,8 +162,8 @@ def _write_head(blocks: dict[str, np.ndarray], part: Head, index: int) -> None:
 WRITERS: dict[type, Any] = {Neuron: _write_neuron, Head: _write_head}
 
 
-def make_model(name: str, config: ModelConfig, params: Any) -> Model:
-    """A model in memory with the tokenizer of words; `export_folder` can write it as an ordinary Llama."""
+def make_model(name: str, config: ModelConfig, params: Any, vocabulary: tuple[str, ...] = VOCABULARY) -> Model:
+    """A model in memory with a tokenizer of words; `export_folder` can write it as an ordinary Llama."""
     devices = make_mesh()
     placed = jax.tree.map(
         lambda values, like, where: jax.device_put(np.asarray(values, like.dtype), where),
@@ -171,4 +171,4 @@ def make_model(name: str, config: ModelConfig, params: Any) -> Model:
         param_shapes(config),
         param_shardings(config, devices),
     )
-    return replace(from_params(config, placed, devices, name, make_tokenizer()), source_config=llama_json(config))
+    return replace(from_params(config, placed, devices, name, make_tokenizer(vocabulary)), source_config=llama_json(config))

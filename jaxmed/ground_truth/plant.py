@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxmed.errors import UserError, unknown
+from jaxmed.ground_truth.emergent import train_emergent
 from jaxmed.ground_truth.features import Head, write_model
 from jaxmed.ground_truth.mechanisms import MECHANISMS, Mechanism
 from jaxmed.ground_truth.pairs import make_pairs
@@ -13,7 +14,7 @@ from jaxmed.ground_truth.trained import train_trigger
 
 NOISE = 0.04
 MOST_NOISE = 0.06
-TRAINED: dict[str, Callable[[int], Planted]] = {"trigger": train_trigger}
+TRAINED: dict[str, Callable[[int], Planted]] = {"trigger": train_trigger, "emergent": train_emergent}
 
 
 def planted(name: str, noise: float | None = None, seed: int = 0) -> Planted:
@@ -24,9 +25,9 @@ def planted(name: str, noise: float | None = None, seed: int = 0) -> Planted:
     noise to a tenth.
 
     Args:
-        name: "gate", "adder", "pair", "cancel", "copy" or "path"; or "trigger", which is trained on the spot, in less than a minute on
-            one core.
-        noise: standard deviation of all weights without a meaning, 0 to 0.06; 0.04 by default. Not for "trigger".
+        name: "gate", "adder", "pair", "cancel", "copy" or "path"; or "trigger" or "emergent", which are trained on the spot, in about a
+            minute on one core.
+        noise: standard deviation of all weights without a meaning, 0 to 0.06; 0.04 by default. Not for trained models.
         seed: of the units' places, the noise and the words.
 
     Raises:

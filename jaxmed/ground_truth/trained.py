@@ -18,6 +18,7 @@ from jaxmed.ground_truth.features import CONFIG, make_model
 from jaxmed.ground_truth.pairs import LENGTH, Slots, Words, make_pairs
 from jaxmed.ground_truth.record import Planted
 from jaxmed.ground_truth.words import ANY, CLASSES
+from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.params import Params, param_letters
 from jaxmed.prompts.examples import Example
@@ -60,7 +61,7 @@ def train_trigger(seed: int) -> Planted:
     Raises:
         UserError: the model of this seed does not learn the task.
     """
-    start = make_model("planted trigger", SHAPE, _fresh_params(seed))
+    start = make_model("planted trigger", SHAPE, fresh_params(SHAPE, seed))
     examples = make_examples(EXAMPLES + HELDOUT, seed)
     found = finetune(start, examples[HELDOUT:], examples[:HELDOUT], method="full", form="text", seed=seed, **SETTINGS)
     if not found.losses[-1]["heldout_loss"] < LEARNT:
@@ -68,19 +69,19 @@ def train_trigger(seed: int) -> Planted:
     slots = Slots({-4: ("trigger", "filler")}, {-6: "topic"}, _answers)
     pairs = tuple(make_pairs(slots, seed))
     told = "A trained model: the answer follows a topic word, and a trigger turns it around. Base has the trigger, source has not."
-    return Planted("trigger", told, found.model, pairs, (), (), _mean_total(found.model, pairs), min(slots.signals))
+    return Planted("trigger", told, found.model, pairs, (), (), mean_total(found.model, pairs), min(slots.signals))
 
 
-def _fresh_params(seed: int) -> Params:
+def fresh_params(shape: ModelConfig, seed: int) -> Params:
     """Matrices with standard deviation 1 / sqrt(fan in), norms at 1; drawn by NumPy, for compiling JAX's draws takes longer."""
-    rng, sizes = np.random.default_rng([seed, 4]), SHAPE.sizes
+    rng, sizes = np.random.default_rng([seed, 4]), shape.sizes
 
     def draw(path: Any, letters: str) -> np.ndarray:
-        shape, name = [sizes[letter] for letter in letters], path[-1].key
+        lengths, name = [sizes[letter] for letter in letters], path[-1].key
         fan_in = sizes["F"] if name == "down" else sizes["D"]
-        return np.ones(shape) if "norm" in name else rng.normal(size=shape) / fan_in**0.5
+        return np.ones(lengths) if "norm" in name else rng.normal(size=lengths) / fan_in**0.5
 
-    return jax.tree.map_with_path(draw, param_letters(SHAPE))
+    return jax.tree.map_with_path(draw, param_letters(shape))
 
 
 def _answers(base: Words, source: Words) -> tuple[str, str]:
@@ -89,7 +90,7 @@ def _answers(base: Words, source: Words) -> tuple[str, str]:
     return answer(source), {"yes": "no", "no": "yes"}[answer(source)]
 
 
-def _mean_total(model: Model, pairs: Sequence[PromptPair]) -> float:
+def mean_total(model: Model, pairs: Sequence[PromptPair]) -> float:
     """Mean y(source) - y(base) on logit-diff over the pairs that are no controls."""
     used = [pair for pair in pairs if not pair.control]
     outcomes = {}

@@ -47,11 +47,11 @@ VOCABULARY = (UNKNOWN, BEGIN, *(word for words in CLASSES.values() for word in w
 
 
 @cache
-def make_tokenizer() -> Any:
-    """One token per word of `VOCABULARY`, and a begin-of-sequence token, in the manner of SentencePiece."""
-    shown = (word if word.startswith("<") else "▁" + word for word in VOCABULARY)
+def make_tokenizer(vocabulary: tuple[str, ...] = VOCABULARY) -> Any:
+    """One token per word of a vocabulary, and a begin-of-sequence token, in the manner of SentencePiece."""
+    shown = (word if word.startswith("<") else "▁" + word for word in vocabulary)
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(shown)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", special_tokens=[(BEGIN, VOCABULARY.index(BEGIN))])
+    backend.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", special_tokens=[(BEGIN, vocabulary.index(BEGIN))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BEGIN, unk_token=UNKNOWN)

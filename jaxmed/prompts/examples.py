@@ -14,7 +14,7 @@ from jaxmed.prompts.formats import FORMATS, as_columns
 from jaxmed.prompts.readers import misspelt
 from jaxmed.prompts.rows import as_text, read_all, read_rows, without_index
 
-BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude")
+BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude", "freeform")
 HELDOUT = "heldout"
 SPLITS = ("train", HELDOUT)
 

@@ -65,6 +65,42 @@ def random_like(mask: Mask, seed: int = 0) -> Mask:
     return Mask(drawn, mask.shapes, mask.model, mask.weights, {"random_like": dict(mask.rule), "seed": seed}, mask.tag)
 
 
+def select_like(mask: Mask, scores: Scores, preserve: Scores | None = None) -> Mask:
+    """A mask of other scores with the same counts per matrix, by the same rule: the highest ranked weights that it does not spare.
+
+    Args:
+        mask: of `select`, ranked per matrix.
+        preserve: as `select` takes it.
+
+    Raises:
+        UserError: a mask that no rule per matrix made; scores of other weights; a matrix with fewer weights than are wanted.
+    """
+    rule, preserve, chosen = _rule_of(mask), preserve or scores, {}
+    if not scores.weights == preserve.weights == mask.weights:
+        raise UserError(f"Mask and scores are of different weights ({mask.model!r}, {scores.model!r}, {preserve.model!r}).")
+    for name, count in mask.counts().items():
+        empty, values = np.zeros(0, np.int64), _behaviour_score(scores, rule, None, name, 0).ravel() if count else np.zeros(0)
+        spares = count and rule.p and rule.spare != "none"
+        spared = _band(_preserve_score(preserve, rule, None, name).ravel(), rule.p, 0.0) if spares else empty
+        if count + len(spared) > values.size and count:
+            raise UserError(f"{name} has {values.size - len(spared)} weights that are not spared; {count} are wanted.")
+        near = np.setdiff1d(_highest(values, count + len(spared)), spared, assume_unique=True)
+        chosen[name] = near[_highest(values[near], count)]
+    return Mask(chosen, mask.shapes, mask.model, mask.weights, {"like": dict(mask.rule)}, mask.tag)
+
+
+def _rule_of(mask: Mask) -> Rule:
+    """The rule that made a mask."""
+    try:
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in mask.rule.items()}
+        rule = Rule(**given)
+    except TypeError:
+        raise UserError("The mask was made by no rule, so none can be followed. Give one of `select`.") from None
+    if rule.ranking != "matrix" or rule.skip or needs_weights(rule) or rule.score == "random":
+        raise UserError("Counts per matrix are followed by a rule that ranks scores per matrix and skips nothing.")
+    return rule
+
+
 def layer_number(name: str) -> int:
     """The layer in a matrix's name: its first part that is a number."""
     return next(int(part) for part in name.split(".") if part.isdigit())

@@ -43,7 +43,7 @@ def write_verdicts(
     """Writes the page of a study's folder (default: its report.html), and returns its path. The file works offline.
 
     Args:
-        facts: (name, value) beside the model, the pairs and the time.
+        facts: (name, value) beside the model, the pairs (where there are some) and the time.
         tables: CSV files that are shown below the figures.
         shown: entries of the manifest that are.
     """
@@ -51,12 +51,13 @@ def write_verdicts(
     check_file(out)
     run, manifest = read_run(folder), read_run(folder)["manifest"]
     time = f"{seconds_spent(run):,.0f} s"
+    pairs = [("Pairs", str(len(manifest["pairs"])))] if "pairs" in manifest else []
     models = [manifest[key]["name"] for key in ("model", "source_model") if key in manifest]
     page = page_of(
         "verdicts.html.j2",
         title=title,
         lead=lead,
-        facts=[("Model", " against ".join(models)), ("Pairs", str(len(manifest["pairs"]))), *facts, ("Time", time)],
+        facts=[("Model", " against ".join(models)), *pairs, *facts, ("Time", time)],
         verdicts=[{**row, "numbers": numbers(row)} for row in read_csv(folder / VERDICTS)],
         parts=[{"id": f"part-{at}", "title": f.title, "caption": f.caption, "data": embedded(f.plot)} for at, f in enumerate(drawn)],
         tables=[_table(file) for file in tables if file.is_file()],
