@@ -22,17 +22,20 @@ def run(x):
     return jax.lax.scan(lambda total, one: (total + one, one * total), jnp.zeros_like(x[0]), x)[1].sum()
 
 x = jax.device_put(jnp.full((64, 512, 512), 1e-3), jax.NamedSharding(mesh, jax.P("data")))
+def faults():
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin
+
 for _ in range(5):
-    run(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    run(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults()
+print(sorted(faults() for _ in range(15))[7])
 """
 
 
 def page_faults(**settings: str) -> int:
-    """Page faults of four calls of one program whose temporary arrays are 64 MB."""
+    """Page faults of a call of a program whose temporary arrays are 64 MB: the median of 15 calls, for memory of one call may be freed
+    behind the beginning of the next."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env={**environment, **settings})
     return int(done.stdout)
@@ -41,10 +44,10 @@ def page_faults(**settings: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_the_second_call_of_a_program_gets_the_memory_of_the_first() -> None:
-    assert page_faults() < 4000  # 4 x 64 MB are 65,536 pages
+    assert page_faults() < 1000  # 64 MB are 16,384 pages
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_settings_of_the_user_stay() -> None:
-    assert page_faults(MALLOC_TOP_PAD_="131072") > 40_000
+    assert page_faults(MALLOC_TOP_PAD_="131072") > 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,24 @@ def _examples(rng: np.random.Generator, lengths: list[int], beginning: int) -> l
     return found
 
 
+def _own(model: jm.Model, example: TokenizedExample) -> np.ndarray:
+    """Log-probabilities of the response by a forward pass of the example alone."""
+    logits = np.asarray(jm.forward(model, example.ids[None])[0][0], np.float64)[example.prompt - 1 : -1]
+    response = example.ids[example.prompt :]
+    return logits[np.arange(len(response)), response] - np.logaddexp.reduce(logits, axis=1)
+
+
+def _rounding(model: jm.Model, example: TokenizedExample) -> np.ndarray:
+    """How far the smallest change of every weight, up or down at random, moves each of these; the largest of eight draws."""
+    moved = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(lambda x, rng=rng: np.nextafter(x, np.float32(np.inf) * rng.choice([-1, 1], x.shape)), model.params)
+        placed = jax.tree.map(lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, model.params)
+        moved.append(np.abs(_own(replace(model, params=placed), example) - _own(model, example)))
+    return np.max(moved, axis=0)
+
+
 @pytest.mark.parametrize(
     ("mesh", "beginning"),
     [("data=2", 19), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("data=1", 0), ("data=1,model=2", 10)))],
@@ -37,8 +57,10 @@ def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
     for example, scored in zip(examples, found, strict=True):
         logits = np.asarray(jm.forward(model, example.ids[None])[0][0], np.float64)[example.prompt - 1 : -1]
         response = example.ids[example.prompt :]
-        own = logits[np.arange(len(response)), response] - np.logaddexp.reduce(logits, axis=1)
-        assert np.abs(scored.log_probabilities - own).max() < 1e-4
+        apart = np.abs(scored.log_probabilities - _own(model, example))
+        if apart.max() >= 3e-5:  # a token whose value one rounding of the weights moves as far
+            apart -= _rounding(model, example)
+        assert apart.max() < 3e-5
         assert np.array_equal(scored.likeliest, logits.argmax(1) == response)
     picked = choice_logits(model, [one.ids[: one.prompt] for one in examples], [7, 90, 33])
     for example, values in zip(examples, picked, strict=True):

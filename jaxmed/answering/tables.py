@@ -96,7 +96,7 @@ def _answer(row: dict[str, Any]) -> tuple[str, str]:
         return NOT_SUPPORTED, FLAT
     if row["low"] == "":
         return UNDECIDED, row["note"] or FEW
-    if not _apart(row["low"], row["high"]) or row["p_adjusted"] > LEVEL:
+    if not statistics.leaves_out_zero(row["low"], row["high"]) or row["p_adjusted"] > LEVEL:
         return NOT_SUPPORTED, ""
     if row["more_low"] == "":
         return UNDECIDED, "no random set to compare with"
@@ -112,18 +112,13 @@ def _sides(total: dict[str, Any]) -> Verdict:
         answer, why = ABSENT, f"both sides are answered alike; {why}"
     elif total["low"] == "":
         answer, why = UNDECIDED, f"{total['note'] or FEW}; {why}"
-    elif not _apart(total["low"], total["high"]):
+    elif not statistics.leaves_out_zero(total["low"], total["high"]):
         answer, why = UNDECIDED, f"the interval holds zero; {why}"
     return Verdict("base and source are answered differently", answer, UNIT, why, *_numbers(total, "p"))
 
 
 def _numbers(row: dict[str, Any], p: str) -> list[float]:
     return [math.nan if row[key] == "" else row[key] for key in ("mean", "low", "high", p)]
-
-
-def _apart(low: float, high: float) -> bool:
-    """Whether an interval leaves zero out."""
-    return low > 0 or high < 0
 
 
 def _row(

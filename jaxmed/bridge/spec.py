@@ -21,9 +21,9 @@ class BridgeSpec:
     prune_form: FormName = "plain"
     """How the prompts and responses of these sets are joined; see --form."""
     q: float = 1e-3
-    """Share of each matrix's weights that are chosen for a behaviour; less leaves too few of them in one layer to say where they sit."""
+    """Fraction of each matrix's weights that are chosen for a behaviour; less leaves too few of them in one layer to say where they sit."""
     p: float = 5e-3
-    """Share of each matrix's weights that are spared."""
+    """Fraction of each matrix's weights that are spared."""
     score_limit: int = 60
     """Examples of each set that are scored."""
     test_limit: int = 25

@@ -9,11 +9,10 @@ from typing import Any
 from jaxmed.answering.spec import AnswersSpec
 from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
-from jaxmed.cli.gate import show_verdicts
+from jaxmed.cli.gate import judging, show_verdicts
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags, PairsFlag
 from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import JudgeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,8 @@ class Answers(PairsFlag, ContrastFlags, RunFlags, JudgeFlags, AnswersSpec):
             return
         source = self.source()
         job = job.with_weights(self.load(), None if source is None else source.load())
-        settings = {one.name: str(getattr(self, one.name)) for one in fields(JudgeSettings)}
-        judge = self.make_judge(self.out / KEPT, self.save_text, self.mesh)
-        run_answers(job, self.out, self.resume, judge, settings, self.save_text, show.progress)
+        by = judging(self, self.out / KEPT, self.save_text)
+        run_answers(job, self.out, self.resume, by.judge, by.settings, self.save_text, show.progress)
         write_answers(self.out)
         show_verdicts(self.out)
 

@@ -74,13 +74,13 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
         show.lines(f"gate: {job.model.name}, neurons of layer {job.layout.layer}", lines)
 
 
-def judging(flags: Any, kept: Path) -> Any:
+def judging(flags: Any, kept: Path, keep_text: bool = False) -> Any:
     """Who judges the answers, by the flags of a command; scores of an endpoint are kept beside `kept`. Rules, where nothing is written."""
     from jaxmed.gating.clamp import Judging
     from jaxmed.gating.run import RULES
 
     settings = {one.name: str(getattr(flags, one.name)) for one in fields(JudgeSettings)}
-    return Judging(flags.make_judge(kept, False, flags.mesh), settings) if flags.tokens else RULES
+    return Judging(flags.make_judge(kept, keep_text, flags.mesh), settings) if flags.tokens else RULES
 
 
 def show_verdicts(folder: Path) -> None:

@@ -13,6 +13,7 @@ from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.gate import judging, show_verdicts
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
+from jaxmed.errors import UserError
 from jaxmed.studies.mediation_spec import MediationSpec
 
 
@@ -41,6 +42,9 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         contrast = self.contrast or ("pair" if source is None else "model")
         spec = MediationSpec(**{one.name: getattr(self, one.name) for one in fields(MediationSpec)})
         bridge = BridgeSpec(**{one.name: getattr(self, one.name) for one in fields(BridgeSpec)})
+
+        if not self.prune and (given := [one.name for one in fields(BridgeSpec) if getattr(self, one.name) != one.default]):
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --prune alone, which names the behaviour that is pruned for.")
 
         def made(model: Any, pairs: Sequence[Any], other: Any) -> Any:
             job = make_mediation(model, pairs, controls, spec, self.outcome, self.form, contrast, other)

@@ -28,6 +28,8 @@ class Report(ConfigFlags):
         """Writes the page."""
         if not self.folders:
             raise UserError("Give at least one --out folder of a sweep: `jaxmed report FOLDER`.")
+        if missing := [folder for folder in self.folders if not folder.exists()]:
+            raise UserError(f"There is no folder {missing[0]}. Give the --out folder of a sweep, a study, a gate or answers.")
         from jaxmed.reports.images import check_images, write_images
 
         check_images(self.images)

@@ -24,7 +24,7 @@ from jaxmed.generation import generate_ids
 from jaxmed.interventions.edits import CURRENT, Edit, resample, where
 from jaxmed.prompts.examples import Example
 from jaxmed.runs.watch import RESUMED, Watch
-from jaxmed.statistics import group_means, mean_interval
+from jaxmed.statistics import group_means, leaves_out_zero, mean_interval
 
 ANSWERS = "answers.csv"
 UNIT = "change of the refusal rate"
@@ -174,14 +174,9 @@ def _changed(claim: str, before: np.ndarray, top: np.ndarray, matched: np.ndarra
     why = (
         f"refused {before.mean():.0%} as they are, {top.mean():.0%} clamped, {matched.mean():.0%} with random neurons of like size clamped"
     )
-    answer = SUPPORTED if _apart(low, high) and _apart(*more) else NOT_SUPPORTED
+    answer = SUPPORTED if leaves_out_zero(low, high) and leaves_out_zero(*more) else NOT_SUPPORTED
     if np.isnan(low):
         answer, why = UNDECIDED, f"too few groups for an interval; {why}"
-    elif not _apart(*split):
+    elif not leaves_out_zero(*split):
         answer, why = ABSENT, f"base and source prompts are refused equally often; {why}"
     return Verdict(claim, answer, UNIT, why, float((top - before).mean()), float(low), float(high))
-
-
-def _apart(low: Any, high: Any) -> bool:
-    """Whether an interval leaves zero out."""
-    return bool(low > 0 or high < 0)

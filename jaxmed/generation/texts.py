@@ -70,17 +70,9 @@ def generate_ids(
     Raises:
         UserError: no prompts, or an empty one; values out of range; an edit that cannot act here; too many tokens for the model.
     """
-    config = model.config
     prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise UserError("There is no prompt to continue." if not prompts else "A prompt has no tokens.")
-    if max_tokens < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
-        raise UserError(f"Tokens ({max_tokens}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
-    if said := odd_text(list(stop_texts), "stop_texts"):
-        raise UserError(f"{said}.")
-    if where not in WHERE:
-        raise unknown("where", where, WHERE)
-    check_tokens(config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
+    _check_values(prompts, max_tokens, temperature, top_p, where, stop_texts)
+    check_tokens(model.config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
     checked = _check(model, edits)
     if follow is not None:
         check_following(model, follow, len(prompts), bool(checked))
@@ -105,6 +97,20 @@ def generate_ids(
             written[i] = out[row]
         report(len(chosen))
     return written
+
+
+def _check_values(
+    prompts: Sequence[np.ndarray], max_tokens: int, temperature: float, top_p: float, where: str, stop_texts: Sequence[str]
+) -> None:
+    """Raises a UserError for what `generate_ids` cannot use, whatever the model."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UserError("There is no prompt to continue." if not prompts else "A prompt has no tokens.")
+    if max_tokens < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
+        raise UserError(f"Tokens ({max_tokens}) are at least 1, temperature ({temperature}) is not negative, top_p ({top_p}) is in (0, 1].")
+    if said := odd_text(list(stop_texts), "stop_texts"):
+        raise UserError(f"{said}.")
+    if where not in WHERE:
+        raise unknown("where", where, WHERE)
 
 
 def generate(model: Model, prompts: Sequence[str | Example], max_tokens: int = 64, form: str = "chat", **how: Any) -> list[str]:

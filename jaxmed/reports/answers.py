@@ -16,7 +16,8 @@ LEAD = (
 )
 CHANGES = (
     "Change of the mean score (with refusal rules: of the refusal rate) of the answers to base prompts. First: the source's side as it "
-    "is. Random: as many units of the same kinds and layers. Bars: 95 % intervals over groups of pairs."
+    "is. Random: as many other units of the same kinds and layers (whole modules: of other layers). Bars: 95 % intervals over groups of "
+    "pairs."
 )
 
 

@@ -113,15 +113,16 @@ def unit_map(record: Record, unit: str, outcome: str, columns: int) -> Figure:
         hoverinfo="text",
     )
     window = record.table[unit].attrs.get("window")
+    noun = unit if index_axis(record, unit) == f"{unit}_index" else f"neuron's {unit} branch"
     what = f"Windows of {window} adjacent neurons. " if window else ""
     if width > 1:
-        what += f"Each column holds {width} adjacent {unit}s and shows the one with the largest |mean effect| (hover names it). "
+        what += f"Each column holds {width} neighbours and shows the one with the largest |mean effect| (hover names it). "
     caption = (
         f"{what}Mean effect on {outcome} over pairs; red is toward the target, blue toward the foil. Colours saturate at "
         f"±{number(limit(shown))}, the 99.9th percentile of |mean effect|; dots mark the {len(largest)} largest. "
         "Where columns are narrower than a pixel, neighbours hide each other: drag to zoom in."
     )
-    return Figure(f"Effect of every {unit}", caption, plot)
+    return Figure(f"Effect of every {noun}", caption, plot)
 
 
 def _notes(record: Record, unit: str, outcome: str, places: list[tuple[int, int]], means: np.ndarray) -> list[str]:

@@ -90,6 +90,11 @@ def wilson(successes: int, of: int, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def leaves_out_zero(low: Any, high: Any) -> bool:
+    """Whether an interval leaves zero out; one that is NaN does not."""
+    return bool(low > 0 or high < 0)
+
+
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """How often a positive value exceeds a negative one, ties counting half: the area under the ROC curve."""
     return float(stats.mannwhitneyu(positive, negative, method="asymptotic").statistic / (len(positive) * len(negative)))
