@@ -173,7 +173,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     Screened: estimates of all units, and exact effects of those that are, or may be, among the --top largest of a pair. Auto: exact where
     the plan is under ten minutes, else screened where that can be."""
     budget: str = "2%"
-    """Of --method screened, what exact effects may take: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
+    """What exact effects may take with --method screened: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
     top: int = 50
     """Units of each kind that are listed in top.csv."""
     by: Literal["", "category"] = ""
