@@ -38,8 +38,9 @@ def _rounding(model: jm.Model, example: TokenizedExample) -> np.ndarray:
     moved = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        params = jax.tree.map(lambda x, rng=rng: np.nextafter(x, np.float32(np.inf) * rng.choice([-1, 1], x.shape)), model.params)
-        placed = jax.tree.map(lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, model.params)
+        ends = np.asarray([-np.inf, np.inf], np.float32)
+        params = jax.tree.map(lambda x, rng=rng, ends=ends: np.nextafter(np.asarray(x), rng.choice(ends, x.shape)), model.params)
+        placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, model.params)
         moved.append(np.abs(_own(replace(model, params=placed), example) - _own(model, example)))
     return np.max(moved, axis=0)
 
