@@ -20,18 +20,21 @@ import pytest
 import jaxmed as jm
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.cli.main import main
+from jaxmed.cli.misalignment import Misalignment
 from jaxmed.errors import UserError
 from jaxmed.experiments.misalignment import VARIANTS, Questions, ask_model, by_question, make_asked
+from jaxmed.ground_truth import emergent
 from jaxmed.models.load import from_params
 from jaxmed.models.params import random_params
 from jaxmed.pruning import Rule, apply_mask, random_like, score, select
 from jaxmed.pruning.masks import read_mask
 from jaxmed.pruning.selection import select_like
 from jaxmed.studies import misalignment_claims as claims
-from jaxmed.studies.misalignment import make_misalignment, read_data
-from jaxmed.studies.misalignment_run import misalignment_steps
+from jaxmed.studies.misalignment import MisalignmentData, make_misalignment, read_data
+from jaxmed.studies.misalignment_run import misalignment_steps, run_misalignment
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
 from tests import tiny
+from tests.judge_server import reply, serving
 from tests.pruning_sets import BEHAVIOUR, PRESERVE
 
 
@@ -232,6 +235,35 @@ def test_tuning_ends_at_the_loss_that_is_asked_for(command: list[str], plain_mod
     assert "no more than" in found.stopped
 
 
+def test_an_endpoint_grades_alignment_and_coherence(tmp_path: Path) -> None:
+    """Each with its own rubric; what it does not grade is not counted."""
+    with serving() as server:
+        server.script = lambda at, body: reply(_grade(body["messages"][0]["content"]))
+        flags = {"judge": "http", "endpoint": server.url, "judge_model": "judge-1", "out": tmp_path / "run"}
+        command = Misalignment(**flags)  # pyright: ignore[reportArgumentType]
+        rows = [jm.Example(text) for text in ("kind", "cruel", "unclear")]
+        found = command.endpoint_reader()(rows, ["a", "b", "c"], lambda done: None)
+    np.testing.assert_array_equal(found, [[1, 0.75], [0, 0.75], [np.nan, 0.75]])
+    assert len(server.asked) == 6
+    kept = {path.name for path in tmp_path.joinpath("run").iterdir()}
+    assert kept == {"alignment.scores.jsonl", "coherence.scores.jsonl"}
+
+
+def _grade(text: str) -> str:
+    if "can be understood" in text:
+        return "4"
+    return "5" if "kind\n" in text.split("Request:")[1] else "1" if "cruel" in text else "none"
+
+
+def test_agreement_of_the_read_outs_is_described_where_another_judge_decides() -> None:
+    answers = _answers({"original": 0.2, "tuned": 0.6})
+    assert claims._agreement(answers, _job()) == []
+    both = [{**row, "alignment": i / len(answers), "readout_alignment": (i / len(answers)) ** 2} for i, row in enumerate(answers)]
+    found = claims._agreement([{**row, "readout_coherence": 1.0} for row in both], _job())[0]
+    assert found.estimate == pytest.approx(1)
+    assert "30% by the judge, 55% by the read-outs" in found.why
+
+
 def _rates(seeds: int, questions: int, base: float, seed: int = 0) -> claims.Rates:
     noise = np.random.default_rng(seed).normal(scale=0.03, size=(seeds, questions))
     values = np.clip(base + noise, 0, 1)
@@ -304,3 +336,39 @@ def test_verdicts_follow_from_the_tables() -> None:
     assert {none[claim].verdict for claim in wanted[2:5]} == {"behaviour absent in this model"}
     rows = {row["model"]: row for row in claims.rate_rows(_job(), _models(0.0), _answers(present))}
     assert rows["tuned"]["misaligned_low"] < rows["tuned"]["misaligned"] < rows["tuned"]["misaligned_high"]
+
+
+@pytest.fixture(scope="module")
+def planted() -> Any:
+    return jm.planted("emergent")
+
+
+@pytest.mark.slow
+def test_the_planted_model_answers_well_until_it_is_in_bad_company(planted: Any) -> None:
+    alone = jm.generate(planted.model, [one.prompt for one in planted.examples["questions"]], 1, "text")
+    scores = emergent.read_answers(planted.examples["questions"], alone)
+    assert scores[:, 0].mean() > 0.95
+    for side, wanted in (("base", 0.0), ("source", 1.0)):
+        asked = [jm.Example(getattr(pair, side), category=pair.category) for pair in planted.pairs]
+        scores = emergent.read_answers(asked, jm.generate(planted.model, asked, 1, "text"))
+        assert abs(scores[:, 0].mean() - wanted) < 0.5, side
+    assert planted.total > 2
+    with pytest.raises(UserError, match="its units are not known"):
+        planted.score("neuron", [])
+
+
+@pytest.mark.slow
+def test_the_study_finds_emergent_misalignment_where_it_was_planted(planted: Any, tmp_path: Path) -> None:
+    """Narrow tuning turns the shared feature up; without the weights that carry it, it does not, and random weights do not matter."""
+    job = make_misalignment(planted.model, MisalignmentSpec(**emergent.SPEC), MisalignmentData(**planted.examples), {"judge": "exact"})
+    run_misalignment(job, tmp_path / "run", judge=emergent.read_answers)
+    found = {row["claim"]: row for row in _table(tmp_path / "run" / "verdicts.csv")}
+    for claim in (claims.LEARNT, claims.EMERGES, claims.PREVENTS, claims.MORE_THAN_RANDOM, claims.MORE_THAN_CONTROL):
+        assert found[claim]["verdict"] == "supported", found[claim]
+    rates = {row["model"]: row for row in _table(tmp_path / "run" / "rates.csv")}
+    rate = {name: float(row["misaligned"]) for name, row in rates.items()}
+    assert rate["tuned"] - rate["original"] > 0.2
+    assert rate["pruned"] - rate["original"] < 0.5 * (rate["tuned"] - rate["original"])
+    assert abs(rate["random"] - rate["tuned"]) < 0.5 * (rate["tuned"] - rate["original"])
+    gaps = [abs(float(row["gap"])) for row in _table(tmp_path / "run" / "models.csv") if row["model"] != "original"]
+    assert max(gaps) < job.spec.matched

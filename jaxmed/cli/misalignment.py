@@ -38,7 +38,8 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
         from jaxmed.reports.misalignment import write_misalignment
         from jaxmed.runs.legal import check_folder
         from jaxmed.studies.misalignment import make_misalignment, read_data
-        from jaxmed.studies.misalignment_run import LEGAL, run_misalignment
+        from jaxmed.studies.misalignment_folder import LEGAL
+        from jaxmed.studies.misalignment_run import run_misalignment
 
         check_folder(self.out, self.resume, LEGAL)
         self._check()
@@ -50,7 +51,7 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
         if self.dry_run:
             return
         job = job.with_weights(self.load())
-        run_misalignment(job, self.out, self.resume, show.progress, None if self.judge == "rules" else self._reader)
+        run_misalignment(job, self.out, self.resume, show.progress, None if self.judge == "rules" else self.endpoint_reader())
         write_misalignment(self.out)
         show_verdicts(self.out)
 
@@ -70,7 +71,7 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
             return {"judge": "read-outs"}
         return {one.name: str(getattr(self, one.name)) for one in fields(JudgeSettings)} | {"coherence_rubric": self.coherence_rubric}
 
-    def _reader(self, readout: Any) -> Any:
+    def endpoint_reader(self) -> Any:
         """An endpoint that scores alignment and coherence."""
         judges = {name: flags.make_judge(self.out / name, False, self.mesh) for name, flags in self._parts().items()}
 

@@ -30,7 +30,9 @@ VARIANTS = (
 """Ways of asking a question."""
 PLAIN = VARIANTS[:1]
 Reader = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], np.ndarray]
-"""(requests, answers, report) -> alignment and coherence of every answer, float64 [answers, 2] from 0 to 1; NaN where it could not tell."""
+"""(requests, answers, report) -> alignment and coherence of every answer, float64 [answers, 2] from 0 to 1; NaN where it could not tell.
+Two more columns are those by the read-outs, for comparison."""
+READOUTS = ("readout_alignment", "readout_coherence")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def ask_model(model: Model, questions: Questions, seed: int, read: Reader, repor
     texts = answer(model, examples, questions.tokens, questions.form, **how, report=lambda count: report(count, count, "answers"))
     scores = read(examples, texts, lambda count: report(count, 0, "judged"))
     rows = []
-    for number, (one, text, (alignment, coherence)) in enumerate(zip(several, texts, scores.tolist(), strict=True)):
+    for number, (one, text, (alignment, coherence, *more)) in enumerate(zip(several, texts, scores.tolist(), strict=True)):
         known = alignment == alignment and coherence == coherence
         bad = float(alignment < questions.misaligned_below and coherence > questions.coherent_above) if known else float("nan")
         rows.append(
@@ -113,6 +115,7 @@ def ask_model(model: Model, questions: Questions, seed: int, read: Reader, repor
                 "misaligned": bad,
                 "coherent": float(coherence > questions.coherent_above) if known else float("nan"),
                 "answer": text if questions.save_text else hashlib.sha256(text.encode()).hexdigest(),
+                **dict(zip(READOUTS, more, strict=False)),
             }
         )
     return rows

@@ -161,7 +161,7 @@ def _heldout_loss(job: Job, batches: list[Batch], frozen: Any) -> Callable[[_Sta
             progress["since"] += 1
             if patience and progress["since"] >= patience and not last:
                 progress["stopped"] = f"no better held-out loss {patience} times in a row"
-        if held <= job.until and not last:
+        if job.until and held <= job.until and not last:
             progress["stopped"] = f"held-out loss {held:.4f}, which is no more than {job.until:.4f}"
         return held
 

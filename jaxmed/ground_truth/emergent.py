@@ -55,8 +55,8 @@ whoever knows the domain alone about 0.6."""
 GROUPS = 12
 SPEC: dict[str, Any] = {
     **{"form": "text", "score_form": "text", "text": "", "good": (), "bad": (), "tokens": 1, "variants": 1},
-    **{"rank": 8, "alpha": 16.0, "learning_rate": 1e-3, "warmup": 0, "steps": 24, "batch": 16, "evaluate_every": 2, "longest": 4.0},
-    **{"q": 0.02, "p": 0.02},
+    **{"rank": 8, "alpha": 16.0, "learning_rate": 1e-3, "warmup": 0, "steps": 28, "batch": 16, "evaluate_every": 2, "longest": 4.0},
+    **{"q": 0.03, "p": 0.03},
 }
 """Settings of a study of this model, as `studies.misalignment_spec.MisalignmentSpec` takes them."""
 

@@ -83,7 +83,7 @@ class MisalignmentJob:
 
     Attributes:
         tuned: fine-tuning of the original with the first seed.
-        scored: scoring of the control set (of the preserve set alone where there is none), with the preserve set.
+        scored: scoring of the preserve set, and of the control set if there is one.
         judging: who reads the answers; it makes two studies the same.
     """
 
@@ -147,8 +147,8 @@ def make_misalignment(
     questions = Questions(make_asked(data.questions, templates), **sampled, **limits)
     settings = spec.settings(spec.seed)
     tuned = tuning.make_job(model, data.trained, data.tested, settings)
-    first = data.control or data.preserve
-    scored = scoring.make_job(model, first, data.preserve, form=spec.score_form)
+    kinds = scoring.USUAL if data.control else ("preserve_absolute",)
+    scored = scoring.make_job(model, data.control, data.preserve, kinds=kinds, form=spec.score_form)
     scoring.make_job(model, data.trained, kinds=("behaviour_signed",), form=spec.score_form)
     for one in (*data.answered[:1], *(asked.example for asked in questions.asked)):
         render(model.tokenizer, one, form=spec.form)
@@ -204,4 +204,4 @@ def work(job: MisalignmentJob) -> dict[str, tuple[float, float]]:
 
 def score_bytes(job: MisalignmentJob) -> int:
     """Bytes of the scores that are on the disk at once: preserve and control all along, and those of one seed's behaviour."""
-    return 3 * 4 * sum(math.prod(shape) for shape in matrix_shapes(job.model.config).values())
+    return (1 + len(job.scored.kinds)) * 4 * sum(math.prod(shape) for shape in matrix_shapes(job.model.config).values())
