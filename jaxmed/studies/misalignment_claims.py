@@ -157,7 +157,15 @@ def _matched(name: str, models: Sequence[Row], job: MisalignmentJob) -> Verdict:
         f"held-out rows of the narrow set: {TUNED} {losses[TUNED]:.3f} after {steps[TUNED]:.0f} steps, {name} {losses[name]:.3f} after "
         f"{steps[name]:.0f}; it was tuned until its loss was no higher, for {job.spec.longest:g} times the steps at most"
     )
-    return Verdict(f"{MATCHED}: {name}", DESCRIBED, "nats per token", why, float(np.mean(gaps)), min(gaps), max(gaps))
+    return Verdict(
+        f"{MATCHED}: {name}",
+        DESCRIBED,
+        "nats per token, difference of held-out losses, range over seeds",
+        why,
+        float(np.mean(gaps)),
+        min(gaps),
+        max(gaps),
+    )
 
 
 def _learnt(losses: Sequence[Row], job: MisalignmentJob) -> Verdict:
@@ -194,9 +202,19 @@ def _costs(models: Sequence[Row], job: MisalignmentJob) -> list[Verdict]:
     if not job.spec.text:
         return []
     ratios = {name: [float(row["perplexity_ratio"]) for row in models if row["model"] == name] for name in (TUNED, PRUNED)}
-    why = f"{TUNED} {np.mean(ratios[TUNED]):.3f}, {PRUNED} {np.mean(ratios[PRUNED]):.3f}; the range is over seeds"
+    why = f"{TUNED} {np.mean(ratios[TUNED]):.3f}, {PRUNED} {np.mean(ratios[PRUNED]):.3f}"
     values = ratios[PRUNED]
-    return [Verdict(COSTS, DESCRIBED, f"perplexity, {PRUNED} over {ORIGINAL}", why, float(np.mean(values)), min(values), max(values))]
+    return [
+        Verdict(
+            COSTS,
+            DESCRIBED,
+            f"perplexity, {PRUNED} over {ORIGINAL}, range over seeds",
+            why,
+            float(np.mean(values)),
+            min(values),
+            max(values),
+        )
+    ]
 
 
 def _agreement(answers: Sequence[Row], job: MisalignmentJob) -> list[Verdict]:
