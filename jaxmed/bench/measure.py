@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxmed.bench import sweeps
 from jaxmed.bench.contestants import bare_matmuls, engine, naive
 from jaxmed.bench.peers import Peers
 from jaxmed.bench.shapes import Subject, make_subject
@@ -23,6 +24,9 @@ from jaxmed.runs.provenance import short_commit
 
 NAIVE_NEURONS = 64
 """How many neurons the slow contestants patch per round; their cost per neuron does not depend on the number."""
+
+
+OURS = ("engine", "bare matmuls", sweeps.JOINT, sweeps.SCREENED)
 
 
 def bench(command: Any) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def bench(command: Any) -> dict[str, Any]:
             len(layers) * subject.model.config.neurons,
             lambda: _timed(lambda: jax.block_until_ready(bare_matmuls(subject, layers))),
         ),
+        **sweeps.contestants(subject, layers, _timed),
     }
     if command.peers:
         contestants["naive jax, vmapped full forwards"] = (NAIVE_NEURONS, lambda: _timed(lambda: naive(subject, middle, NAIVE_NEURONS)))
@@ -98,7 +103,9 @@ def _result(
         "neurons_per_second": rates,
         "engine_over_bare_matmuls": ratio("bare matmuls"),
         "gflops": {name: flops / medians.median(times[name]) / 1e9 for name in ("engine", "bare matmuls")},
-        "speed_up": {name: share[name] * ratio(name) for name in times if name not in ("engine", "bare matmuls")},
+        "joint_sets_over_engine": sweeps.joint_flops(subject, layers) / flops / ratio(sweeps.JOINT),
+        "screened_over_engine": 1 / (share[sweeps.SCREENED] * ratio(sweeps.SCREENED)),
+        "speed_up": {name: share[name] * ratio(name) for name in times if name not in OURS},
         "largest_difference_from_hooks": agreement,
     }
 
@@ -109,6 +116,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{found['model']}, {found['dtype']}, {found['tokens']} tokens, {len(found['layers'])} layers, on {found['device']}",
         f"engine: {found['neurons_per_second']['engine']:,.0f} neurons/s, {gflops['engine']:,.0f} GFLOP/s; bare matmuls: "
         f"{gflops['bare matmuls']:,.0f} GFLOP/s; ratio {found['engine_over_bare_matmuls']:.3f} (median of rounds)",
+    ]
+    rates, joint, screened = found["neurons_per_second"], found["joint_sets_over_engine"], found["screened_over_engine"]
+    lines += [
+        f"{sweeps.JOINT}: {rates[sweeps.JOINT]:,.0f} sets/s; {joint:.2f} x the FLOP/s of single neurons",
+        f"{sweeps.SCREENED}: {rates[sweeps.SCREENED]:,.0f} neurons/s; {screened:.1f} x as fast as the engine",
     ]
     for name, ratio in found["speed_up"].items():
         lines.append(f"{name}: {found['neurons_per_second'][name]:,.1f} neurons/s; the engine is {ratio:,.2f} x as fast")

@@ -66,6 +66,6 @@ def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dt
         base, source = (render(model.tokenizer, pair, side).ids for side in ("base", "source"))
         answers = encode_answers(model.tokenizer, pair, outcomes)
     patch = Patch((len(base) - 1,), (len(source) - 1,))
-    prepared = prepare(Contrast(pair, Side(model, base), Side(model, source), (patch,), answers), outcomes, ("neuron",))
+    prepared = prepare(Contrast(pair, Side(model, base), Side(model, source), (patch,), answers), outcomes, ("neuron",), True)
     size = units_per_device(model.config, model.mesh, model.config.neurons, 1, len(prepared.packed.tokens))
     return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes, model.mesh.shape["model"]))

@@ -131,8 +131,9 @@ BLOCK, BUDGET = "layers", "budget"
 may take."""
 FEW = 1024
 """Units of a kind and pair that screened sweeps compute one and all, beside the budget: to leave some out would save little."""
-SCREENED, SCREENED_AT_ONCE = "screened", 128
-"""The group of rows of any kinds and layers, and the most of them per device and chunk."""
+SCREENED, SCREENED_AT_ONCE, SCREENED_PAIRS = "screened", 128, 4
+"""The group of rows of any kinds and layers, the most of them per device and chunk, and the most pairs per device of an item: those that a
+kill loses."""
 
 
 def _chunks(job: Job) -> dict[str, int]:
@@ -177,9 +178,10 @@ def _batch_sizes(job: Job) -> dict[str, int]:
 
 
 def _screened_sizes(job: Job) -> dict[str, int]:
-    """A pair per batch of estimates, rows per device of every window, and the budget."""
-    sizes, sized = {shape_of(contrast).key: 1 for contrast in job.contrasts}, partial(units_per_device, job.model.config, job.model.mesh)
-    whole_rows, most = any(callable(outcome) for outcome in job.request.outcomes), SCREENED_AT_ONCE * job.model.mesh.shape["data"]
+    """Pairs per batch of estimates, rows per device of every window, and the budget."""
+    devices, sized = job.model.mesh.shape["data"], partial(units_per_device, job.model.config, job.model.mesh)
+    sizes = {key: min(size, SCREENED_PAIRS * devices) for key, size in _batch_sizes(job).items()}
+    whole_rows, most = any(callable(outcome) for outcome in job.request.outcomes), SCREENED_AT_ONCE * devices
     for shape in {shape for contrast in job.contrasts for shape in shapes_of(contrast)}:
         sizes[shape.chunk_key(SCREENED)] = sized(most, shape.window, shape.seen, whole_rows)
     sizes = dict(sorted(sizes.items()))

@@ -21,7 +21,7 @@ from jaxmed.effects.estimands import variable
 from jaxmed.effects.estimates import FirstOrder, RanPairs, run_pairs
 from jaxmed.effects.job import BUDGET, SCREENED, Job
 from jaxmed.effects.mediators import MEDIATORS, recorded_sites
-from jaxmed.effects.pair_batches import window_of
+from jaxmed.effects.pair_batches import batches_of, window_of
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.shapes import row_flops, shapes_of
 from jaxmed.effects.table import ERROR, ESTIMATE, PROBABILITY, RECALL, VERIFIED
@@ -40,18 +40,18 @@ class Screened:
     rules: Rules
 
     def items(self, job: Job) -> list[Item]:
-        """A pair each, all layers."""
-        return [Item((pair,), job.layers) for pair in range(len(job.contrasts))]
+        """Some pairs of one shape, all layers."""
+        return [Item(numbers, job.layers) for numbers in batches_of(job.contrasts, job.chunk)]
 
     def work(self, job: Job, item: Item) -> Work:
         """The estimates, and the rows that the budget allows for; how many these are is known when they are chosen."""
-        estimated, pair = FirstOrder(self.rules).work(job, item), item.pairs[0]
-        many = job.screened(pair)
-        few = [unit for unit in job.request.units if unit not in many]
-        every, rows = job.row_flops(pair, many), job.count_in(pair, few)
-        budget = every * job.chunk[BUDGET] / 1e6
-        rows += round(budget / every * job.count_in(pair, many)) if many else 0
-        return Work(estimated.passes + rows, estimated.flops + job.row_flops(pair, few) + budget, estimated.effects)
+        estimated, rows, flops = FirstOrder(self.rules).work(job, item), 0.0, 0.0
+        for pair in item.pairs:
+            many, part = job.screened(pair), job.chunk[BUDGET] / 1e6
+            few = [unit for unit in job.request.units if unit not in many]
+            flops += job.row_flops(pair, few) + part * job.row_flops(pair, many)
+            rows += job.count_in(pair, few) + part * job.count_in(pair, many)
+        return Work(estimated.passes + round(rows), estimated.flops + flops, estimated.effects)
 
     def shared(self, job: Job, pair: int) -> float:
         """Nothing: an item takes all that its pair takes."""
@@ -67,15 +67,21 @@ class Screened:
         del opened
         readout = Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules)
         ran = run_pairs(job, item, readout, *reversed(recorded_sites(job.model.config, job.request.units, True)))
-        found = {unit: np.asarray(values)[:, :, 0] for unit, values in ran.effects(job, self.rules).items()}
-        screen = Screen.of(job, item.pairs[0], ran, readout, found)
-        screen.begin()
-        collect = screen.go_on()
+        found = {unit: np.asarray(values) for unit, values in ran.effects(job, self.rules).items()}
+        screens, collects = [], []
+        for row, pair in enumerate(item.pairs):
+            screen = Screen.of(
+                job, pair, _prepared(job, pair, ran, row), readout, {unit: values[:, :, row] for unit, values in found.items()}
+            )
+            screen.begin()
+            collects.append(screen.go_on())
+            screens.append(screen)
         ends = ran.ends(job, item)
 
         def finish() -> list[Chunk]:
-            collect()
-            return [*ends, *screen.chunks()]
+            for collect in collects:
+                collect()
+            return [*ends, *(chunk for screen in screens for chunk in screen.chunks())]
 
         return finish
 
@@ -157,7 +163,7 @@ class Screen:
     base: list[np.ndarray] = field(default_factory=list)
 
     @staticmethod
-    def of(job: Job, pair: int, ran: RanPairs, readout: Readout, found: dict[str, np.ndarray]) -> Screen:
+    def of(job: Job, pair: int, prepared: PreparedContrast, readout: Readout, found: dict[str, np.ndarray]) -> Screen:
         """Args: found: kind -> first-order effects float32 [L, outcome, patch, unit] from the job's first layer on."""
         layers, shapes, kinds = np.asarray(job.layers), shapes_of(job.contrasts[pair]), []
         for unit, values in found.items():
@@ -165,7 +171,7 @@ class Screen:
             flops = np.stack([row_flops(job.model.config, unit, shape)[layers] for shape in shapes], axis=-1)
             kinds.append(Kind(unit, estimate, np.broadcast_to(flops[:, None], estimate.shape[1:])))
         rng = np.random.default_rng([job.request.seed, zlib.crc32(job.pairs[pair].id.encode())])
-        return Screen(job, pair, kinds, readout, _prepared(job, pair, ran), rng)
+        return Screen(job, pair, kinds, readout, prepared, rng)
 
     @property
     def _many(self) -> list[Kind]:
@@ -285,10 +291,10 @@ def _most(kinds: list[Kind], worth: list[np.ndarray], budget: float, known: list
     return [part.reshape(kind.cost.shape) for part, kind in zip(np.split(taken, ends), kinds, strict=True)]
 
 
-def _prepared(job: Job, pair: int, ran: RanPairs) -> PreparedContrast:
-    """The pair's runs, as restarted runs take them; on every device whole."""
+def _prepared(job: Job, pair: int, ran: RanPairs, row: int) -> PreparedContrast:
+    """The runs of a pair, a row of its batch, as restarted runs take them; on every device whole."""
     contrast, everywhere = job.contrasts[pair], jax.NamedSharding(job.model.mesh, jax.P())
-    first: Any = lambda tree: jax.device_put(jax.tree.map(lambda x: x[:, 0], tree), everywhere)  # noqa: E731
-    base, source, key, value = first((ran.base.record, ran.written, ran.base.key, ran.base.value))
-    ends = np.asarray(ran.base.outcome)[:, 0], np.asarray(ran.source_outcome)[:, 0]
+    own: Any = lambda tree: jax.device_put(jax.tree.map(lambda x: x[:, row], tree), everywhere)  # noqa: E731
+    base, source, key, value = own((ran.base.record, ran.written, ran.base.key, ran.base.value))
+    ends = np.asarray(ran.base.outcome)[:, row], np.asarray(ran.source_outcome)[:, row]
     return PreparedContrast(contrast, contrast.packed(), window_of(contrast)[0], base, source, key, value, None, *ends, None)
