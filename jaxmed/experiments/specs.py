@@ -41,6 +41,14 @@ class RequestSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparedSpec:
+    """How many weights are spared."""
+
+    p: float = 5e-3
+    """Share of weights that are spared per matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UtilitySpec:
     """What counts as harmless."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from jaxmed.errors import UserError, check_seed
+from jaxmed.experiments.specs import SparedSpec
 from jaxmed.finetuning.settings import Settings
 from jaxmed.prompts.forms import FormName
 from jaxmed.pruning.rule import Rule
@@ -15,7 +16,7 @@ FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class MisalignmentSpec(Settings):
+class MisalignmentSpec(Settings, SparedSpec):
     """Does narrow fine-tuning change a model out of its domain, and does pruning first prevent it?"""
 
     narrow: str = "foolish"
@@ -44,8 +45,6 @@ class MisalignmentSpec(Settings):
     """Sampled answers of the tuned model to every held-out prompt of its half: these are the behaviour that is scored."""
     q: float = 1e-4
     """Share of weights that are chosen per matrix."""
-    p: float = 5e-3
-    """Share of weights that are spared per matrix."""
     score_form: FormName = "space"
     """How prompt and answer are joined where weights are scored; see --form."""
     seeds: int = FEWEST_SEEDS

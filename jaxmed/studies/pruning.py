@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmed.errors import UserError
-from jaxmed.experiments.specs import AbilitySpec, AttackSpec, FormSpec, TextSpec, UtilitySpec
+from jaxmed.experiments.specs import AbilitySpec, AttackSpec, FormSpec, SparedSpec, TextSpec, UtilitySpec
 from jaxmed.models.catalog import DEFAULT
 from jaxmed.models.config import ModelConfig
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
@@ -27,7 +27,7 @@ STUDY = "targeted pruning"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec):
+class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec, SparedSpec):
     """Targeted pruning end to end: curves, transfer, compression, dissociation and attacks, with figures and tables on one page."""
 
     models: tuple[str, ...] = (DEFAULT, "smollm2-135m-aligned")
@@ -46,8 +46,6 @@ class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec):
     """Set whose weights are spared, bundled or yours."""
     q: float = 1e-4
     """Share of weights that are chosen per matrix, for transfer, dissociation and attacks."""
-    p: float = 5e-3
-    """Share of weights that are spared per matrix."""
     qs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     """Shares of weights that are chosen along the curves."""
     score_limit: int | None = None
