@@ -17,6 +17,7 @@ from jaxmed.errors import UserError, quoted
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
+from jaxmed.runs.cost import propagate_flops
 from jaxmed.tokens import DATE, check_tokens
 
 RANDOM = "random like "
@@ -64,6 +65,19 @@ class AnswersJob:
     def follows(self) -> bool:
         """Whether units keep what another model has on the text so far."""
         return self.source_model is not None and self.spec.patch == "resample"
+
+    def size(self) -> tuple[int, float]:
+        """Tokens that are written at most, and matmul FLOPs of prompts and tokens; of both models where one follows the other."""
+        config, tokens, flops = self.model.config, 0, 0.0
+        for condition in self.conditions:
+            for contrast in self.contrasts:
+                length = len(getattr(contrast, condition.prompts).ids)
+                seen = length + self.spec.tokens // 2
+                each = propagate_flops(config, 1, 1, seen, config.layers) + 2.0 * config.width * config.vocabulary
+                models = 2 if self.follows and condition.name else 1
+                flops += models * (propagate_flops(config, 1, length, 0, config.layers) + self.spec.samples * self.spec.tokens * each)
+                tokens += self.spec.samples * self.spec.tokens
+        return tokens, flops
 
     def members(self, names: Sequence[str]) -> Membership:
         """The units of sets by name, one row each."""

@@ -58,9 +58,11 @@ class Answers(PairsFlag, ContrastFlags, RunFlags, JudgeFlags, AnswersSpec):
     def _plan(self, job: Any) -> None:
         each = len(job.pairs) * job.spec.samples
         drawn = f"{job.spec.samples} samples at temperature {job.spec.temperature:g}" if job.spec.temperature else "greedy"
+        tokens, flops = job.size()
         lines = [
             f"{len(job.pairs)} pairs, {len(job.sets)} sets (random ones included), {drawn}",
             f"{each * len(job.conditions):,} answers of up to {job.spec.tokens} tokens: base and source as they are, base under every set",
+            f"at most {tokens:,} tokens to write, {flops / 1e12:,.2f} TFLOP of matmuls",
             *self.judge_lines(),
         ]
         show.lines(f"answers: {job.model.name}" + (f", values of {job.source_model.name}" if job.source_model else ""), lines)

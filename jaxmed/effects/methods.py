@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         rules=RELP,
     ),
     "screened": Method(
-        "effects, exact where it matters",
+        "screened effects",
         f"attribution patching of all units: {_CHANGE}; then restarted runs of those that are likeliest to be among the largest, and of a "
         "sample of the others, which shows how far estimates are off. Means and tests use the difference estimator, which is unbiased",
         passes="forwards, backwards and restarted passes",

@@ -22,6 +22,7 @@ from jaxmed.effects.sets import UnitPath, as_set, as_unit, layer_windows
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item
+from jaxmed.errors import notice
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder
@@ -35,6 +36,7 @@ def run_sweep(job: Job, out: Path, resume: bool = False, watch: Watch = silent, 
         UserError: `out` holds something else, a run without `resume`, or a run of another request; it is in use, or has no room; a
             finished table that is damaged (what is damaged is computed when the run is resumed again).
     """
+    _tell(job)
     planned = plan(job, rate)
     with RunFolder.open(out, manifest(job), resume, results.LEGAL, planned.cost.written + 1_000_000, reused=("chunk",)) as folder:
         if folder.continues:
@@ -49,6 +51,14 @@ def run_sweep(job: Job, out: Path, resume: bool = False, watch: Watch = silent, 
             for done in _run_items(job, results.Table(out), watch):
                 session.count(**done)
             folder.record |= _near_ties(job, out)
+
+
+def _tell(job: Job) -> None:
+    """Notices about what can be swept, but says little."""
+    if PATCHES[job.request.patch].needs and job.request.patch != "noise" and len(job.pairs) == 1:
+        notice(f"--patch {job.request.patch} takes means over pairs, and there is one pair: they are that pair's own values.")
+    if job.source_model is not None and job.source_model.identity == job.model.identity:
+        notice(f"The source model has the weights of {job.model.name}: where prompts are the same, every effect is zero.")
 
 
 def with_chunk(job: Job, stored: Mapping[str, int]) -> Job:
