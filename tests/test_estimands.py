@@ -12,6 +12,7 @@ from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.job import make_job
 from jaxmed.effects.request import Request
 from jaxmed.effects.sweep import run_sweep
+from jaxmed.errors import Notice
 from jaxmed.models.model import Model
 from jaxmed.results import open_results
 from tests import naive, tiny, tolerances
@@ -67,7 +68,8 @@ def test_a_source_model_gives_its_values_on_the_same_tokens(plain_model: Model, 
     total = float(table.source_outcome[0] - table.base_outcome[0])
     assert abs(total) > 10 * tolerances.EFFECTS
     assert float(table.residual_out[0, -1]) == pytest.approx(total, abs=tolerances.EFFECTS)
-    same = _sweep(plain_model, tmp_path / "same", request, plain_model)
+    with pytest.warns(Notice, match="has the weights of"):
+        same = _sweep(plain_model, tmp_path / "same", request, plain_model)
     assert float(np.abs(same.neuron).max()) <= float(same.noise_floor.max() if "noise_floor" in same else 1e-5) + 1e-5
     with pytest.raises(jm.UserError, match="source model"):
         make_job(plain_model, tiny.PAIRS[:1], request)

@@ -17,7 +17,7 @@ from jaxmed.effects.job import make_job
 from jaxmed.effects.patches import PATCHES, Patching, check_patch, with_patch
 from jaxmed.effects.reference import make_reference
 from jaxmed.effects.request import Request
-from jaxmed.errors import UserError
+from jaxmed.errors import Notice, UserError
 from jaxmed.models.model import Model
 from jaxmed.reports.record import read
 from jaxmed.reports.tables import facts
@@ -175,6 +175,7 @@ def test_steering_one_pair_at_one_token_by_its_own_difference_is_resampling(plai
     assert found.effect == pytest.approx(float(table.joint[0, 0]), abs=tolerances.EFFECTS)
 
 
+@pytest.mark.filterwarnings("ignore::jaxmed.errors.Notice")
 @pytest.mark.parametrize("patch", [pytest.param(one, marks=() if one == "steer" else pytest.mark.slow) for one in CHANGED])
 def test_patches_go_with_contrasts_directions_ways_paths_and_each_position(plain_model: Model, patch: str) -> None:
     """Reverse writes into the source run what forward writes into the base run of the turned pair."""
@@ -217,6 +218,19 @@ def test_patches_that_do_not_exist_or_do_not_fit_are_refused(plain_model: Model,
         jm.sweep(plain_model, tiny.PAIRS[:1], **settings)
 
 
+@pytest.mark.parametrize("patch", ["mean", "steer"])
+def test_means_over_one_pair_are_told_of(plain_model: Model, patch: str) -> None:
+    with pytest.warns(Notice, match="there is one pair: they are that pair's own values"):
+        jm.sweep(plain_model, tiny.PAIRS[:1], unit="mlp_out", patch=patch)
+
+
+def test_a_source_model_with_the_same_weights_is_told_of(plain_model: Model) -> None:
+    with pytest.warns(Notice, match="has the weights of tiny llama"):
+        found = jm.sweep(plain_model, tiny.PAIRS[:1], unit="mlp_out", contrast="model", source_model=tiny.model("llama"))
+    assert np.abs(found.mlp_out.values).max() <= tolerances.EFFECTS
+
+
+@pytest.mark.filterwarnings("ignore::jaxmed.errors.Notice")
 def test_a_direction_of_no_length_is_not_removed(plain_model: Model) -> None:
     """Base and source are one prompt: their difference is zero, and nothing is divided by it."""
     same = jm.PromptPair("same", "do a", "do a", ("S",), ("N",))
