@@ -13,10 +13,10 @@ import xarray as xr
 
 import jaxmed as jm
 from jaxmed import results
-from jaxmed.cli import sweep as command
+from jaxmed.cli import method as command
 from jaxmed.cli.main import main
 from jaxmed.effects import job as jobs
-from jaxmed.effects import screened
+from jaxmed.effects import screen
 from jaxmed.effects.cost import plan
 from jaxmed.effects.job import make_job
 from jaxmed.effects.request import Request
@@ -141,7 +141,7 @@ class _Stop(Exception):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(plain_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(plain_model, tiny.PAIRS, Request(units=("neuron", "head_out"), method="screened", top=5, budget="30%"))
     run_sweep(job, tmp_path / "whole")
-    commit, seen = screened.Screen.chunks, []
+    commit, seen = screen.Screen.chunks, []
 
     def stop(self: Any) -> Any:
         seen.append(self)
@@ -149,10 +149,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(plain_model: Model, tmp_pa
             raise _Stop
         return commit(self)
 
-    monkeypatch.setattr(screened.Screen, "chunks", stop)
+    monkeypatch.setattr(screen.Screen, "chunks", stop)
     with pytest.raises(_Stop):
         run_sweep(job, tmp_path / "halves")
-    monkeypatch.setattr(screened.Screen, "chunks", commit)
+    monkeypatch.setattr(screen.Screen, "chunks", commit)
     run_sweep(job, tmp_path / "halves", resume=True)
     one, two = (results.open_results(tmp_path / name) for name in ("whole", "halves"))
     for name in one.data_vars:
