@@ -54,7 +54,7 @@ def _check(model: Model, pairs: Any, tolerance: float = 2e-5, **how: Any) -> Non
         assert not verified[~there].any()
         largest = np.abs(exact[unit].values[there]).max()
         assert largest > 1e-2
-        assert np.abs(found[unit].values - exact[unit].values)[verified].max() <= tolerance * max(largest, 1)
+        assert np.abs(found[unit].values - exact[unit].values)[verified].max(initial=0) <= tolerance * max(largest, 1)
         assert np.abs(found[unit].values - estimate[unit].values)[there & ~verified].max(initial=0) <= tolerance * max(largest, 1)
         assert np.abs(found[f"{unit}_estimate"].values - estimate[unit].values)[there].max() <= tolerance * max(largest, 1)
         assert verified.sum() > 0
