@@ -23,7 +23,7 @@ ERROR_PART = 0.9
 """The part of errors that the variable `<unit>_error` bounds."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Kind:
     """The units of one kind of a pair: arrays [layer, unit, patch], of the layers that are swept.
 

@@ -18,41 +18,25 @@ from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimates import FirstOrder, RanPairs, run_pairs
 from jaxmed.effects.job import BUDGET, Job
 from jaxmed.effects.mediators import recorded_sites
-from jaxmed.effects.pair_batches import batches_of, window_of
+from jaxmed.effects.pair_batches import window_of
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.screen import Screen
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work
-from jaxmed.models.rules import Rules
 
 
 @dataclass(frozen=True)
-class Screened:
+class Screened(FirstOrder):
     """First-order estimates under `rules`, verified where it matters."""
-
-    rules: Rules
-
-    def items(self, job: Job) -> list[Item]:
-        """Some pairs of one shape, all layers."""
-        return [Item(numbers, job.layers) for numbers in batches_of(job.contrasts, job.chunk)]
 
     def work(self, job: Job, item: Item) -> Work:
         """The estimates, and the rows that the budget allows for; how many these are is known when they are chosen."""
-        estimated, rows, flops = FirstOrder(self.rules).work(job, item), 0.0, 0.0
+        estimated, rows, flops = super().work(job, item), 0.0, 0.0
         for pair in item.pairs:
             many, part = job.screened(pair), job.chunk[BUDGET] / 1e6
             few = [unit for unit in job.request.units if unit not in many]
             flops += job.row_flops(pair, few) + part * job.row_flops(pair, many)
             rows += job.count_in(pair, few) + part * job.count_in(pair, many)
         return Work(estimated.passes + round(rows), estimated.flops + flops, estimated.effects)
-
-    def shared(self, job: Job, pair: int) -> float:
-        """Nothing: an item takes all that its pair takes."""
-        del job, pair
-        return 0.0
-
-    def open(self, job: Job, pairs: tuple[int, ...]) -> OpenPair | None:
-        """Nothing."""
-        del job, pairs
 
     def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Estimates, computes what is chosen before any exact effect is known, and dispatches what is chosen then."""
