@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from jaxmed.errors import UserError
 from jaxmed.prompts.examples import Example, chosen, read_examples
+from jaxmed.prompts.readers import read_pairs
 
 CSV: dict[str, tuple[str, list[Example]]] = {
     "advbench.csv": ("goal,target\nHum a song,Sure: hum\n", [Example("Hum a song", "Sure: hum", kind="harmful")]),
@@ -75,6 +78,22 @@ CSV |= {
     "semicolons.csv": ("prompt;category\nHum, please;noise\n", [Example("Hum, please", category="noise")]),
     "tabs.tsv": ("prompt\tcategory\nHum, please\tnoise\n", [Example("Hum, please", category="noise")]),
     "lines.csv": ("prompt,category\r\nHum\u2028loud\x85ly,noise\r\n\r\n", [Example("Hum\u2028loud\x85ly", category="noise")]),
+    "harmful_strings.csv": (
+        "target\nHum a song | and dance\nSing.\n",
+        [Example("Hum a song | and dance", kind="harmful"), Example("Sing.", kind="harmful")],
+    ),
+    "contexts.csv": (
+        "prompt,context,category\nSum this up,Once upon a time,noise\nHum,,noise\n",
+        [Example("Once upon a time\n\n---\n\nSum this up", category="noise"), Example("Hum", category="noise")],
+    ),
+    "judged.csv": ("Index,goal,prompt,target_response,human1\n0,Hum,Hum please,La la,1\n", [Example("Hum please", "La la")]),
+    "xstest_answered.csv": (
+        "id,type,prompt,focus,note,completion,final_label\nv2-1,homonyms,Kill time?,kill,,Read a book,1_full_compliance\n",
+        [Example("Kill time?", "Read a book", "homonyms", "benign", id="v2-1")],
+    ),
+    "category_4.csv": ("prompt\nHum\n", [Example("Hum")]),
+    "category_5.csv": ("prompt,category\nHum,noise\n", [Example("Hum", category="noise")]),
+    "blank_lines.csv": ("\n\r\nprompt;category\nHum;noise\n\n", [Example("Hum", category="noise")]),
     "more_columns.csv": ("prompt,category,source,year\nHum,noise,us,1999\n", [Example("Hum", category="noise")]),
 }
 
@@ -159,14 +178,67 @@ def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
 
 def test_json_files_are_lists_lines_or_one_list_under_a_name(tmp_path: Path) -> None:
     row = {"prompt": "Hum", "response": "Sure"}
-    for text in (json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n", json.dumps({"data": [row, row]})):
+    for text in (
+        json.dumps([row, row]),
+        json.dumps({"by": {"a": 1}, "version": 2, "rows": [row, row]}),
+        f"{json.dumps(row)}\n{json.dumps(row)}\n",
+        json.dumps({"data": [row, row]}),
+    ):
         (tmp_path / "a.json").write_text("\ufeff" + text, encoding="utf-8")
         assert read_examples(tmp_path / "a.json") == [Example(**row)] * 2
+    (tmp_path / "a.json").write_text('["Hum", "Sing"]')
+    assert read_examples(tmp_path / "a.json", responses=False) == [Example("Hum"), Example("Sing")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_byte_order_marks_tell_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    row = {"prompt": "Hum in the caf\u00e9", "response": "La"}
+    text = (
+        "prompt,response\n" + ",".join(row.values()) if name == "a.csv" else json.dumps(row if "l" in name else [row], ensure_ascii=False)
+    )
+    (tmp_path / name).write_text(text, encoding=encoding)
+    assert read_examples(tmp_path / name) == [Example(**row)]
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan"), np.float32("nan"), pandas.NA, pandas.NaT])
+def test_rows_in_memory_are_those_of_numpy_and_pandas(empty: Any) -> None:
+    row = {"id": np.int64(7), "base": "a", "source": "b", "target": np.array(["Sure", "Yes"]), "foil": np.float32(4), "category": empty}
+    pair = read_pairs([row])[0]
+    assert (pair.id, pair.target, pair.foil, pair.category) == ("7", ("Sure", "Yes"), ("4",), "")
+    assert read_examples([{"prompt": "Hum", "type": "noise", "focus": empty, "system": empty}], responses=False)[0].system is None
+    assert read_pairs(pandas.DataFrame([row])) == [pair]
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"),
+    [
+        ("['a', 'b']", ("a", "b")),
+        ('["a", "b"]', ("a", "b")),
+        ("a|b", ("a", "b")),
+        ("['a', \"it's\"]", ("a", "it's")),
+        ("[1, 'b']", ("1", "b")),
+        ("[it's]", ("[it's]",)),
+    ],
+)
+def test_lists_in_cells_are_those_of_json_and_python(tmp_path: Path, cell: str, read: tuple[str, ...]) -> None:
+    pandas.DataFrame([{"id": "x", "base": "a", "source": "b", "target": cell, "foil": "z"}]).to_csv(tmp_path / "a.csv")
+    assert read_pairs(tmp_path / "a.csv")[0].target == read
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b']", "['a', b, 'c']", '["a" "b"]'])
+def test_lists_in_another_notation_are_refused(tmp_path: Path, cell: str) -> None:
+    pandas.DataFrame([{"id": "x", "base": "a", "source": "b", "target": cell, "foil": "z"}]).to_csv(tmp_path / "a.csv")
+    with pytest.raises(UserError, match=r"line 2: column 'target' holds .*write a list as JSON"):
+        read_pairs(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.csv", "Hum\nSing\n", "first line, 'Hum', is read as names of columns"),
+        ("a.csv", "Hum loudly\nSing\n", "write `prompt` on a line before it"),
+        ("a.csv", "How do I hum, please?\nSing, now\n", "quote texts that hold a ','"),
         ("a.jsonl", "[" * 100_000, "nested too deeply"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.csv", "prompt,category\nHum, please,noise\n", "3 fields, more or fewer than the header's 2; quote texts"),

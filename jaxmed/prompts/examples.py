@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, quoted, unknown
+from jaxmed.prompts.cells import as_text, is_empty
 from jaxmed.prompts.formats import FORMATS, as_columns
 from jaxmed.prompts.readers import misspelt
-from jaxmed.prompts.rows import as_text, read_all, read_rows, without_index
+from jaxmed.prompts.rows import read_all, read_rows, without_index
 
 BUNDLED = ("alignment", "rude", "foolish", "untrue", "sycophantic", "pirate", "trivia", "ordinary", "polite", "why_rude", "freeform")
 HELDOUT = "heldout"
@@ -66,11 +67,13 @@ def read_examples(source: str | Path | Iterable[dict[str, Any]], responses: bool
 
 
 def _example(row: Any, responses: bool) -> Example:
+    if isinstance(row, str):
+        row = {"prompt": row}
     if isinstance(row, Example):
         row = vars(row)
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
-    row = as_columns(without_index(row))
+    row = as_columns({column: None if is_empty(value) else value for column, value in without_index(row).items()})
     if "prompt" not in row:
         column = next((name for name in row if name not in COLUMNS), "")
         known = f"Known sets are read as they are: {', '.join(FORMATS)}, OR-Bench, HEx-PHI."

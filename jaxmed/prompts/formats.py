@@ -21,30 +21,41 @@ class Format:
     Attributes:
         columns: those that every row has, whatever is in their cells; a set's other columns are left out.
         read: row -> columns of an example.
+        alone: whether its rows have no other columns.
     """
 
     columns: tuple[str, ...]
     read: Callable[[Row], dict[str, Any]]
+    alone: bool = False
 
 
 def _xstest(row: Row) -> dict[str, Any]:
-    unsafe = row["label"].strip().lower() == "unsafe" if row.get("label") else row["type"].startswith("contrast_")
-    return {"id": row.get("id"), "prompt": row["prompt"], "category": row["type"], "kind": "harmful" if unsafe else "benign"}
+    label = row.get("label")
+    unsafe = label.strip().lower() == "unsafe" if label and isinstance(label, str) else row["type"].startswith("contrast_")
+    kind, response = "harmful" if unsafe else "benign", row.get("completion") or row.get("response")
+    return {"id": row.get("id"), "prompt": row["prompt"], "response": response, "category": row["type"], "kind": kind}
+
+
+def _behind(context: Any, prompt: str) -> str:
+    return f"{context}\n\n---\n\n{prompt}" if context else prompt
 
 
 def _harmbench(row: Row) -> dict[str, Any]:
-    context = f"{row['ContextString']}\n\n---\n\n" if row.get("ContextString") else ""
     return {
         "id": row.get("BehaviorID"),
-        "prompt": context + row["Behavior"],
+        "prompt": _behind(row.get("ContextString"), row["Behavior"]),
         "category": row.get("SemanticCategory"),
         "kind": "harmful",
     }
 
 
-def _advbench(row: Row) -> dict[str, Any]:
+def _target(row: Row) -> str:
     target = row["target"] or ""  # a column of pairs files too, which holds lists there
-    return {"prompt": row["goal"], "response": target if isinstance(target, str) else "|".join(target), "kind": "harmful"}
+    return target if isinstance(target, str) else "|".join(target)
+
+
+def _advbench(row: Row) -> dict[str, Any]:
+    return {"prompt": row["goal"], "response": _target(row), "kind": "harmful"}
 
 
 def _instruction(context: str, answer: str) -> Callable[[Row], dict[str, Any]]:
@@ -80,6 +91,15 @@ FORMATS: dict[str, Format] = {
         ("forbidden_prompt",),
         lambda row: {"prompt": row["forbidden_prompt"], "category": row.get("category"), "kind": "harmful"},
     ),
+    "HarmBench of prompts": Format(
+        ("prompt", "context"),
+        lambda row: {**{key: held for key, held in row.items() if key != "context"}, "prompt": _behind(row["context"], row["prompt"])},
+    ),
+    "AdvBench's strings": Format(("target",), lambda row: {"prompt": _target(row), "kind": "harmful"}, alone=True),
+    "JailbreakBench's judged answers": Format(
+        ("goal", "prompt", "target_response"),
+        lambda row: {"prompt": row["prompt"], "response": row["target_response"]},
+    ),
     "Alpaca": Format(("instruction", "output"), _instruction("input", "output")),
     "Dolly": Format(("instruction", "response"), _instruction("context", "response")),
     "messages": Format(("messages",), _messages),
@@ -94,7 +114,7 @@ OURS = ("id", "split", "kind", "category")
 def as_columns(row: Row) -> Row:
     """A row with the columns of an example: of a known set's, or as it is."""
     for name, one in FORMATS.items():
-        if all(column in row for column in one.columns):
+        if all(column in row for column in one.columns) and (not one.alone or len(row) == len(one.columns)):
             try:
                 found = one.read(row)
             except (TypeError, AttributeError, KeyError):

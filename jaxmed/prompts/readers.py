@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, quoted, unknown
+from jaxmed.prompts.cells import as_text, is_empty
 from jaxmed.prompts.pair import KINDS, PromptPair, expected
-from jaxmed.prompts.rows import as_text, read_all, read_rows, without_index
+from jaxmed.prompts.rows import read_all, read_rows, without_index
 
 BUNDLED = ("harm", "control", "facts")
 COLUMNS = tuple(f.name for f in fields(PromptPair) if f.name != "extra")
@@ -67,7 +68,7 @@ def _pair(row: Any) -> PromptPair:
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns, not a {type(row).__name__}.")
     row = without_index(row)
-    given = {key: value for key, value in row.items() if value is not None and value != "" and key in COLUMNS}
+    given = {key: value for key, value in row.items() if key in COLUMNS and not is_empty(value)}
     given |= {key: as_text(given[key]) for key in NUMBERED if key in given}
     problems = [str(error) for column in row if column not in COLUMNS and (error := misspelt(column, COLUMNS, row)) is not None]
     if not given.get("id"):

@@ -12,28 +12,20 @@ from typing import Any, TypeVar
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
 from jaxmed.files import odd_text, parse_json
+from jaxmed.prompts.cells import plain, read_cell
+from jaxmed.prompts.formats import FORMATS
 
 T = TypeVar("T")
 Rows = Iterable[tuple[str, Any]]
 """(place, columns); a row that cannot be read is an exception in their stead."""
-LISTS = ("target", "foil")
 INDEX = re.compile(r"|unnamed: \d+(\.\d+)?|index|idx|__index_level_\d+__|level_\d+", re.IGNORECASE)
 """Names of columns that only count rows, as spreadsheets and pandas add them."""
 WITHOUT_HEADER = re.compile(r"category_\d+\.csv")
 """Names of HEx-PHI's files: lists of prompts."""
-
-
-LARGEST = 10**15
-"""Numbers from here on are no answers, and floats do not hold all of them."""
-
-
-def as_text(value: Any) -> Any:
-    """A number as people write it, and numbers in a list likewise: answers such as 4, and 4.0 where a column has gaps; else the value."""
-    if isinstance(value, list | tuple):
-        return [as_text(one) for one in value]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
-        return value
-    return str(int(value)) if value == int(value) else str(value)
+NAMES = {"prompt", *(column for one in FORMATS.values() for column in one.columns)}
+"""Names of columns with prompts: a first line of one of them is a header."""
+BYTE_ORDER = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""First bytes of a file -> its encoding, as spreadsheets and PowerShell write it."""
 
 
 class RefusedRows(UserError):
@@ -59,6 +51,8 @@ def read_rows(source: str | Path | Iterable[dict[str, Any]], bundled: Collection
     Raises:
         UserError: no such file, or one of another type.
     """
+    if hasattr(source, "iterrows"):  # a table of pandas
+        source = source.to_dict("records")  # type: ignore[union-attr]
     if not isinstance(source, (str, Path)):
         return "rows", ((f"row {i + 1}", row) for i, row in enumerate(source))
     if str(source) in bundled and not Path(source).exists():
@@ -91,6 +85,8 @@ def read_all(name: str, rows: Rows, read: Callable[[str, Any], T], columns: Sequ
         try:
             if isinstance(row, Exception):
                 raise UserError(str(row))
+            if isinstance(row, dict):
+                row = {key: plain(value) for key, value in row.items()}
             if said := odd_text(vars(row) if hasattr(row, "__dataclass_fields__") else row):
                 raise UserError(f"{said}.")
             found.append(read(at, row))
@@ -109,9 +105,10 @@ def without_index(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """A file's text, without a byte-order mark."""
+    """A file's text, without a byte-order mark, which tells UTF-16 from UTF-8."""
+    content = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode(BYTE_ORDER.get(content[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{quoted(str(path))} is not UTF-8 text: {error}. Save it as UTF-8.") from None
 
@@ -135,8 +132,9 @@ def _read_json(path: Path) -> Rows:
         if "Extra data" in str(error):  # rows on lines, under the other name
             return _jsonl(text)
         raise UserError(f"{quoted(str(path))}: {error}.") from None
-    if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
-        rows = next(iter(rows.values()))
+    if isinstance(rows, dict):
+        lists = [held for held in rows.values() if isinstance(held, list)]
+        rows = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else rows
     if not isinstance(rows, list):
         raise UserError(f"{quoted(str(path))} holds a {type(rows).__name__}; a list of rows is expected.")
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
@@ -146,12 +144,12 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a csv file, cells as texts; empty ones are texts too."""
     csv.field_size_limit(1 << 24)
     text = _text(path)
-    first = text.partition("\n")[0]
+    first = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "," if "," in first else "\t" if "\t" in first else ";" if ";" in first and " " not in first else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        header = next(reader, [])
-        if WITHOUT_HEADER.fullmatch(path.name) or _is_prompt(header):
+        header = next((line for line in reader if line), [])
+        if _is_prompt(header, bool(WITHOUT_HEADER.fullmatch(path.name))):
             yield f"line {reader.line_num}", {"prompt": header[0] if header else ""}
             header = ["prompt"]
         header = [name.strip() for name in header]
@@ -164,27 +162,35 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 said = f"{len(row)} fields, more or fewer than the header's {len(header)}; quote texts that hold a {delimiter!r}"
                 yield f"line {reader.line_num}", ValueError(said)
                 continue
-            yield f"line {reader.line_num}", {key: _cell(key, value) for key, value in zip(header, row, strict=True)}
+            try:
+                yield f"line {reader.line_num}", {key: read_cell(key, value) for key, value in zip(header, row, strict=True)}
+            except ValueError as error:
+                yield f"line {reader.line_num}", error
     except csv.Error as error:
         raise UserError(f"{quoted(str(path))} is no CSV file: {error}, at line {reader.line_num}.") from None
 
 
-def _is_prompt(header: Sequence[str]) -> bool:
-    """Whether the first line of a csv file is a prompt: one cell, of several words or ending like a sentence."""
-    return len(header) == 1 and (len(header[0].split()) > 2 or header[0].rstrip().endswith((".", "?", "!")))
+def _is_prompt(header: Sequence[str], listed: bool) -> bool:
+    """Whether the first line of a csv file is a prompt, as the others are.
+
+    Args:
+        listed: whether the file's name says that it is a list of prompts.
+
+    Raises:
+        UserError: a first line that is neither a prompt alone nor names of columns.
+    """
+    alone = len(header) == 1 and header[0].strip().lower() not in NAMES
+    if alone and (listed or _is_sentence(header[0])):
+        return True
+    if alone or (not NAMES & {name.strip().lower() for name in header} and any(_is_sentence(name) for name in header)):
+        said = f"Its first line, {quoted(','.join(header))}, is read as names of columns."
+        raise UserError(f"{said} If it is a prompt, write `prompt` on a line before it, and quote texts that hold a ','.")
+    return False
 
 
-def _cell(column: str, value: str) -> Any:
-    """A cell's text; for columns of lists, a JSON list or texts between "|"; for chats, JSON."""
-    text = value.strip()
-    if not (column == "messages" and text) and not (column in LISTS and text):
-        return value
-    if column == "messages" or text.startswith("["):
-        try:
-            return parse_json(text)
-        except ValueError:
-            pass
-    return value.split("|")
+def _is_sentence(cell: str) -> bool:
+    """Whether a cell has several words or ends like a sentence."""
+    return len(cell.split()) > 2 or cell.rstrip().endswith((".", "?", "!"))
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
