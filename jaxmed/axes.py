@@ -13,7 +13,7 @@ Einsum strings, shape annotations and comments use these letters and no others:
     I fan-in and O fan-out of any matrix                      W gathered columns; w neurons of a window
     A microbatches of a step
     X experts of a mixture; M neurons of one expert (F = X * M)
-    Q learned positions
+    Q learned positions                                       Y inputs of the nodes of a graph
 
 A parameter names its letters once (`models/transformer.py`); its sharding follows from `MESH_AXES`.
 """

@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
+    "circuits": {"errors", "axes", "tokens", "interventions", "models", "attention", "runner", "effects"},
     "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "activation_table"},
     "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
     | {"activation_table", "evaluation", "gating"},
@@ -153,7 +154,7 @@ def test_no_model_name_branches_outside_models() -> None:
 
 
 def test_einsum_strings_use_the_legend() -> None:
-    legend = set("BTSDNKHVFLUPGJCERIO")
+    legend = set("BTSDNKHVFLUPGJCERIOY")
     for path in FILES:
         for letters in re.findall(r"(?:einsum|contract)\(\s*\"([A-Za-z.,>-]+)\"", path.read_text()):
             if letters.isupper():

@@ -49,6 +49,8 @@ class Block(nnx.Module):
     out_bias: nnx.Param
     gate_up_bias: nnx.Param
     down_bias: nnx.Param
+    qkv_scale: nnx.Param  # of int8
+    out_scale: nnx.Param
 
     added: Params  # matrix -> (in [...in, R], out [R, ...out]), whose product is added to it
     transposed: Params  # matrix -> its transpose, flat, for gradients
