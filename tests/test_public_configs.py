@@ -14,6 +14,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.models.families import FAMILIES, read_config
+from jaxmed.models.families.wrappers import LEFT_OUT, WRAPPERS, text_config
 from jaxmed.models.params import param_shapes
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "public_configs.json").read_text(encoding="utf-8"))
@@ -69,6 +70,65 @@ def test_a_published_model_has_as_many_weights_as_it_says(name: str) -> None:
 def test_keys_that_nobody_knows_are_still_refused(name: str, key: str) -> None:
     with pytest.raises(jm.UserError, match=key):
         read_config({**PUBLISHED[name], key: True})
+
+
+OF_EACH_FAMILY = list({raw["model_type"]: name for name, raw in PUBLISHED.items()}.values())
+GENERAL = {
+    "_num_labels": 1,
+    "output_past": True,
+    "pruned_heads": {},
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "temperature": 0.9,
+    "max_length": 4096,
+    "do_sample": True,
+    "tie_encoder_decoder": False,
+    "model_max_length": 2048,
+    "bias": None,
+    "quantization_config": None,
+    "is_composition": True,
+    "embedding_multiplier": 1.0,
+}
+"""Keys that many published configs of any family have, with values that change nothing."""
+
+
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
+def test_keys_of_any_family_that_change_nothing_are_passed_over(name: str) -> None:
+    raw = PUBLISHED[name]
+    added = {} if FAMILIES[raw["model_type"]].known & {"layer_types", "sliding_window"} else {"layer_types": ["full_attention"] * 4}
+    assert read_config({**GENERAL, **added, **raw})[1] == read_config(raw)[1]
+
+
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("pruned_heads", {"0": [1]}, "pruned_heads"),
+        ("quantization_config", {"quant_method": "awq"}, "its weights are quantised .*awq.*plain weights"),
+        ("is_encoder_decoder", True, "is_encoder_decoder"),
+        ("lm_head_bias", True, "lm_head_bias"),
+    ],
+)
+def test_keys_of_any_family_that_change_the_model_are_refused(name: str, key: str, value: Any, said: str) -> None:
+    with pytest.raises(jm.UserError, match=said):
+        read_config({**PUBLISHED[name], key: value})
+
+
+@pytest.mark.parametrize("kind", [*LEFT_OUT, "qwen2_vl_text", "qwen2_5_vl_text"])
+def test_what_inner_configs_leave_out_is_what_transformers_fills_in(kind: str) -> None:
+    from transformers import AutoConfig
+
+    whole, wrapper = AutoConfig.for_model(kind), kind.removesuffix("_text") if kind.startswith("qwen2_") else "llava"
+    left_out = LEFT_OUT[kind] if kind in LEFT_OUT else WRAPPERS[wrapper].defaults
+    for key, value in left_out.items():
+        assert value == (whole.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(whole, key)), key
+
+
+@pytest.mark.parametrize("outer", [kind for kind, wrapper in WRAPPERS.items() if wrapper.kinds])
+def test_an_inner_config_may_say_what_differs_from_the_defaults_alone(outer: str) -> None:
+    for kind, family in WRAPPERS[outer].kinds.items():
+        inner = {"model_type": kind, "num_hidden_layers": 3, "sliding_window": 512 if outer == "gemma3" else None}
+        config = read_config(text_config({"model_type": outer, "text_config": inner}, WRAPPERS[outer]))[1]
+        assert (config.family, config.layers) == (family, 3)
 
 
 @pytest.mark.parametrize(("key", "value"), [("qkv_bias", True), ("shared_expert_intermediate_size", 512), ("use_qk_norm", False)])

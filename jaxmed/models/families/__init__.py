@@ -10,14 +10,17 @@ from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.checks import SWITCHES, wrong_values
 from jaxmed.models.families.gemma import GEMMAS
 from jaxmed.models.families.gpt2 import GPT2S
+from jaxmed.models.families.harmless import is_harmless
 from jaxmed.models.families.llama import LLAMAS
 from jaxmed.models.families.olmo import OLMOS
 from jaxmed.models.families.phi import PHIS
-from jaxmed.models.families.reading import INERT
 from jaxmed.models.families.table import Family
 
 FAMILIES: dict[str, Family] = {**LLAMAS, **GEMMAS, **OLMOS, **PHIS, **GPT2S}
 """Every family this version runs, by the `model_type` of its config.json."""
+
+
+QUANTISED = "quantization_config"
 
 
 def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -50,8 +53,12 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
 def _wrong_keys(raw: Mapping[str, Any], family: Family) -> list[str]:
     """Keys that are not understood, or whose values are none that the family runs."""
     known = sorted(family.known)
-    extra = sorted(set(raw) - family.known - family.needed.keys() - INERT)
-    wrong = [f"unknown key {quoted(key)}, which may change the computation.{hint(key, known)}" for key in extra]
+    extra = [key for key in sorted(set(raw) - family.known - family.needed.keys()) if not is_harmless(key, raw)]
+    wrong = [f"unknown key {quoted(key)}, which may change the computation.{hint(key, known)}" for key in extra if key != QUANTISED]
+    if QUANTISED in extra:
+        wrong.append(
+            f"key {QUANTISED!r}: its weights are quantised ({quoted(raw[QUANTISED])[:200]}); give the model's plain weights, or a GGUF file"
+        )
     for key, allowed in family.needed.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             wrong.append(f"key {key!r} is {quoted(raw[key])}; this family runs only {allowed[0]!r}")

@@ -22,20 +22,6 @@ MOST_LAYERS = 2**14
 WINDOWED = frozenset(("sliding_window layer_types use_sliding_window max_window_layers").split())
 """Config keys of sliding windows."""
 
-INERT = frozenset(
-    (
-        "architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path bos_token_id eos_token_id "
-        "pad_token_id initializer_range use_cache attention_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp "
-        "is_llama_config output_attentions output_hidden_states return_dict unsloth_fixed unsloth_version torchscript "
-        "transformers.js_config task_specific_params output_router_logits router_aux_loss_coef router_jitter_noise auto_map "
-        "cache_implementation chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type "
-        "_attn_implementation_autoset _attn_implementation use_bfloat16 summary_type summary_use_proj summary_activation "
-        "summary_proj_to_labels summary_first_dropout n_ctx gradient_checkpointing hidden_dropout interpolate_factor "
-        "sep_token_id tf_legacy_loss embedding_dropout n_special predict_special_tokens max_sequence_length"
-    ).split()
-)
-"""Config keys that do not change what a forward pass computes."""
-
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 
 

@@ -42,12 +42,41 @@ GEMMA3 = {
     "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-6,
 }
-QWEN = {"max_window_layers": 80, "rms_norm_eps": 1e-5}
+QWEN = {
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152_064,
+    "max_position_embeddings": 32_768,
+    "max_window_layers": 80,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "qwen2": {**LLAMA, "intermediate_size": 22_016, "num_key_value_heads": 32, "vocab_size": 151_936, "max_position_embeddings": 32_768},
+    "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
+}
+"""Type of an inner config -> the values that `transformers` leaves out when it writes one, because its own defaults say them."""
 
 WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper("text_config", {"gemma3_text": "gemma3_text"}, GEMMA3),
     "mistral3": Wrapper("text_config", {"mistral": "mistral"}, {"tie_word_embeddings": False}),
     "llava": Wrapper("text_config", {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2"}),
+    "llava_next": Wrapper("text_config", {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2"}),
     "qwen2_vl": Wrapper("text_config", {"qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2"}, QWEN, IMAGE_KEYS),
     "qwen2_5_vl": Wrapper("text_config", {"qwen2_5_vl": "qwen2", "qwen2_5_vl_text": "qwen2"}, QWEN, IMAGE_KEYS),
     "llama4": Wrapper("text_config", {}),
@@ -88,7 +117,7 @@ def text_config(raw: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
     if named not in wrapper.kinds:
         known = f"text parts of type {', '.join(wrapper.kinds)}" if wrapper.kinds else "no text part of it"
         raise UserError(f"This {raw['model_type']} checkpoint holds a text model of type {named!r}; this version runs {known}.")
-    found = {**wrapper.defaults, **given, "model_type": wrapper.kinds[named]}
+    found = {**(LEFT_OUT.get(named, {}) if inner else {}), **wrapper.defaults, **given, "model_type": wrapper.kinds[named]}
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key)
         if isinstance(rope, Mapping) and "mrope_section" in rope:
