@@ -10,8 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-QUICK_COMPILES = " --xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+KNOWN = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+QUICK_COMPILES = " ".join((" --xla_backend_optimization_level=0", *(KNOWN if version("jaxlib").startswith("0.10.") else ())))
 """Compiling takes most of the suite's time. XLA ends the process at a flag it does not know, hence the version."""
+LEAST_SECONDS = 0.05
+"""Programs that compile sooner are not kept."""
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_COMPILES
 
 if os.environ.get("JAXMED_TYPES"):
@@ -36,13 +39,17 @@ from tests import tiny  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are kept between runs of the suite. A shell that starts it in the background has it ignore Ctrl-C; tests of signals
-    and the commands that they start may not."""
+    """Compiled programs are kept between runs of the suite, and for the commands that tests start.
+
+    A shell that starts it in the background has it ignore Ctrl-C; tests of signals and the commands that they start may not.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = config.cache.mkdir("compiled") if config.cache else None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if config.cache:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled by commands"))  # those that are killed leave half a file
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(LEAST_SECONDS)
 
 
 MOST_MAPS = 20_000

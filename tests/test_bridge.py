@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
 import zlib
 from functools import cache
 from pathlib import Path
@@ -36,6 +33,7 @@ from jaxmed.pruning.selection import random_like
 from jaxmed.studies.mediation import make_mediation, run_mediation
 from jaxmed.studies.mediation_spec import MediationSpec
 from tests import pruning_sets, reference, tiny, tolerances
+from tests.processes import end_at, finish
 
 MASKS = 100
 """Random masks."""
@@ -296,35 +294,51 @@ def _read(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-@pytest.mark.slow
-def test_a_finished_study_goes_on_with_a_bridge_that_agrees_with_full_forwards(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, at = tmp_path / "run", command.index("--prune")
-    assert main([*command[:at], *command[at + 2 :], "--out", str(out)]) == 0
-    swept = [path for name in ("neuron", "attention_out", "mlp_out", "joint") for path in out.glob(f"**/{name}/c/**/*") if path.is_file()]
-    before = {path: path.stat().st_mtime_ns for path in swept}
-    assert before
+@pytest.fixture(scope="module")
+def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that was run without a bridge."""
+    out, at = tmp_path_factory.mktemp("finished") / "run", command.index("--prune")
+    assert main([*command[:at], "--out", str(out)]) == 0
     assert not (out / "bridge").exists()
+    return out
+
+
+@pytest.fixture(scope="module")
+def bridged(command: list[str], finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that went on with a bridge."""
+    out = tmp_path_factory.mktemp("bridged") / "run"
+    shutil.copytree(finished, out)
     assert main([*command, "--out", str(out), "--resume"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing but the bridge is swept"
-    assert "the mediating neurons do less after pruning for no" in capsys.readouterr().out
-    claims = {row["claim"]: row for row in _read(out / "verdicts.csv")}
+    return out
+
+
+def _swept(out: Path) -> dict[str, int]:
+    """Files of effects outside the bridge, and when they were written."""
+    names = ("neuron", "attention_out", "mlp_out", "joint")
+    found = [path for name in names for path in out.glob(f"**/{name}/c/**/*") if path.is_file() and "bridge" not in path.parts]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.slow
+def test_a_finished_study_goes_on_with_a_bridge(finished: Path, bridged: Path) -> None:
+    assert _swept(bridged) == _swept(finished) != {}, "nothing but the bridge is swept"
+    claims = {row["claim"]: row for row in _read(bridged / "verdicts.csv")}
+    assert any("the mediating neurons do less after pruning for no" in claim for claim in claims)
     assert claims["without the weights of the mediating neurons of layer 3 alone, the total is smaller"]["verdict"] == "supported"
-    assert "Do removed weights sit at the units that mediate" in (out / "report.html").read_text(encoding="utf-8")
-    pruned = {row["mask"]: row for row in _read(out / "bridge" / "pruned.csv")}
+    assert "Do removed weights sit at the units that mediate" in (bridged / "report.html").read_text(encoding="utf-8")
+    pruned = {row["mask"]: row for row in _read(bridged / "bridge" / "pruned.csv")}
     parts = [int(pruned[f"no, {where}"]["weights"]) for where in (AT, ELSEWHERE)]
     assert sum(parts) == int(pruned["no"]["weights"]) > min(parts)
     assert abs(float(pruned[MEDIATORS]["part"])) < 0.02, "the whole gate is gone"
-    _check_effects(out, command)
 
 
-def _check_effects(out: Path, command: list[str]) -> None:
+@pytest.mark.slow
+def test_effects_after_pruning_are_those_of_full_forwards(command: list[str], bridged: Path) -> None:
     """What is written of the pruned model, against patches of one pair at a time."""
     model = jm.load(command[command.index("--model") + 1])
-    mask = jm.pruning.select(jm.pruning.read_scores(out / "bridge" / "scores-no"), jm.pruning.Rule(q=0.01, p=0.01), tag="attack")
-    pruned, table = apply_mask(model, mask), jm.open_results(out / "bridge" / "after").load()
-    identity = json.loads((out / "bridge" / "after" / "run.json").read_text())["manifest"]["model"]["weights"]
+    mask = jm.pruning.select(jm.pruning.read_scores(bridged / "bridge" / "scores-no"), jm.pruning.Rule(q=0.01, p=0.01), tag="attack")
+    pruned, table = apply_mask(model, mask), jm.open_results(bridged / "bridge" / "after").load()
+    identity = json.loads((bridged / "bridge" / "after" / "run.json").read_text())["manifest"]["model"]["weights"]
     assert identity == pruned.identity != model.identity
     pair = jm.read_pairs(command[command.index("--pairs") + 1])[0]
     for name, units in ((str(one), json.loads(str(table.set_units.sel(set=one).values))["units"]) for one in table.set.values):
@@ -334,27 +348,14 @@ def _check_effects(out: Path, command: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_bridge_is_resumed_to_the_same_tables(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    capsys.readouterr()
-    run = [sys.executable, "-m", "jaxmed.cli.main", *command, "--out", str(tmp_path / "run"), "--resume"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(jm.__file__).parent.parent)}
-    for number, part in (
-        (signal.SIGKILL, "scores-no"),
-        (signal.SIGTERM, "after"),
-    ):
-        child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        deadline = time.monotonic() + 400
-        while not (tmp_path / "run" / "bridge" / part).exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        child.send_signal(number)
-        said, _ = child.communicate(timeout=120)
-        assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], said
-    done = subprocess.run(run, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    tables = ("verdicts.csv", "enrichment.csv", "correlations.csv", "units.csv", "effects.csv", "pruned.csv", "pruned-pairs.csv")
-    for name in tables:
-        assert (tmp_path / "run" / "bridge" / name).read_bytes() == (tmp_path / "whole" / "bridge" / name).read_bytes(), name
+def test_a_killed_bridge_is_resumed_to_the_same_tables(command: list[str], finished: Path, bridged: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    run = [*command, "--out", str(out), "--resume"]
+    end_at(run, ((signal.SIGKILL, out / "bridge" / "scores-no"), (signal.SIGTERM, out / "bridge" / "after")))
+    finish(run)
+    for name in ("verdicts.csv", "enrichment.csv", "correlations.csv", "units.csv", "effects.csv", "pruned.csv", "pruned-pairs.csv"):
+        assert (out / "bridge" / name).read_bytes() == (bridged / "bridge" / name).read_bytes(), name
 
 
 def test_scores_are_summed_where_the_mask_is() -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from jaxmed.results import open_results
 from jaxmed.studies import claims
 from jaxmed.studies.mediation import joint_sets, make_mediation, mediation_steps, run_mediation
 from jaxmed.studies.mediation_spec import MediationSpec
+from tests.processes import end_at, finish
 
 SPEC: dict[str, Any] = {"read_at": "-2", "windows": (8,), "draws": 1, "tokens": 0}
 
@@ -153,18 +150,9 @@ def test_a_killed_study_is_resumed_to_the_same_answers(command: list[str], tmp_p
     """SIGKILL and SIGTERM at moments while sweeps, joint patches and answers run."""
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     assert "the group gates the effect" in capsys.readouterr().out
-    run = [sys.executable, "-m", "jaxmed.cli.main", *command, "--out", str(tmp_path / "run"), "--resume"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(jm.__file__).parent.parent)}
-    for number, part in ((signal.SIGKILL, "writing"), (signal.SIGTERM, "gate/half1"), (signal.SIGKILL, "gate/answers.csv")):
-        child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "run" / part).exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        child.send_signal(number)
-        said, _ = child.communicate(timeout=120)
-        assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], said
-    done = subprocess.run(run, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run, folder = [*command, "--out", str(tmp_path / "run"), "--resume"], tmp_path / "run" / "gate"
+    end_at(run, ((signal.SIGTERM, folder / "half1"), (signal.SIGKILL, folder / "answers.csv")))
+    finish(run)
     for name in ("verdicts.csv", "gate/gate.csv", "gate/answers.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +31,7 @@ from jaxmed.studies.misalignment_run import misalignment_steps, run_misalignment
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
 from tests import tiny
 from tests.judge_server import reply, serving
+from tests.processes import end_at, finish
 from tests.pruning_sets import BEHAVIOUR, PRESERVE
 
 
@@ -91,24 +88,9 @@ def test_a_study_runs_is_killed_resumed_and_redrawn(command: list[str], tmp_path
     assert main(["report", str(whole), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
-    run = [sys.executable, "-m", "jaxmed.cli.main", *command, "--out", str(tmp_path / "run"), "--resume"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(jm.__file__).parent.parent)}
-    stops = (
-        (signal.SIGTERM, "seed0/tuned/run.json"),
-        (signal.SIGKILL, "seed0/scores"),
-        (signal.SIGKILL, "seed0/pruned/run.json"),
-        (signal.SIGTERM, "seed1/masks/behaviour.safetensors"),
-    )
-    for number, part in stops:
-        child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "run" / part).exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        child.send_signal(number)
-        said, _ = child.communicate(timeout=120)
-        assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], said
-    done = subprocess.run(run, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run, folder = [*command, "--out", str(tmp_path / "run"), "--resume"], tmp_path / "run" / "seed0"
+    end_at(run, ((signal.SIGKILL, folder / "scores"), (signal.SIGTERM, folder / "pruned" / "run.json")))
+    finish(run)
     for name in ("verdicts.csv", "rates.csv", "models.csv", "answers.csv", "losses.csv", "readout.json"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
     assert main([*command, "--out", str(whole), "--resume", "--q", "0.03"]) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from jaxmed.runs.folder import read_run
 from tests import tiny
+from tests.processes import environment
 
 pytestmark = pytest.mark.slow
 
@@ -73,12 +72,9 @@ def _command(name: str, inputs: dict[str, Path], out: Path) -> list[str]:
 
 
 def _start(command: list[str], pause: float) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"])}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(pause), *command],
-        env=environment,
+        env={**environment(), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

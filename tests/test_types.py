@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_exact", "test_joint", "test_edits", "test_activations", "test_cache", "test_scoring", "test_generation")
+FILES = ("test_joint", "test_edits", "test_cache", "test_scoring")
 
 
 @pytest.mark.slow
