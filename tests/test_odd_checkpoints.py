@@ -86,7 +86,9 @@ def test_the_original_layout_alone_is_no_model(tmp_path: Path) -> None:
         jm.load(str(folder))
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "module.module.", "_fsdp_wrapped_module.", "language_model."]
+)
 def test_prefixes_of_compiled_and_parallel_modules_are_taken_off(tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
     before = logits(folder)
@@ -94,6 +96,9 @@ def test_prefixes_of_compiled_and_parallel_modules_are_taken_off(tmp_path: Path,
     save_file({prefix + name: value for name, value in held.items()}, folder / "model.safetensors")
     assert np.array_equal(logits(folder), before)
     assert prefix.split(".")[0] in capsys.readouterr().err
+    within = {name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): value for name, value in held.items()}
+    save_file(within, folder / "model.safetensors")
+    assert np.array_equal(logits(folder), before)
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:

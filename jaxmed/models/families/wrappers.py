@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 
-COMPILED, PARALLEL = "_orig_mod.", "module."
-"""What `torch.compile` puts into names, and what `DataParallel` and its kin put before them."""
+WITHIN, BEFORE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."), "module."
+"""What `torch.compile`, sharding and checkpointing put into names, and what `DataParallel` and its kin put before them."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     if not isinstance(kind, str) or kind not in WRAPPERS:
         return checkpoint
     config = text_config(checkpoint.config, WRAPPERS[kind])
-    names = {name: name for name in checkpoint.shapes if not name.startswith(OF_IMAGES)}
-    for inside, alone in INSIDE:
-        names = {name: alone + new.removeprefix(inside) if new.startswith(inside) else new for name, new in names.items()}
-    return _renamed(replace(checkpoint, config=config), names)
+    return _renamed(replace(checkpoint, config=config), _text_names(checkpoint.shapes))
 
 
 def text_config(raw: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
@@ -126,14 +123,29 @@ def text_config(raw: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
     return found
 
 
+def _text_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in a wrapper -> name alone, of the text part's tensors."""
+    found = {name: name for name in names if not name.startswith(OF_IMAGES)}
+    for inside, alone in INSIDE:
+        found = {name: alone + new.removeprefix(inside) if new.startswith(inside) else new for name, new in found.items()}
+    return found
+
+
 def _without_prefixes(checkpoint: Checkpoint) -> Checkpoint:
     names, taken = {}, set()
     for name in checkpoint.shapes:
-        new = name.replace(COMPILED, "")
-        taken |= {COMPILED} if new != name else set()
-        while new.startswith(PARALLEL):
-            new, taken = new.removeprefix(PARALLEL), taken | {PARALLEL}
+        new = name
+        for part in WITHIN:
+            taken |= {part} if part in new else set()
+            new = new.replace(part, "")
+        while new.startswith(BEFORE):
+            new, taken = new.removeprefix(BEFORE), taken | {BEFORE}
         names[name] = new
+    if str(checkpoint.config.get("model_type")) not in WRAPPERS and any(
+        new.startswith(inside) for new in names.values() for inside, _ in INSIDE
+    ):
+        alone = _text_names(names.values())
+        names, taken = {name: alone[new] for name, new in names.items() if new in alone}, taken | {"language_model."}
     if not taken:
         return checkpoint
     print(f"Names of tensors in {checkpoint.files[0].name} contain {' and '.join(sorted(taken))}, which is left out.", file=sys.stderr)
