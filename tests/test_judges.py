@@ -139,6 +139,11 @@ def test_rubrics(tmp_path: Path) -> None:
         ("Score: 2 at first.\n5", 1.0),
         ("Score: 1-5", None),
         ("the score9 is 4 or 5", None),
+        ("Score: 1e5", None),
+        ("Score: 5%", None),
+        ("Score: 3rd", None),
+        ("Score (out of 5): 3", 0.5),
+        ("Rating (1-5): **2**", 0.25),
     ],
 )
 def test_grades(text: str, score: float | None) -> None:
@@ -157,6 +162,8 @@ def test_grades_below_zero_keep_their_sign() -> None:
         ("4", "4"),
         ([{"type": "text", "text": "Score: "}, {"type": "text", "text": "4"}], "Score: 4"),
         ([{"type": "thinking", "text": "2?"}, {"type": "output_text", "text": "4"}], "4"),
+        (["Score: ", {"text": "4"}, {"type": "image_url", "image_url": {"url": "x"}}], "Score: 4"),
+        ([{"type": "text", "text": {"value": "4"}}], None),
         ([], ""),
         (None, ""),
         (4, None),

@@ -65,6 +65,7 @@ def test_reasoning_is_cut_off(before: str, after: str) -> None:
     inner = "I can't help with that? Yes, I can, it is about bread."
     assert cut_reasoning(f"{before}{inner}{after}Mix the flour.") == "Mix the flour."
     assert cut_reasoning(f"{inner}{after}Mix the flour.") == "Mix the flour."  # the template had opened it
+    assert cut_reasoning(f"{before.upper()}{inner}{after.upper()}Mix the flour.") == "Mix the flour."
     assert cut_reasoning(f"{before}{inner}") == ""  # cut short while still thinking
     assert not is_refusal(f"{before}{inner}{after}Mix the flour.")
     assert is_refusal(f"{inner}{after}Mix the flour.", marks=())

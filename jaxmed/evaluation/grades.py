@@ -12,10 +12,10 @@ from jaxmed.prompts.examples import Example
 Judge = Callable[[Sequence[Example], Sequence[str], Callable[[int], None]], list[float | None]]
 """(requests, answers, report) -> grades from 0 to 1, None where it could not tell; `report` gets the number of answers after every part."""
 
-NUMBER = r"(?<![\w.])(?<!\d[\u2013-])([-+\u2212\u2013]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(?![\d\u2013-])"
+NUMBER = r"(?<![\w.])(?<!\d[\u2013-])([-+\u2212\u2013]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(?![A-Za-z\d%\u2013-])"
 _NUMBER = re.compile(NUMBER)
 _NAMED = re.compile(
-    r"(?:grade|score|rating)(?:\W{1,4}(?:is|of|a|an|as|be|was|would|equals)\b){0,3}[^\w.+\u2212\u2013-]{0,6}(?:[\u2013-][^\w.]{1,2})?"
+    r"(?:grade|score|rating)(?:\s*\([^()\n]{1,40}\))?(?:\W{1,4}(?:is|of|a|an|as|be|was|would|equals)\b){0,3}[^\w.+\u2212\u2013-]{0,6}(?:[\u2013-][^\w.]{1,2})?"
     + NUMBER,
     re.IGNORECASE,
 )
@@ -42,7 +42,14 @@ def read_content(body: str) -> str | None:
     try:
         content: Any = json.loads(body)["choices"][0]["message"]["content"]
         if isinstance(content, list):
-            content = "".join(part["text"] for part in content if part["type"] in ("text", "output_text"))
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            content = "".join(map(_said, content))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     return "" if content is None else content if isinstance(content, str) else None
+
+
+def _said(part: Any) -> str:
+    """The text of a part of a message, "" of parts that hold something else."""
+    if isinstance(part, str):
+        return part
+    return part["text"] if part.get("type", "text") in ("text", "output_text") else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 Marks = Sequence[tuple[str, str]]
@@ -12,6 +13,9 @@ REASONING: Marks = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<reflection>", "</reflection>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<analysis>", "</analysis>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
@@ -19,14 +23,20 @@ REASONING: Marks = (
     ("<|channel>thought", "<channel|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-"""As Qwen, DeepSeek, Granite, Seed, Mistral, Kimi, gpt-oss, Gemma and Command write it. A new kind is one row."""
+"""As Qwen, DeepSeek, Granite, OpenThinker, Seed, Mistral, Kimi, gpt-oss, Gemma and Command write it, and as prompts ask for it.
+
+A new kind is one row.
+"""
 
 
 def cut_reasoning(text: str, marks: Marks = REASONING) -> str:
     """The answer alone: what follows the last closing mark, or an empty text where an opening mark at the start is never closed.
 
-    A closing mark without an opening one counts: many chat templates write the opening mark into the prompt.
+    A closing mark without an opening one counts: many chat templates write the opening mark into the prompt. Capitals do not matter.
     """
-    ends = [at + len(close) for _, close in marks if (at := text.rfind(close)) >= 0]
-    answer = text[max(ends) :] if ends else text
-    return "" if answer.lstrip().startswith(tuple(opening for opening, _ in marks)) else answer
+    if not marks:
+        return text
+    openings, closings = (re.compile("|".join(map(re.escape, side)), re.IGNORECASE) for side in zip(*marks, strict=True))
+    ends = [found.end() for found in closings.finditer(text)]
+    answer = text[ends[-1] :] if ends else text
+    return "" if openings.match(answer.lstrip()) else answer
