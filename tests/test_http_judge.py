@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,27 @@ def test_an_echoed_key_is_hidden(server: Server, tmp_path: Path, written: str) -
     kept = tmp_path / "scores.jsonl"
     http_judge(endpoint(server), RUBRIC, kept, keep_text=True)(REQUESTS[:1], ANSWERS[:1], silent)
     assert "secret-key" not in kept.read_text().lower()
+
+
+CODES = [
+    "\\u0073ecret-key-1234",
+    "%73ecret%2dkey-1234",
+    "&#115;ecret-key-1234",
+    b64encode(b"Bearer secret-key-1234").decode(),
+    b64encode(b"x: secret-key-1234").decode(),
+    "secret-key-1234".encode("utf-16").decode("latin-1"),
+    "s e c r e t - k e y - 1 2 3 4",
+]
+
+
+@pytest.mark.parametrize("written", CODES)
+def test_a_key_that_is_echoed_in_some_code_is_hidden(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret-key-1234")
+    shown = Endpoint("https://judge.example/v1", "m", "JUDGE_KEY").without_secret(f"Wrong key: {written}")
+    assert written not in shown
+    assert "holds the key" in shown
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    assert Endpoint("https://judge.example/v1", "m", "JUDGE_KEY").without_secret("no such model") == "no such model"
 
 
 def test_the_key_goes_to_no_other_host(server: Server) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import unescape
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from jaxmed.errors import UserError, all_problems, quoted, unknown
 
@@ -80,10 +82,15 @@ class Endpoint:
         return key
 
     def without_secret(self, text: str) -> str:
-        """A text in which the key is hidden, however it is written there."""
+        """A text in which the key is hidden; where it is written in some code, nothing of the text is left."""
         key = self.secret()
         written = sorted({key, quote(key), quote(key, safe=""), key.replace("/", "\\/")} - {""}, key=len, reverse=True)
-        return re.sub("|".join(map(re.escape, written)), "***", text, flags=re.IGNORECASE) if written else text
+        if not written:
+            return text
+        text = re.sub("|".join(map(re.escape, written)), "***", text, flags=re.IGNORECASE)
+        read = " ".join((text, unquote(text), unescape(text), _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)))
+        held = (_signs(key), _signs(key[::-1]), *_base64(key))
+        return "(a text that holds the key in some code)" if any(len(form) >= SHORTEST and form in _signs(read) for form in held) else text
 
     @property
     def warning(self) -> str:
@@ -97,3 +104,20 @@ class Endpoint:
         """What is sent to have a text answered."""
         values = {"max_tokens": self.tokens, "max_completion_tokens": self.tokens, "temperature": 0}
         return {"model": self.model, "messages": [{"role": "user", "content": text}], **{name: values[name] for name in parameters}}
+
+
+SHORTEST = 8
+"""Letters and digits of a key, from which on it is looked for in codes: shorter ones are found in any text."""
+_ESCAPED = re.compile(r"\\(?:u|x)(?:00)?([0-9a-fA-F]{2})")
+
+
+def _signs(text: str) -> str:
+    """Letters and digits alone, so that no separators, line ends or NUL bytes between them matter."""
+    return "".join(sign for sign in text.casefold() if sign.isascii() and sign.isalnum())
+
+
+def _base64(key: str) -> Iterator[str]:
+    """What is the same in every Base64 text that holds a key, by the place where the key begins."""
+    for skipped in range(3):
+        coded = b64encode(b"\0" * skipped + key.encode()).decode()
+        yield _signs(coded[(0, 2, 3)[skipped] : len(coded) // 4 * 4 - 4])
