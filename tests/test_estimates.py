@@ -202,13 +202,13 @@ def _flops(model: Model, pair: jm.PromptPair, position: str, outcomes: tuple[str
     sites = first_order.sites_of(job.request.units)
 
     def programs(rows: Any) -> Any:
-        written, _ = first_order.run_source(config, params, rows, sites, readout)
+        written, *_ = first_order.run_source(config, params, rows, sites, readout)
         base = first_order.run_base(config, params, rows, first_order.narrow(sites), readout)
         return first_order.estimate(config, params, rows, base, written, job.request.units, WINDOW, EXACT, 0)
 
     jaxpr = jax.make_jaxpr(programs)(rows)
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
-    planned = plan(job).cost.flops / estimates._rows(job, estimates.FirstOrder(EXACT).items(job)[0])
+    planned = plan(job).cost.flops / estimates.rows_of(job, estimates.FirstOrder(EXACT).items(job)[0])
     return count_flops(used), planned, propagate_flops(config, 1, shape_of(contrast).length, 0, config.layers)
 
 
@@ -283,7 +283,7 @@ def test_records_and_pages_say_that_these_are_estimates(plain_model: Model, tmp_
     ("how", "said"),
     [
         ({"method": "atribution"}, "Did you mean 'attribution'"),
-        ({"outcome": "kl"}, "--method exact, or another outcome: logit-diff"),
+        ({"outcome": "kl"}, "--method integrated or --method exact, or another outcome: logit-diff"),
         ({"estimand": "direct"}, "'direct' is computed"),
         ({"sets": {"two": [("neuron", 0, 1), ("neuron", 1, 2)]}}, "--method exact for them"),
         ({"outcome": lambda logits: (logits.argmax() == 3).astype(np.float32)}, "has none but zero"),

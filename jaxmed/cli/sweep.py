@@ -168,13 +168,16 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
 
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
-    method: Literal["auto", "exact", "screened", "attribution", "relp"] = "auto"
+    method: Literal["auto", "exact", "screened", "attribution", "relp", "integrated"] = "auto"
     """How effects come about: exact, by a restarted pass for every unit; or as first-order estimates, of all units at once from two
-    forwards and a backward: attribution, with the gradient; relp, with the coefficients of relevance propagation in its place.
+    forwards and a backward: attribution, with the gradient; relp, with the coefficients of relevance propagation in its place. Integrated:
+    with the gradient's mean over --points on the way of one layer's units from base to source, which takes that many backwards per layer.
     Screened: estimates of all units, and exact effects of those that are, or may be, among the --top largest of a pair. Auto: exact where
     the plan is under ten minutes, else screened where that can be."""
     budget: str = "2%"
     """What exact effects may take with --method screened: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
+    points: int = 5
+    """Points of --method integrated on each way, by Gauss and Legendre's rule, 1 to 64."""
     top: int = 50
     """Units of each kind that are listed in top.csv."""
     by: Literal["", "category"] = ""
@@ -188,7 +191,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget}
+        summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget, "points": self.points}
         summary["method"] = "exact" if self.method == "auto" else self.method
         _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))
         if self.method == "auto":

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.mediators import MEDIATORS, Unit, patched_rows, recorded_sites, written
-from jaxmed.effects.outcomes import OUTCOMES, OutcomeName
+from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.readout import Readout, Reads, make_reads, next_token, read
 from jaxmed.effects.rows import Picks, Record, View
 from jaxmed.interventions.edits import TokenIndex
@@ -76,8 +76,7 @@ def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[
 
     slots = make_reads(packed_source, answers, 0).slots
     there, h = record(other.config, other.params, *_fed(packed_source), source_columns, slots, source_taps)
-    needs_source = any(not callable(name) and OUTCOMES[name].needs_source for name in outcomes)
-    target = next_token(other.config, other.params, h[0]) if needs_source else None
+    target = next_token(other.config, other.params, h[0]) if readout.needs_source else None
     source_outcome = read(other.config, other.params, h, make_reads(packed_source, answers, 0, target), readout)
 
     reads = make_reads(packed, answers, 0, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ class FirstOrder:
     def work(self, job: Job, item: Item) -> Work:
         """Two forwards and a backward of every row, rows that fill the batch included. Layers of an item take their part of it each."""
         shape, config = shape_of(job.contrasts[item.pairs[0]]), job.model.config
-        rows, outcomes, seen = _rows(job, item), len(job.request.outcomes), shape.length if shape.window < shape.length else 0
+        rows, outcomes, seen = rows_of(job, item), len(job.request.outcomes), shape.length if shape.window < shape.length else 0
         flops = sum(propagate_flops(config, rows, length, 0, config.layers) for length in (shape.length, shape.source_length))
         flops += backward_flops(config, rows, shape.window, seen, config.layers - job.layers[0], outcomes)
         part = len(item.layers) / len(job.layers)
@@ -55,9 +55,18 @@ class FirstOrder:
         """Dispatches the forwards and the backward."""
         del opened
         sites = sites_of(job.request.units)
-        ran = run_pairs(job, item, Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules), sites, narrow(sites))
-        found, first = ran.effects(job, self.rules), job.layers[0]
+        ran = run_pairs(job, item, self.readout(job), sites, narrow(sites))
+        found, first = self.effects(job, item, ran), job.layers[0]
         return lambda: [*ran.ends(job, item), *_chunks(job, item, found, first)]
+
+    def readout(self, job: Job) -> Readout:
+        """The outcomes, linearised by the rules."""
+        return Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules)
+
+    def effects(self, job: Job, item: Item, ran: RanPairs) -> Record:
+        """Effects of all units of the job's layers, from its first one on: unit -> float32 [L, O, B, P, count]."""
+        del item
+        return ran.effects(job, self.rules)
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,11 @@ def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, .
     """Runs both sides of an item's pairs, and keeps these sites of them; of the base those too that a patch may need."""
     contrasts = [job.contrasts[pair] for pair in item.pairs]
     model, other = contrasts[0].base.model, contrasts[0].source.model
-    pairs = jax.device_put(batch_rows(contrasts, _rows(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
+    pairs = jax.device_put(batch_rows(contrasts, rows_of(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
     routed = ("router_logits",) if model.config.experts else ()
     base_taps = {*routed, *base_sites, *(() if job.request.patch == "resample" else source_sites)} - {"residual_in"}
-    there, source_outcome = run_source(other.config, other.params, pairs, tuple(sorted({*routed, *source_sites})), readout)
+    there, source_outcome, target = run_source(other.config, other.params, pairs, tuple(sorted({*routed, *source_sites})), readout)
+    pairs = replace(pairs, base=replace(pairs.base, reads=replace(pairs.base.reads, source=target)))
     base = run_base(model.config, model.params, pairs, tuple(sorted(base_taps)), readout)
     written = {site: there[site] for site in source_sites if site not in routed}
     if job.request.patch != "resample":
@@ -113,7 +123,7 @@ def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, .
     return RanPairs(pairs, base, written, source_outcome, (base.record["router_logits"], there["router_logits"]) if routed else None)
 
 
-def _rows(job: Job, item: Item) -> int:
+def rows_of(job: Job, item: Item) -> int:
     """Rows of an item's programs: those of a whole batch, a multiple of the devices."""
     devices = job.model.mesh.shape["data"]
     return -(-job.chunk[shape_of(job.contrasts[item.pairs[0]]).key] // devices) * devices

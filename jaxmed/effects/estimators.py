@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxmed.effects.estimates import FirstOrder
 from jaxmed.effects.exact import Exact
+from jaxmed.effects.integrated import Integrated
 from jaxmed.effects.methods import METHODS, find_method
 from jaxmed.effects.screened import Screened
 from jaxmed.effects.work import Estimator
+from jaxmed.models.rules import Rules
 
+_WAYS: dict[str, Callable[[Rules], Estimator]] = {"integrated": Integrated, "screened": Screened}
+"""Methods that are more than change times gradient at the base run."""
 ESTIMATORS: dict[str, Estimator] = {
     "exact": Exact(),
-    **{name: Screened(one.rules) if one.screened else FirstOrder(one.rules) for name, one in METHODS.items() if one.rules is not None},
+    **{name: _WAYS.get(name, FirstOrder)(one.rules) for name, one in METHODS.items() if one.rules is not None},
 }
 
 

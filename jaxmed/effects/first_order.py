@@ -7,7 +7,7 @@ of their insides; a reverse loop then opens one block at a time, takes its part 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jaxmed.interventions.sites import SITES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.params import Params
 from jaxmed.models.rules import Rules
-from jaxmed.runner import Layout, Prefix, Recording, run, run_tokens
+from jaxmed.runner import Layout, Prefix, Recording, logits_of, run, run_tokens
 
 
 def sites_of(units: Sequence[str]) -> tuple[str, ...]:
@@ -56,25 +56,33 @@ class Base:
 
 
 @partial(jax.jit, static_argnames=("config", "taps", "readout"))
-def run_source(config: ModelConfig, params: Params, pairs: PairRows, taps: tuple[str, ...], readout: Readout) -> tuple[Record, jax.Array]:
-    """Sites of the source runs [L, B, W, ...], aligned to the window, and their outcomes float32 [O, B]."""
+def run_source(
+    config: ModelConfig, params: Params, pairs: PairRows, taps: tuple[str, ...], readout: Readout
+) -> tuple[Record, jax.Array, jax.Array]:
+    """Sites of the source runs [L, B, W, ...], aligned to the window; their outcomes float32 [O, B]; and the log-probabilities of their
+    next tokens, float32 [B, V] where an outcome needs them, else [B, 0]."""
     ran = _run_rows(config, params, pairs.source, Recording(taps))
-    return ran.taps, _outcomes(config, params, _take(ran.stream, pairs.source.reads.slots), pairs.source.reads, readout)
+    h, reads = _take(ran.stream, pairs.source.reads.slots), pairs.source.reads
+    target = jax.nn.log_softmax(logits_of(config, params, h[:, 0])) if readout.needs_source else reads.source
+    return ran.taps, _outcomes(config, params, h, replace(reads, source=target), readout), target
 
 
 @partial(jax.jit, static_argnames=("config", "taps", "readout"))
 def run_base(config: ModelConfig, params: Params, pairs: PairRows, taps: tuple[str, ...], readout: Readout) -> Base:
     """The base runs, and the first step of their gradients."""
     ran = _run_rows(config, params, pairs.base, Recording(("residual_in", *taps), keep=True))
-    window, reads = _take(ran.stream, pairs.base.columns), pairs.base.reads
+    key, value = ran.kept
+    return Base(ran.taps, key, value, *read_gradient(config, params, _take(ran.stream, pairs.base.columns), pairs.base.reads, readout))
+
+
+def read_gradient(config: ModelConfig, params: Params, window: jax.Array, reads: Any, readout: Readout) -> tuple[jax.Array, jax.Array]:
+    """Outcomes float32 [O,B] of last residual streams [B,W,D] of a batch's windows, and their gradients in these [O,B,W,D]."""
     outcomes = lambda h: _outcomes(config, params, h, reads, readout)  # noqa: E731
     outcome, pull = jax.vjp(outcomes, _take(window, reads.slots))
     every = jnp.broadcast_to(jnp.eye(len(outcome))[..., None], (len(outcome), *outcome.shape))
     (read,) = jax.vmap(pull)(every)  # [O, B, R, D]
     rows = jnp.arange(window.shape[0])[:, None]
-    gradient = jax.vmap(lambda g: jnp.zeros_like(window).at[rows, reads.slots].add(g))(read)
-    key, value = ran.kept
-    return Base(ran.taps, key, value, outcome, gradient)
+    return outcome, jax.vmap(lambda g: jnp.zeros_like(window).at[rows, reads.slots].add(g))(read)
 
 
 def _run_rows(config: ModelConfig, params: Params, rows: Row, recording: Recording) -> Any:
@@ -93,6 +101,19 @@ def _outcomes(config: ModelConfig, params: Params, h: jax.Array, reads: Any, rea
 def _take(values: jax.Array, columns: jax.Array) -> jax.Array:
     """values [B,T,...] at columns int [B,W]: [B,W,...]."""
     return jnp.take_along_axis(values, columns.reshape(*columns.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+
+def window_layout(pairs: PairRows) -> Layout:
+    """How the windows' tokens see each other."""
+    count, window = pairs.base.columns.shape
+    offset = pairs.start[:, None] + jnp.arange(window)[None]
+    index = TokenIndex(offset, jnp.full(count, pairs.base.tokens.shape[1]))
+    return Layout(_take(pairs.base.position, pairs.base.columns), pairs.visible, index)
+
+
+def cached_of(pairs: PairRows, base: Base) -> tuple[jax.Array, jax.Array] | None:
+    """Keys and values [L,B,T,K,H] that windows see of earlier tokens; None where windows are whole rows."""
+    return (base.key, base.value) if pairs.base.columns.shape[1] < pairs.base.tokens.shape[1] else None
 
 
 class _Layer(NamedTuple):
@@ -118,12 +139,8 @@ def estimate(
         width: neurons of a window.
         rules: what gradients flow through.
     """
-    count, window = base.gradient.shape[1:3]
-    length = pairs.base.tokens.shape[1]
-    offset = pairs.start[:, None] + jnp.arange(window)[None]
-    layout = Layout(_take(pairs.base.position, pairs.base.columns), pairs.visible, TokenIndex(offset, jnp.full(count, length)))
-    cached = (base.key[first:], base.value[first:]) if window < length else None
-    step = partial(_step, config, pairs, layout, units, width, rules)
+    cached = jax.tree.map(lambda values: values[first:], cached_of(pairs, base))
+    step = partial(_step, config, pairs, window_layout(pairs), units, width, rules)
     blocks = jax.tree.map(lambda stack: stack[first:], params["blocks"])
     changes = {site: written[site][first:] for site in sites_of(units)}
     kept = {site: base.record[site][first:] for site in narrow(sites_of(units))}
@@ -135,7 +152,7 @@ def _step(
     config: ModelConfig, pairs: PairRows, layout: Layout, units: tuple[str, ...], width: int, rules: Rules, gradient: jax.Array, at: _Layer
 ) -> tuple[jax.Array, Record]:
     """One block backwards: its output's gradient [O,B,W,D] -> its input's, and the effects of its units."""
-    sites, prefix = sites_of(units), _prefix(pairs, at.cached)
+    sites, prefix = sites_of(units), prefix_of(pairs, at.cached)
     opened = tuple(site for site in sites if site not in at.kept)
 
     def block(stream: jax.Array, moved: Record) -> tuple[jax.Array, Record]:
@@ -150,14 +167,14 @@ def _step(
     before, by_site = jax.vmap(pull)(gradient)
     values |= at.kept
     change = {site: at.written[site].astype(jnp.float32) - values[site].astype(jnp.float32) for site in sites}
-    return before, _effects(config, pairs, units, width, change, {**by_site, END: gradient})
+    return before, unit_effects(config, pairs, units, width, change, {**by_site, END: gradient})
 
 
 END = "end of the layer"
 """Where the gradient is taken for sites that are swapped together: they do not answer to each other."""
 
 
-def _effects(config: ModelConfig, pairs: PairRows, units: tuple[str, ...], width: int, change: Record, gradient: Record) -> Record:
+def unit_effects(config: ModelConfig, pairs: PairRows, units: tuple[str, ...], width: int, change: Record, gradient: Record) -> Record:
     """Effects float32 [O,B,P,count] of a layer's units, of each kind, from changes [B,W,...] and gradients [O,B,W,...] of sites."""
     found: Record = {}
     for unit in units:
@@ -186,7 +203,8 @@ def _grouped(effects: jax.Array, width: int, count: int) -> jax.Array:
     return padded if width == 1 else padded.reshape(*effects.shape[:-1], count, width).sum(-1)
 
 
-def _prefix(pairs: PairRows, cached: tuple[jax.Array, jax.Array] | None) -> Prefix | None:
+def prefix_of(pairs: PairRows, cached: tuple[jax.Array, jax.Array] | None) -> Prefix | None:
+    """Earlier tokens of the base runs, from one layer's keys and values [B,T,K,H]."""
     if cached is None:
         return None
     before = jnp.broadcast_to(jnp.arange(cached[0].shape[1]), cached[0].shape[:2])

@@ -199,8 +199,9 @@ def manifest(job: Job) -> dict[str, Any]:
     """What must agree for a run to be resumed; stored in run.json."""
     request, model = job.request, job.model
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
-    screened = METHODS[request.method].screened
-    unused = ("by", *(("patch_factor",) if request.patch_factor is None else ()), *(() if screened else ("top", "budget")))
+    method = METHODS[request.method]
+    unused = ("by", *(("patch_factor",) if request.patch_factor is None else ()), *(() if method.screened else ("top", "budget")))
+    unused += ("points",) if method.at_base else ()
     settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "request": settings,

@@ -28,6 +28,7 @@ class Method:
         rows: what chunk sizes count.
         rules: how blocks are linearised; None where nothing is.
         screened: estimates say which effects are computed.
+        at_base: estimates rest on what happens near the base run, and need outcomes whose gradient there says something.
     """
 
     values: str
@@ -36,6 +37,7 @@ class Method:
     rows: str = "pairs per batch"
     rules: Rules | None = None
     screened: bool = False
+    at_base: bool = True
 
     @property
     def exact(self) -> bool:
@@ -58,6 +60,13 @@ METHODS: dict[str, Method] = {
         f"relevance patching (Jafari et al. 2025): {_CHANGE}; the gradient holds norms and attention patterns constant, takes activations "
         "as multiples of their inputs, and halves products",
         rules=RELP,
+    ),
+    "integrated": Method(
+        "integrated-gradients estimates",
+        "integrated gradients (Sundararajan et al. 2017): the unit's change times the mean gradient of the outcome while all units of "
+        "its kind and layer go from base to source together, at the same tokens, all else being as in the base run",
+        rules=EXACT,
+        at_base=False,
     ),
     "screened": Method(
         "screened effects",
@@ -97,23 +106,22 @@ def check_method(method: str, outcomes: Sequence[OutcomeName], estimands: Sequen
     if other := [name for name in estimands if name != "indirect"]:
         raise UserError(f"{asked} estimates indirect effects; {other[0]!r} is computed: use --method exact for it.")
     for outcome in outcomes:
-        _check_outcome(outcome, asked, vocabulary)
+        _check_outcome(outcome, asked, METHODS[method].at_base, vocabulary)
 
 
-def _check_outcome(outcome: OutcomeName, asked: str, vocabulary: int) -> None:
+def _check_outcome(outcome: OutcomeName, asked: str, at_base: bool, vocabulary: int) -> None:
     name = outcome_name(outcome)
     if not callable(outcome):
-        if not OUTCOMES[outcome].differentiable:
+        if at_base and not OUTCOMES[outcome].differentiable:
             legal = ", ".join(name for name, one in OUTCOMES.items() if one.differentiable)
-            raise UserError(
-                f"{asked} needs an outcome whose gradient at the base run says something, and {name!r} is none. {_USE} {legal}."
-            )
+            raise UserError(f"{asked} goes by the slope at the base run, which says little of {name!r}. {_ALONG} {legal}.")
         return
     problem = _without_gradient(outcome, vocabulary)
     if problem:
         raise UserError(f"{asked} needs the gradient of the outcome, and {name} {problem}. {_USE} one that is smooth in the logits.")
 
 
+_ALONG = "Use --method integrated or --method exact, or another outcome:"
 _USE = "Use --method exact, or another outcome:"
 _DRAWS = 3
 

@@ -80,6 +80,11 @@ class Readout:
     parts: int
     rules: Rules = EXACT
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether an outcome compares the run with the source's next-token distribution."""
+        return any(not callable(name) and OUTCOMES[name].needs_source for name in self.outcomes)
+
     def __call__(self, config: ModelConfig, params: Params, h: jax.Array, reads: Reads) -> jax.Array:
         """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""
         x = final_norm(config, params, h, self.rules)

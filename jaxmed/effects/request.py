@@ -19,6 +19,8 @@ from jaxmed.models.model import Model
 
 DIRECTIONS = ("forward", "reverse")
 
+MOST_POINTS = 64
+"""Of integrated gradients."""
 BY = ("", "category")
 """What statistics may be split by."""
 
@@ -45,6 +47,7 @@ class Request:
         patch_factor: the number that the patch takes, if any; None: its default.
         by: what statistics are split by too, of `BY`.
         budget: of a screened sweep; see `budget.read_budget`.
+        points: of integrated gradients, where the gradient is taken on each way, 1 to MOST_POINTS.
     """
 
     outcomes: tuple[OutcomeName, ...] = ("log-odds",)
@@ -65,6 +68,7 @@ class Request:
     patch: str = "resample"
     patch_factor: float | None = None
     budget: str = "2%"
+    points: int = 5
 
     @property
     def patching(self) -> Patching:
@@ -94,6 +98,8 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     request = replace(request, patch_factor=check_patch(request.patching).factor)
     _check_words(request, model, source_model)
     read_budget(request.budget)
+    if not 1 <= request.points <= MOST_POINTS:
+        raise UserError(f"--points {request.points} is out of range: 1 to {MOST_POINTS}. Five are enough for most outcomes.")
     check_method(request.method, outcomes, request.estimands, together, model.config.vocabulary)
     layers_of(model.config, request.layers)
     return request

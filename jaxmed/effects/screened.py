@@ -19,7 +19,6 @@ from jaxmed.effects.estimates import FirstOrder, RanPairs, run_pairs
 from jaxmed.effects.job import BUDGET, Job
 from jaxmed.effects.mediators import recorded_sites
 from jaxmed.effects.pair_batches import window_of
-from jaxmed.effects.readout import Readout
 from jaxmed.effects.screen import Screen
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work
 
@@ -41,7 +40,7 @@ class Screened(FirstOrder):
     def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Estimates, computes what is chosen before any exact effect is known, and dispatches what is chosen then."""
         del opened
-        readout = Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules)
+        readout = self.readout(job)
         ran = run_pairs(job, item, readout, *reversed(recorded_sites(job.model.config, job.request.units, True)))
         found = {unit: np.asarray(values) for unit, values in ran.effects(job, self.rules).items()}
         screens, collects = [], []

@@ -143,6 +143,7 @@ def sweep(
     patch_factor: float | None = None,
     layer_window: int = 0,
     budget: str = "2%",
+    points: int = 5,
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Effects of every unit, with statistics over pairs: exact ones, or estimates (`method`). The arguments are the command's flags.
@@ -165,7 +166,8 @@ def sweep(
         direction: "reverse": base and source change places.
         source_model: where source values come from, for the contrast "model".
         method: a key of `jaxmed.effects.methods.METHODS`: "exact"; or the estimates of first order "attribution" and "relp", which take two
-            forwards and a backward of a pair for all of its units and positions; or "screened": estimates of all units, and exact effects
+            forwards and a backward of a pair for all of its units and positions; "integrated", which takes `points` backwards for each
+            layer, position and kind of unit; or "screened": estimates of all units, and exact effects
             of the `top` units that have the largest, or may have; the table says which, how far the others may be off, and how many of
             the largest were found.
         sets: name -> units (mediator, layer, index) that are patched together, or {"units": ..., "held": ...} with others that keep their
@@ -178,6 +180,7 @@ def sweep(
         patch_factor: of "noise" (default 3 standard deviations), "scale" (2), and "steer" (1).
         layer_window: adjacent layers whose modules are patched together, as further sets "mlp_out 3-7" for every place; 0: none.
         budget: of a screened sweep: part of all exact effects' FLOPs ("2%"), FLOPs ("3e13 flop") or time ("20m") that exact ones may take.
+        points: of integrated gradients, on each way from base to source, 1 to 64.
         by: "category": statistics and top.csv of every category of pairs too.
         watch: called with (FLOPs done, effects done, pair id) after every item.
 
@@ -195,7 +198,7 @@ def sweep(
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor, budget)
+    how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor, budget, points)
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:

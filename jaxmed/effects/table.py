@@ -150,7 +150,7 @@ def _formula(job: Job, estimand: str) -> str:
     if method.screened:
         formula = f"{formula}; where it was not computed, its first-order estimate. {method.told}"
     elif not method.exact:
-        formula = f"first-order estimate of the {formula}. Not computed: {method.told}"
+        formula = f"{method.values.removesuffix('s')} of the {formula}. Not computed: {method.told}"
     return formula if job.request.patch == "resample" else f"{formula}, where M(source) stands for {job.request.patching.told}"
 
 

@@ -59,8 +59,8 @@ def _estimates(record: Record) -> Iterator[Caution]:
     elif not record.exact:
         method = record.table.attrs["method"]
         yield Caution(
-            f"The values are {record.values} (--method {method}), not exact effects. They are read off the slope at the base run, and are "
-            "wrong where the outcome bends: most for whole modules and large changes. Intervals and p values are about the estimates. "
+            f"The values are {record.values} (--method {method}), not exact effects. They are read off slopes of the outcome, and are "
+            "wrong where it bends: most for whole modules and large changes. Intervals and p values are about the estimates. "
             "Compute what you quote with --method exact; `jaxmed agreement` compares the two."
         )
 
