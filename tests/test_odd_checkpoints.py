@@ -187,6 +187,15 @@ def test_pipes_are_not_read(tmp_path: Path, place: str) -> None:
         ({"hidden_size": 2**40}, "below"),
         ({"vocab_size": 2**30}, "the config says"),
         ({"num_hidden_layers": 10**4}, "layers"),
+        ({"head_dim": 0}, "'head_dim' is 0; it is above zero"),
+        ({"num_key_value_heads": 0}, "'num_key_value_heads' is 0; it is above zero"),
+        ({"num_hidden_layers": True}, "'num_hidden_layers' is True; a finite whole number"),
+        ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' is '1e-5'; a finite number"),
+        ({"rope_theta": True}, "'rope_theta' is True; a finite number"),
+        ({"rope_scaling": []}, "'rope_scaling' is .*an object is expected"),
+        ({"rope_scaling": {"type": "linear"}}, "of type 'linear' lack 'factor'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lack 'low_freq_factor' and"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "of type 'yarn' lack 'factor'"),
     ],
 )
 def test_configs_at_their_edges_are_refused_before_anything_is_allocated(tmp_path: Path, config: dict[str, Any], said: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmed.errors import UserError, all_problems, hint, quoted, unknown
 from jaxmed.models.config import ModelConfig
-from jaxmed.models.families.checks import SWITCHES, wrong_values
+from jaxmed.models.families.checks import wrong_types, wrong_values
 from jaxmed.models.families.gemma import GEMMAS
 from jaxmed.models.families.gpt2 import GPT2S
 from jaxmed.models.families.harmless import is_harmless
@@ -62,5 +62,4 @@ def _wrong_keys(raw: Mapping[str, Any], family: Family) -> list[str]:
     for key, allowed in family.needed.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             wrong.append(f"key {key!r} is {quoted(raw[key])}; this family runs only {allowed[0]!r}")
-    switches = sorted(SWITCHES & set(raw))
-    return wrong + [f"key {key!r} is {quoted(raw[key])}; it is true or false" for key in switches if not isinstance(raw[key], bool | None)]
+    return [*wrong, *wrong_types(raw, family.known)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,11 +15,44 @@ from jaxmed.models.rope import frequencies
 
 SWITCHES = frozenset("tie_word_embeddings attention_bias mlp_bias use_sliding_window norm_topk_prob".split())
 """Config keys that are true or false; any other value would count as true."""
+COUNTS = frozenset(
+    (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "max_position_embeddings original_max_position_embeddings n_embd n_head n_layer n_positions n_inner num_experts num_local_experts "
+        "num_experts_per_tok moe_intermediate_size sliding_window_pattern _sliding_window_pattern"
+    ).split()
+)
+"""Config keys that count something: zero would mean a default to some readers, and text a number."""
+POSITIVE = frozenset("attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar rope_theta rope_local_base_freq".split())
+NUMBERS = POSITIVE | frozenset(
+    (
+        "rms_norm_eps layer_norm_epsilon partial_rotary_factor embedding_multiplier residual_multiplier attention_multiplier "
+        "logits_scaling sliding_window max_window_layers"
+    ).split()
+)
 MOST = {"layers": MOST_LAYERS + 1, "head_width": 2**16, "experts": 2**14}
 """Sizes that no model exceeds; of the others, 2 ** 31."""
 SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "neurons", "vocabulary", "max_length")
 LARGEST = 1e30
 """No number of a config comes near; float32 overflows above. JAX takes whole ones below 2 ** 31."""
+
+
+def wrong_types(raw: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+    """Keys of a config.json that a family uses, with values of another kind than theirs."""
+    for key in sorted(SWITCHES & set(raw)):
+        if not isinstance(raw[key], bool | None):
+            yield f"key {key!r} is {quoted(raw[key])}; it is true or false"
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key), Mapping | None):
+            yield f"key {key!r} is {quoted(raw[key])}; an object is expected"
+    for key in sorted((COUNTS | NUMBERS) & set(raw) & set(known)):
+        value, whole = raw[key], key in COUNTS
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST or (whole and value != int(value)):
+            yield f"key {key!r} is {quoted(value)}; a finite{' whole' * whole} number is expected"
+        elif (whole or key in POSITIVE) and value <= 0:
+            yield f"key {key!r} is {quoted(value)}; it is above zero"
 
 
 def wrong_values(config: ModelConfig) -> list[str]:

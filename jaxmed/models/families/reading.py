@@ -82,6 +82,15 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 """RoPE type of a config -> its keys -> our names. "factors" is how GGUF files say Llama 3's and LongRoPE's scaling."""
 
 
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": tuple(ROPE_FIELDS["llama3"]),
+    "yarn": ("factor",),
+    "longrope": ("long_factor", "short_factor"),
+}
+"""RoPE type -> keys that its fields have, for want of which `transformers` fails."""
+
+
 def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> Rope:
     """RoPE from either form of the config: `rope_theta` with `rope_scaling`, or `rope_parameters`; or from explicit `fields`.
 
@@ -104,6 +113,8 @@ def read_rope(raw: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -
             raise unknown(f"config key in the RoPE fields of type {kind!r}:", key, ROPE_FIELDS[kind])
         if value is not None:
             values[ROPE_FIELDS[kind][key]] = tuple(value) if isinstance(value, (list, tuple)) else value
+    if lacking := [key for key in ROPE_NEEDS.get(kind, ()) if given.get(key) is None and fields is None]:
+        raise UserError(f"The RoPE fields of type {kind!r} lack {' and '.join(map(repr, lacking))}, which decide the frequencies.")
     if kind in ("yarn", "longrope"):
         _fill(raw, kind, values)
     scaling = {"default": "none", "longrope": "factors"}.get(kind, kind)
