@@ -44,7 +44,7 @@ def _refused(action: Callable[..., Any], *arguments: Any) -> str:
         ("llama", {"tie_word_embeddings": "false"}, "'tie_word_embeddings' is 'false'"),  # counted as true
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "8"}}, "factor is '8'"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": [1]}}, "factor is (1,)"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "cannot be used"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "lack 'long_factor' and 'short_factor'"),
         ("qwen3", {"rope_parameters": {**CONFIGS["qwen3"]["rope_parameters"], "beta_fast": ""}}, "beta_fast is ''"),
         ("qwen3", {"rope_parameters": {**CONFIGS["qwen3"]["rope_parameters"], "rope_theta": True}}, "cannot be used"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": {}}}, "truncate is {}; it is true or false"),
@@ -54,7 +54,7 @@ def _refused(action: Callable[..., Any], *arguments: Any) -> str:
         ("granite", {"embedding_multiplier": float("inf")}, "embedding_scale is inf"),
         ("mistral", {"sliding_window": -5}, "a sliding window is -5"),
         ("mistral", {"sliding_window": -(2**63)}, "a sliding window is"),
-        ("mistral", {"no_such_key": 1, "nor_this": 2, "vocab_size": 0}, "3 problems"),
+        ("mistral", {"no_such_key": 1, "nor_this": 2, "vocab_size": 0}, "4 problems"),
     ],
 )
 def test_configs(kind: str, changes: dict[str, Any], said: str) -> None:
