@@ -1,7 +1,8 @@
-from . import probing, pruning, statistics, tokens
+from . import circuits, probing, pruning, statistics, tokens
 from .activation_table import activations, mean_difference
 from .answering.run import answers
 from .bridge.enrichment import Enriched, enrichment
+from .circuits.run import circuit
 from .distributed import make_mesh
 from .effects.patch import Patched, patch
 from .effects.sweep import sweep
@@ -35,6 +36,8 @@ __all__ = [
     "UserError",
     "activations",
     "answers",
+    "circuit",
+    "circuits",
     "edits",
     "enrichment",
     "export_folder",

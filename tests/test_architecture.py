@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
-    "circuits": {"errors", "axes", "tokens", "interventions", "models", "attention", "runner", "effects"},
+    "circuits": {"errors", "files", "axes", "statistics", "prompts", "tokens", "interventions", "models", "attention", "runner", "runs"}
+    | {"effects"},
     "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "activation_table"},
     "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
     | {"activation_table", "evaluation", "gating"},
@@ -71,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
     }
     | {"bench", "parity", "generation"}
-    | {"answering", "probing", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
+    | {"answering", "circuits", "probing", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""
 

@@ -45,6 +45,7 @@ UNRUN = {
     "docs/guides/evaluation.md": ("jaxmed evaluate --examples harmbench.csv", "pip install '.[harness]'"),
     "docs/guides/finetuning.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
     "docs/guides/answers.md": ("jaxmed answers", "jaxmed answers"),
+    "docs/guides/circuits.md": ("jaxmed circuit",),
     "docs/guides/gate.md": ("jaxmed gate",),
     "docs/guides/mediation.md": ("jaxmed study mediation",) * 3,
     "docs/guides/misalignment.md": ("jaxmed study misalignment", "from pathlib"),

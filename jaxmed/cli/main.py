@@ -18,6 +18,7 @@ from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
 from jaxmed.cli.bench import Bench, BenchGenerate, BenchLoad
 from jaxmed.cli.check import Check
+from jaxmed.cli.circuit import Circuit
 from jaxmed.cli.compression import Compression
 from jaxmed.cli.convert import Convert
 from jaxmed.cli.curve import Curve, Transfer
@@ -55,6 +56,7 @@ COMMANDS: dict[str, type] = {
     "trace": Trace,
     "gate": Gate,
     "answers": Answers,
+    "circuit": Circuit,
     "agreement": Agreement,
     "report": Report,
     "generate": Generate,

@@ -18,7 +18,7 @@ class Report(ConfigFlags):
     """Redraws the HTML page of one or several runs from their saved tables; runs no model."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """The --out folders of sweeps, or one of a study, gate or answers."""
+    """The --out folders of sweeps, or one of a study, gate, answers or circuits."""
     out: Path | None = None
     """HTML file to write; default: report.html in the first folder."""
     images: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class Report(ConfigFlags):
         if not self.folders:
             raise UserError("Give at least one --out folder of a sweep: `jaxmed report FOLDER`.")
         if missing := [folder for folder in self.folders if not folder.exists()]:
-            raise UserError(f"There is no folder {missing[0]}. Give the --out folder of a sweep, a study, a gate or answers.")
+            raise UserError(f"There is no folder {missing[0]}. Give the --out folder of a sweep, a study, a gate, answers or circuits.")
         from jaxmed.reports.images import check_images, write_images
 
         check_images(self.images)
@@ -43,6 +43,7 @@ class Report(ConfigFlags):
 def write_report(folders: list[Path], file: Path) -> None:
     """Writes the HTML page of finished or half-made runs."""
     from jaxmed.reports.answers import write_answers
+    from jaxmed.reports.circuit import write_circuit
     from jaxmed.reports.gate import write_gate
     from jaxmed.reports.mediation import write_mediation
     from jaxmed.reports.misalignment import write_misalignment
@@ -50,7 +51,7 @@ def write_report(folders: list[Path], file: Path) -> None:
     from jaxmed.reports.study import write_study
 
     pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "misalignment": write_misalignment}
-    pages |= {"answering": write_answers}
+    pages |= {"answering": write_answers, "circuit": write_circuit}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     if held and len(folders) > 1:
         raise UserError(f"{folders[0]} has a page of its own; several folders make one page where all of them are of sweeps.")
