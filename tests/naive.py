@@ -62,6 +62,22 @@ def swap(model: Model, pair: PromptPair, patch: Patch, unit: str, layer: int, in
     return {site: _dense(np.asarray(_source(model, pair)[site]), patch, unit, layer, index, window) for site in MEDIATORS[unit].sites}
 
 
+def moving(model: Model, pair: PromptPair, patch: Patch, sites: tuple[str, ...]) -> np.ndarray:
+    """Source minus base at the patched tokens of the base prompt, zero elsewhere, summed over sites: [L,1,T,...]."""
+    base, source = (jm.forward(model, _padded(render(model.tokenizer, pair, side).ids), taps=sites)[1] for side in ("base", "source"))
+    found = np.zeros(base[sites[0]].shape, np.float32)
+    for here, there in zip(patch.base, patch.source, strict=True):
+        found[:, 0, here] += sum(np.asarray(source[site])[:, 0, there] - np.asarray(base[site])[:, 0, here] for site in sites)
+    return found
+
+
+def by_unit(model: Model, unit: str, values: np.ndarray, window: int) -> np.ndarray:
+    """Values [1,T,...] of elements of a layer's sites, summed over tokens and the elements of each unit: [count]."""
+    mediator = MEDIATORS[unit]
+    elements = values.sum((0, 1)).reshape(model.config.sizes[mediator.axis] if mediator.axis else 1, -1).sum(1)
+    return elements.reshape(mediator.count(model.config, window), -1).sum(1)
+
+
 def _dense(source: np.ndarray, patch: Patch, unit: str, layer: int, index: int, window: int) -> Edit:
     gate, value = np.zeros(source.shape, np.float32), np.zeros(source.shape, np.float32)
     of_neurons = dict.fromkeys(("neuron", "gate", "up"), slice(index, index + 1))

@@ -48,12 +48,7 @@ def _slow(model: Model, pair: jm.PromptPair, patch: Patch, unit: str, points: in
     """Integrated gradients of every layer's units [L,count]: a full forward and a gradient in the gate of every element for every point."""
     ids, mediator, width = render(model.tokenizer, pair, "base").ids, MEDIATORS[unit], 4
     padded, read = naive._padded(ids), _outcome(model, pair, name)
-    base, source = (
-        jm.forward(model, naive._padded(render(model.tokenizer, pair, side).ids), taps=mediator.sites)[1] for side in ("base", "source")
-    )
-    moving = np.zeros(base[mediator.sites[0]].shape, np.float32)
-    for here, there in zip(patch.base, patch.source, strict=True):
-        moving[:, 0, here] += sum(np.asarray(source[site])[:, 0, there] - np.asarray(base[site])[:, 0, here] for site in mediator.sites)
+    moving = naive.moving(model, pair, patch, mediator.sites)
     entry = mediator.sites[0] if len(mediator.sites) == 1 else "residual_out"
 
     def outcome(gate: Any, change: Any) -> jax.Array:
@@ -67,8 +62,7 @@ def _slow(model: Model, pair: jm.PromptPair, patch: Patch, unit: str, points: in
         slopes: list[Any] = [
             w / 2 * slope(np.full(moving.shape, (1 + node) / 2, np.float32), change) for node, w in zip(nodes, weights, strict=True)
         ]
-        of_elements = np.asarray(sum(slopes))[layer].sum((0, 1)).reshape(model.config.sizes[mediator.axis] if mediator.axis else 1, -1)
-        found.append(of_elements.sum(1).reshape(mediator.count(model.config, width), -1).sum(1))
+        found.append(naive.by_unit(model, unit, np.asarray(sum(slopes))[layer], width))
     return np.stack(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from jaxmed.effects.engine import PreparedContrast, routing_margin
 from jaxmed.effects.estimands import variable
 from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
+from jaxmed.effects.grad_drop import GRADDROP
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of, window_of
@@ -24,9 +26,11 @@ from jaxmed.runs.cost import backward_flops, propagate_flops
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """Change times gradient, for every unit at once; `rules` say what gradients flow through."""
+    """Change times gradient, for every unit at once; `rules` say what gradients flow through, `drops` whether they are repeated without
+    each layer."""
 
     rules: Rules
+    drops: bool = False
 
     def items(self, job: Job) -> list[Item]:
         """Batches of pairs of one shape, all layers."""
@@ -37,10 +41,15 @@ class FirstOrder:
         shape, config = shape_of(job.contrasts[item.pairs[0]]), job.model.config
         rows, outcomes, seen = rows_of(job, item), len(job.request.outcomes), shape.length if shape.window < shape.length else 0
         flops = sum(propagate_flops(config, rows, length, 0, config.layers) for length in (shape.length, shape.source_length))
-        flops += backward_flops(config, rows, shape.window, seen, config.layers - job.layers[0], outcomes)
+        backward = partial(backward_flops, config, rows, shape.window, seen)
+        flops += backward(config.layers - job.layers[0], outcomes * self.backwards(job))
         part = len(item.layers) / len(job.layers)
         each = sum(len(job.contrasts[pair].patches) for pair in item.pairs) * outcomes * job.count(job.request.units)
-        return Work(round((2 + outcomes) * rows * part), flops * part, each * len(item.layers))
+        return Work(round((2 + outcomes * self.backwards(job)) * rows * part), flops * part, each * len(item.layers))
+
+    def backwards(self, job: Job) -> int:
+        """Of a row and outcome."""
+        return job.model.config.layers - job.layers[0] if self.drops else 1
 
     def shared(self, job: Job, pair: int) -> float:
         """Nothing: an item takes all that its pairs take."""
@@ -66,7 +75,7 @@ class FirstOrder:
     def effects(self, job: Job, item: Item, ran: RanPairs) -> Record:
         """Effects of all units of the job's layers, from its first one on: unit -> float32 [L, O, B, P, count]."""
         del item
-        return ran.effects(job, self.rules)
+        return ran.effects(job, self.rules, self.drops)
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,13 @@ class RanPairs:
     source_outcome: jax.Array
     routed: tuple[jax.Array, jax.Array] | None
 
-    def effects(self, job: Job, rules: Rules) -> Record:
+    def effects(self, job: Job, rules: Rules, drops: bool = False) -> Record:
         """First-order effects of all units of the job's layers: unit -> float32 [L, O, B, P, count], from its first layer on."""
         model, request = job.contrasts[0].base.model, job.request
-        sites, how = {site: self.written[site] for site in sites_of(request.units)}, (request.units, request.window, rules, job.layers[0])
+        sites, how = (
+            {site: self.written[site] for site in sites_of(request.units)},
+            (request.units, request.window, rules, job.layers[0], drops),
+        )
         return estimate(model.config, model.params, self.pairs, self.base, sites, *how)
 
     def ends(self, job: Job, item: Item) -> list[Chunk]:
@@ -145,12 +157,13 @@ def _written(job: Job, item: Item, pairs: PairRows, base: Base, there: Record) -
 def _chunks(job: Job, item: Item, found: Record, first: int) -> list[Chunk]:
     """The item's effects, as the table has them."""
     chunks: list[Chunk] = []
-    for unit, effects in found.items():
+    for name, effects in found.items():
+        unit = name.removesuffix(f"_{GRADDROP}")
         values = np.moveaxis(np.asarray(effects), 2, 0)  # [B, L, O, P, U]
         for row, pair in enumerate(item.pairs):
             of_pair = np.swapaxes(values[row][:, :, : len(job.contrasts[pair].patches)], -1, -2)  # [L, O, U, P]
             of_pair = of_pair if MEDIATORS[unit].axis else of_pair[:, :, 0]
             chunks += [
-                (variable(unit, "indirect"), {"pair": pair, "layer": layer}, in_table(job, of_pair[layer - first])) for layer in item.layers
+                (variable(name, "indirect"), {"pair": pair, "layer": layer}, in_table(job, of_pair[layer - first])) for layer in item.layers
             ]
     return chunks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxmed.effects.estimates import FirstOrder
 from jaxmed.effects.exact import Exact
@@ -12,7 +13,11 @@ from jaxmed.effects.screened import Screened
 from jaxmed.effects.work import Estimator
 from jaxmed.models.rules import Rules
 
-_WAYS: dict[str, Callable[[Rules], Estimator]] = {"integrated": Integrated, "screened": Screened}
+_WAYS: dict[str, Callable[[Rules], Estimator]] = {
+    "attribution-star": partial(FirstOrder, drops=True),
+    "integrated": Integrated,
+    "screened": Screened,
+}
 """Methods that are more than change times gradient at the base run."""
 ESTIMATORS: dict[str, Estimator] = {
     "exact": Exact(),

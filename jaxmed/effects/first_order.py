@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmed.effects.grad_drop import dropped_rows, with_drops
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.pair_batches import PairRows, Row
 from jaxmed.effects.readout import Readout
@@ -127,12 +128,14 @@ class _Layer(NamedTuple):
     kept: Record
 
 
-@partial(jax.jit, static_argnames=("config", "units", "width", "rules", "first"))
+@partial(jax.jit, static_argnames=("config", "units", "width", "rules", "first", "drops"))
 def estimate(
     config: ModelConfig, params: Params, pairs: PairRows, base: Base, written: Record, units: tuple[str, ...], width: int, rules: Rules,
-    first: int,
+    first: int, drops: bool = False,
 ) -> Record:  # fmt: skip
     """First-order effects of all units of the layers from `first` on: unit -> float32 [L - first, O, B, P, count].
+
+    With `drops` a unit's `graddrop` too: the mean of its absolute effects over backwards that skip one other layer each.
 
     Args:
         written: sites [L, B, W, ...], what is written in the place of the base values.
@@ -140,17 +143,19 @@ def estimate(
         rules: what gradients flow through.
     """
     cached = jax.tree.map(lambda values: values[first:], cached_of(pairs, base))
-    step = partial(_step, config, pairs, window_layout(pairs), units, width, rules)
+    dropped, gradient = dropped_rows(base.gradient, first, config.layers) if drops else (None, base.gradient)
+    step = partial(_step, config, pairs, window_layout(pairs), units, width, rules, dropped)
     blocks = jax.tree.map(lambda stack: stack[first:], params["blocks"])
     changes = {site: written[site][first:] for site in sites_of(units)}
     kept = {site: base.record[site][first:] for site in narrow(sites_of(units))}
     layers = _Layer(blocks, first + jnp.arange(config.layers - first), base.record["residual_in"][first:], cached, changes, kept)
-    return jax.lax.scan(step, base.gradient, layers, reverse=True)[1]
+    return jax.lax.scan(step, gradient, layers, reverse=True)[1]
 
 
 def _step(
-    config: ModelConfig, pairs: PairRows, layout: Layout, units: tuple[str, ...], width: int, rules: Rules, gradient: jax.Array, at: _Layer
-) -> tuple[jax.Array, Record]:
+    config: ModelConfig, pairs: PairRows, layout: Layout, units: tuple[str, ...], width: int, rules: Rules, dropped: jax.Array | None,
+    gradient: jax.Array, at: _Layer,
+) -> tuple[jax.Array, Record]:  # fmt: skip
     """One block backwards: its output's gradient [O,B,W,D] -> its input's, and the effects of its units."""
     sites, prefix = sites_of(units), prefix_of(pairs, at.cached)
     opened = tuple(site for site in sites if site not in at.kept)
@@ -167,7 +172,11 @@ def _step(
     before, by_site = jax.vmap(pull)(gradient)
     values |= at.kept
     change = {site: at.written[site].astype(jnp.float32) - values[site].astype(jnp.float32) for site in sites}
-    return before, unit_effects(config, pairs, units, width, change, {**by_site, END: gradient})
+    effects = unit_effects(config, pairs, units, width, change, {**by_site, END: gradient})
+    if dropped is None:
+        return before, effects
+    skips = jnp.repeat(dropped == at.number, len(gradient) // len(dropped))[:, None, None, None]
+    return jnp.where(skips, gradient, before), with_drops(effects, dropped, at.number, config.layers)
 
 
 END = "end of the layer"

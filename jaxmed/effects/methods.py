@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.effects.grad_drop import GRADDROP
 from jaxmed.effects.outcomes import OUTCOMES, OutcomeName, outcome_name
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.rules import EXACT, RELP, Rules
@@ -29,6 +30,7 @@ class Method:
         rules: how blocks are linearised; None where nothing is.
         screened: estimates say which effects are computed.
         at_base: estimates rest on what happens near the base run, and need outcomes whose gradient there says something.
+        beside: further variables of every unit: the ending of the name, and what it is in words.
     """
 
     values: str
@@ -38,6 +40,7 @@ class Method:
     rules: Rules | None = None
     screened: bool = False
     at_base: bool = True
+    beside: tuple[tuple[str, str], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -55,6 +58,12 @@ _CHANGE = "the unit's change times the gradient of the outcome at the base run, 
 METHODS: dict[str, Method] = {
     "exact": Method("exact effects", "a restarted run of every unit", "restarted passes", "rows per device and chunk"),
     "attribution": Method("first-order estimates", f"attribution patching (Nanda 2023; Kramár et al. 2024): {_CHANGE}", rules=EXACT),
+    "attribution-star": Method(
+        "first-order estimates",
+        f"attribution patching (Kramár et al. 2024): {_CHANGE}; beside it the mean of its absolute values over backwards that skip a layer",
+        rules=EXACT,
+        beside=((GRADDROP, "mean of absolute first-order effects over backwards that skip another layer each (GradDrop); it has no sign"),),
+    ),
     "relp": Method(
         "first-order estimates",
         f"relevance patching (Jafari et al. 2025): {_CHANGE}; the gradient holds norms and attention patterns constant, takes activations "

@@ -107,6 +107,11 @@ def variables(job: Job) -> list[results.Variable]:
         for estimand in job.request.estimands
     ]
     table += [one for unit in job.request.units if METHODS[job.request.method].screened for one in _of_screen(job, unit)]
+    table += [
+        results.Variable(f"{unit}_{end}", _dims(job, unit), attributes={"of": unit, "formula": told})
+        for unit in job.request.units
+        for end, told in METHODS[job.request.method].beside
+    ]
     outcome, position = _several(job), ("position",) if job.request.position in BY_POSITION else ()
     table += [
         results.Variable(
