@@ -65,7 +65,7 @@ def _flags(file: str, key: str, value: Any, legal: list[str]) -> list[str]:
     flag = key.replace("_", "-")
     if flag not in legal:
         raise unknown(f"key in {file}:", key, legal)
-    if value is None:
+    if value is None or value == []:
         return []
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]

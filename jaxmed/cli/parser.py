@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 import jaxmed
 from jaxmed.cli.config_file import expand
+from jaxmed.cli.numbers import check_numbers
 from jaxmed.errors import UserError, quoted
 from jaxmed.files import odd_text
 from jaxmed.models.config import parse_layers
@@ -61,9 +62,11 @@ def parse(arguments: Sequence[str], commands: Mapping[str, type], groups: Mappin
             print(said.getvalue(), end="")
     try:
         with contextlib.redirect_stderr(said):
-            return _tyro(name, rest, commands)
+            command = _tyro(name, rest, commands)
     except SystemExit as stop:
         raise UserError(f"{unboxed(said.getvalue())} See `jaxmed {name} --help`.") from stop
+    check_numbers(command)
+    return command
 
 
 def _tyro(name: str, arguments: Sequence[str], commands: Mapping[str, type]) -> Any:
@@ -88,6 +91,9 @@ def _explain(given: Sequence[str], name: str, commands: Mapping[str, type], grou
     """Prints what commands there are, or raises a UserError that names those nearest to a wrong one."""
     group = given[0] if given and given[0] in groups else ""
     wrong = given[1:] if group else given
+    if wrong and wrong[0].startswith("-") and wrong[0].split("=")[0] not in ("-h", "--help", "--config"):
+        near = " Did you mean --version?" if difflib.get_close_matches(wrong[0], ["--version", "-V", "-v"], cutoff=0.6) else ""
+        raise UserError(f"There is no command before {quoted(wrong[0])}.{near} `jaxmed --help` lists the commands.")
     if not wrong or wrong[0].startswith("-"):
         print(_overview(group, commands, groups))
         sys.exit(0 if set(given) & {"-h", "--help"} else 2)
@@ -119,13 +125,16 @@ def _overview(group: str, commands: Mapping[str, type], groups: Mapping[str, str
 def _check_flags(name: str, arguments: Sequence[str], commands: Mapping[str, type]) -> None:
     """Raises a UserError for a flag that the command does not have, and for one that it needs and does not get."""
     legal, given = flags_of(commands[name]), set()
-    for argument in arguments:
+    several = {f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(commands[name]) if str(one.type).startswith("tuple")}
+    for argument, after in zip(arguments, [*arguments, "--"][1:], strict=True):
         flag = argument.split("=")[0].replace("_", "-")
         if argument == "--":
             break
         if not re.fullmatch(r"--[a-zA-Z][\w-]*", flag):
             continue
         given.add(flag)
+        if argument in several and re.match(r"--(?![.\d])", after):
+            raise UserError(f"{argument} needs a value. See `jaxmed {name} --help`.")
         if flag not in legal:
             near = difflib.get_close_matches(flag, [one for one in legal if not one.startswith("--no-")], n=3, cutoff=0.7)
             others = [one for one, kind in commands.items() if flag in flags_of(kind)]

@@ -118,6 +118,10 @@ class ModelConfig:
         return attention + self.width * self.neurons * (self.sizes["C"] + 1) + self.width * self.experts
 
 
+MOST_LAYERS = 2**14
+"""Layers that a range names at most; no model has as many."""
+
+
 def parse_layers(text: str) -> tuple[int, ...] | None:
     """ "9,19,20-29" as layer numbers; an empty text is all layers (None)."""
     if not text:
@@ -127,5 +131,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise UserError(f"--layers {text!r}: {part!r} is no layer. Give numbers and ranges, such as 9,19,20-29.")
-        layers += range(int(first), int(last or first) + 1)
+        if int(last or first) < int(first):
+            raise UserError(f"--layers {text!r}: the range {part!r} ends before it begins. Write {last}-{first}.")
+        layers += range(int(first), min(int(last or first), int(first) + MOST_LAYERS) + 1)
     return tuple(layers)

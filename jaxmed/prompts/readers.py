@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,15 @@ def misspelt(column: Any, legal: Iterable[str], row: Iterable[str]) -> UserError
 
     One letter off is enough, and more where the row lacks the legal one.
     """
-    low, names = str(column).strip().lower(), list(legal)
+    names = tuple(legal)
+    return unknown("column", column, names) if _is_misspelt(str(column).strip().lower(), names, frozenset(map(str, row))) else None
+
+
+@lru_cache(4096)
+def _is_misspelt(low: str, names: tuple[str, ...], row: frozenset[str]) -> bool:
     lacking = [name for name in names if name not in row]
-    near = [name for name in names if len(name) > 3 and not low[-1:].isdigit() and _letters_off(low, name) <= 1]
-    if low in names or near or difflib.get_close_matches(low, lacking, n=1, cutoff=0.8):
-        return unknown("column", column, names)
-    return None
+    near = any(len(name) > 3 and not low[-1:].isdigit() and _letters_off(low, name) <= 1 for name in names)
+    return low in names or near or bool(difflib.get_close_matches(low, lacking, n=1, cutoff=0.8))
 
 
 def _letters_off(one: str, other: str) -> int:
