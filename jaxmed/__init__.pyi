@@ -1,7 +1,7 @@
 from . import circuits, probing, pruning, statistics, tokens
-from .activation_table import activations, mean_difference
 from .answering.run import answers
 from .bridge.enrichment import Enriched, enrichment
+from .cache.table import activations, mean_difference
 from .circuits.run import circuit
 from .distributed import make_mesh
 from .effects.patch import Patched, patch

@@ -55,9 +55,9 @@ def test_positions_count_from_the_right(plain_model: Model, positions: Any, want
 def test_what_batches_hold_does_not_matter(plain_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"{word} {number}" for number in range(3) for word in ("a", "why is it", "how to make bread of rye and wheat, and then")]
     whole = jm.activations(plain_model, prompts, "residual_out", "all")
-    monkeypatch.setattr("jaxmed.activation_table.ROWS", 2)
+    monkeypatch.setattr("jaxmed.cache.run.ROWS", 2)
     np.testing.assert_allclose(jm.activations(plain_model, prompts, "residual_out", "all").residual_out, whole.residual_out, atol=RESIDUAL)
-    monkeypatch.setattr("jaxmed.activation_table.AT_ONCE", 1)
+    monkeypatch.setattr("jaxmed.cache.run.AT_ONCE", 1)
     np.testing.assert_allclose(jm.activations(plain_model, prompts, "residual_out", "all").residual_out, whole.residual_out, atol=RESIDUAL)
 
 
@@ -128,6 +128,6 @@ def test_a_direction_needs_its_position_in_every_prompt(plain_model: Model) -> N
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(plain_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxmed.activation_table.os.sysconf", lambda name: 10)
+    monkeypatch.setattr("jaxmed.cache.table.os.sysconf", lambda name: 10)
     with pytest.raises(jm.UserError, match="fewer sites or positions"):
         jm.activations(plain_model, PROMPTS)

@@ -32,19 +32,18 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner"},
     "runs": {"errors", "files", "models"},
     "results": {"errors", "files", "runs"},
-    "cache": {"files", "interventions", "runs", "results"},
-    "activation_table": {"errors", "files", "tokens", "interventions", "models", "runner", "cache"},
+    "cache": {"errors", "files", "tokens", "interventions", "models", "runner", "runs", "results"},
     "parity": {"errors", "prompts", "tokens", "interventions", "models", "runner"},
-    "effects": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "runs"},
+    "effects": {"errors", "cache", "files", "prompts", "tokens", "interventions", "models", "runner", "results", "statistics", "runs"},
     "batching": {"errors", "prompts", "tokens", "interventions", "models", "runner", "runs"},
     "evaluation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "batching", "statistics"},
     "gating": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "results", "statistics", "effects"}
     | {"evaluation"},
     "circuits": {"errors", "files", "axes", "statistics", "prompts", "tokens", "interventions", "models", "attention", "runner", "runs"}
     | {"effects"},
-    "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "activation_table"},
+    "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "cache"},
     "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
-    | {"activation_table", "evaluation", "gating"},
+    | {"cache", "evaluation", "gating"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
     "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
@@ -55,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"effects", "evaluation", "gating", "statistics", "finetuning"},
     "reports": {"errors", "files", "results", "runs", "statistics"},
     "loading": {"models", "finetuning", "parity"},
-    "bench": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "effects", "runs", "distributed"},
+    "bench": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner", "generation", "effects", "runs", "distributed"}
+    | {"cache"},
     "cli": {
         "errors",
         "files",
@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "results",
         "runs",
     }
-    | {"bench", "parity", "generation"}
+    | {"bench", "parity", "generation", "cache"}
     | {"answering", "circuits", "probing", "finetuning", "evaluation", "pruning", "experiments", "bridge", "studies"},
 }
 """Room -> the rooms it may import; a room stands below every room that may import it."""

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from jaxmed.activation_table import activations
 from jaxmed.answering.job import AnswersJob, Condition, make_answers
 from jaxmed.answering.spec import AnswersSpec
 from jaxmed.answering.tables import COLUMNS, EFFECTS, as_table, effect_rows, verdicts
+from jaxmed.cache.table import activations
 from jaxmed.effects.sets import as_set
 from jaxmed.errors import UserError, quoted, unknown
 from jaxmed.evaluation.judges import Judge, refusal_rules

@@ -1,4 +1,4 @@
-"""The commands `bench`, `bench generate` and `bench load`."""
+"""The commands `bench`, `bench generate`, `bench load` and `bench cache`."""
 
 from __future__ import annotations
 
@@ -79,3 +79,26 @@ class BenchLoad(RowFlags, ConfigFlags):
         from jaxmed.bench.load import measure_load
 
         measure_load(self.name, self.append)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCache(RowFlags, ModelFlags, ConfigFlags):
+    """Measures activations on disk against one plain file of the same bytes, and reading them against computing them, in one run."""
+
+    site: str = "residual_out"
+    """Site that is kept at every token."""
+    prompts: int = 64
+    """Random prompts; rounded down to whole shards."""
+    tokens: int = 64
+    """Tokens of a prompt."""
+    rounds: int = 3
+    """Rounds; the contestants alternate within each, and medians are reported."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        from jaxmed.bench.cache import measure_cache
+
+        for flag, value in (("--prompts", self.prompts), ("--tokens", self.tokens), ("--rounds", self.rounds)):
+            if value < 1:
+                raise UserError(f"{flag} {value} leaves nothing to measure. Give 1 or more.")
+        measure_cache(self.load(), self.site, self.prompts, self.tokens, self.rounds, self.append)

@@ -16,7 +16,8 @@ from jaxmed.cli.agreement import Agreement
 from jaxmed.cli.answers import Answers
 from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
-from jaxmed.cli.bench import Bench, BenchGenerate, BenchLoad
+from jaxmed.cli.bench import Bench, BenchCache, BenchGenerate, BenchLoad
+from jaxmed.cli.cache import CacheInfo, CacheVerify, CacheWrite
 from jaxmed.cli.check import Check
 from jaxmed.cli.circuit import Circuit
 from jaxmed.cli.compression import Compression
@@ -61,6 +62,9 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "generate": Generate,
     "evaluate": Evaluate,
+    "cache write": CacheWrite,
+    "cache info": CacheInfo,
+    "cache verify": CacheVerify,
     "finetune": Finetune,
     "probe search": ProbeSearch,
     "probe fit": ProbeFit,
@@ -83,9 +87,11 @@ COMMANDS: dict[str, type] = {
     "convert": Convert,
     "bench generate": BenchGenerate,
     "bench load": BenchLoad,
+    "bench cache": BenchCache,
     "bench": Bench,
 }
 GROUPS: dict[str, str] = {
+    "cache": "Activations of many prompts in a folder: write them once, read a layer of them at a time.",
     "probe": "A cheap read-out of prompts: how likely openings of refusal and agreement are. Search openings, fit, score, evaluate.",
     "prune": "Weights that carry a behaviour: score them, select a mask by rule, apply it, and measure what is lost.",
     "study": "The published analyses, end to end, each with its figures and tables on one page.",

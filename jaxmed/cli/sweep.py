@@ -116,6 +116,8 @@ class SweepFlags(ContrastFlags):
     multiple of the mean of source minus base over all pairs; ablate-direction, base's value without its component along that mean."""
     patch_factor: float | None = None
     """The number of noise (standard deviations; default 3), scale (default 2) and steer (default 1)."""
+    reference: str = ""
+    """With --patch mean: folder of `jaxmed cache write`, over whose prompts and tokens means are taken instead."""
     sets: Path | None = None
     """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
@@ -147,6 +149,7 @@ class SweepFlags(ContrastFlags):
                 units=self.unit or (() if sets or paths else ("neuron",)),
                 patch=self.patch,
                 patch_factor=self.patch_factor,
+                reference=self.reference,
                 sets=sets,
                 paths=paths,
                 position=self.position,

@@ -83,7 +83,7 @@ def open_items(job: Job, done: np.ndarray) -> Sequence[Item]:
 
 def reference_forwards(job: Job) -> float:
     """FLOPs of the full forwards of all pairs that the patch refers to."""
-    config, sides = job.model.config, len(PATCHES[job.request.patch].needs)
+    config, sides = job.model.config, 0 if job.request.reference else len(PATCHES[job.request.patch].needs)
     return sides * sum(propagate_flops(config, 1, shapes_of(one)[0].seen, 0, config.layers) for one in job.contrasts)
 
 

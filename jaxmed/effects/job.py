@@ -20,6 +20,7 @@ from jaxmed.effects.pair_batches import shape_of
 from jaxmed.effects.reference import Reference
 from jaxmed.effects.request import Request, check_request, check_spans, layers_of
 from jaxmed.effects.shapes import row_flops, shapes_of
+from jaxmed.effects.stored import stored_digest
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
@@ -201,7 +202,8 @@ def manifest(job: Job) -> dict[str, Any]:
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
     method = METHODS[request.method]
     unused = ("by", *(("patch_factor",) if request.patch_factor is None else ()), *(() if method.screened else ("top", "budget")))
-    unused += ("points",) if method.at_base else ()
+    unused += (*(("points",) if method.at_base else ()), *(() if request.reference else ("reference",)))
+    settings |= {"reference": stored_digest(request.reference)} if request.reference else {}
     settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "request": settings,

@@ -151,16 +151,19 @@ class Patching:
         patch: a key of `PATCHES`.
         factor: the number that it takes; None: its default, or none.
         seed: of its random numbers.
+        reference: of "mean": a folder of activations; empty: the source runs of all pairs.
     """
 
     patch: str = "resample"
     factor: float | None = None
     seed: int = 0
+    reference: str = ""
 
     @property
     def told(self) -> str:
         """What is written, in words."""
-        return PATCHES[self.patch].told.format(factor=self.factor)
+        kept = "the mean over the prompts and tokens of a folder of activations"
+        return kept if self.reference else PATCHES[self.patch].told.format(factor=self.factor)
 
 
 def check_patch(asked: Patching) -> Patching:
@@ -172,6 +175,8 @@ def check_patch(asked: Patching) -> Patching:
     if asked.patch not in PATCHES:
         raise unknown("patch", asked.patch, PATCHES)
     check_seed(asked.seed)
+    if asked.reference and asked.patch != "mean":
+        raise UserError(f"--reference goes with --patch mean alone, not with --patch {asked.patch}: leave it out.")
     default, factor = PATCHES[asked.patch].factor, asked.factor
     if factor is None:
         return replace(asked, factor=default)

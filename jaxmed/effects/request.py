@@ -13,6 +13,7 @@ from jaxmed.effects.methods import check_method
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
 from jaxmed.effects.patches import Patching, check_patch
 from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, kinds_of
+from jaxmed.effects.stored import check_stored
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
@@ -45,6 +46,7 @@ class Request:
         sets, paths: units that are patched together, and senders with the receivers that respond to them; with these, `units` may be empty.
         patch: a key of `PATCHES`: what is written in the place of base values.
         patch_factor: the number that the patch takes, if any; None: its default.
+        reference: of the patch "mean": a folder of activations whose means are written; empty: those of the pairs' source runs.
         by: what statistics are split by too, of `BY`.
         budget: of a screened sweep; see `budget.read_budget`.
         points: of integrated gradients, where the gradient is taken on each way, 1 to MOST_POINTS.
@@ -69,11 +71,12 @@ class Request:
     patch_factor: float | None = None
     budget: str = "2%"
     points: int = 5
+    reference: str = ""
 
     @property
     def patching(self) -> Patching:
-        """The patch with its number and seed."""
-        return Patching(self.patch, self.patch_factor, self.seed)
+        """The patch with its number, seed and reference."""
+        return Patching(self.patch, self.patch_factor, self.seed, self.reference)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -97,6 +100,8 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     check_paths(model.config, request.paths, request.window)
     request = replace(request, patch_factor=check_patch(request.patching).factor)
     _check_words(request, model, source_model)
+    if request.reference:
+        check_stored(request.reference, request.kinds)
     read_budget(request.budget)
     if not 1 <= request.points <= MOST_POINTS:
         raise UserError(f"--points {request.points} is out of range: 1 to {MOST_POINTS}. Five are enough for most outcomes.")

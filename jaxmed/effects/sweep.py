@@ -16,9 +16,10 @@ from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, make_job, manifest
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.patches import PATCHES
-from jaxmed.effects.reference import make_reference
+from jaxmed.effects.reference import Reference, make_reference
 from jaxmed.effects.request import Request
 from jaxmed.effects.sets import UnitPath, as_set, as_unit, layer_windows
+from jaxmed.effects.stored import stored_reference
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item
@@ -55,7 +56,7 @@ def run_sweep(job: Job, out: Path, resume: bool = False, watch: Watch = silent, 
 
 def _tell(job: Job) -> None:
     """Notices about what can be swept, but says little."""
-    if PATCHES[job.request.patch].needs and job.request.patch != "noise" and len(job.pairs) == 1:
+    if PATCHES[job.request.patch].needs and job.request.patch != "noise" and not job.request.reference and len(job.pairs) == 1:
         notice(f"--patch {job.request.patch} takes means over pairs, and there is one pair: they are that pair's own values.")
     if job.source_model is not None and job.source_model.identity == job.model.identity:
         notice(f"The source model has the weights of {job.model.name}: where prompts are the same, every effect is zero.")
@@ -70,7 +71,7 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
     """Runs what is not done yet; yields what was done after every item. One item is computed while the one before is written."""
     estimator, done = find_estimator(job.request.method), table.done().astype(bool)
     if todo := open_items(job, done):
-        job = replace(job, reference=make_reference(PATCHES[job.request.patch].needs, job.contrasts, job.request.kinds))
+        job = replace(job, reference=_reference(job))
     for item in _difference(estimator.items(job), todo):
         work = estimator.work(job, item)
         watch(work.flops, work.effects, RESUMED)
@@ -89,6 +90,13 @@ def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[st
         if pending is not None:
             yield _commit(job, table, estimator, *pending, watch)
         pending = ahead
+
+
+def _reference(job: Job) -> Reference | None:
+    """What the patch has to know of all pairs, or of the prompts of a folder."""
+    if job.request.reference:
+        return stored_reference(job.request.reference, job.model, job.request.kinds)
+    return make_reference(PATCHES[job.request.patch].needs, job.contrasts, job.request.kinds)
 
 
 def _difference(every: Any, todo: Any) -> list[Item]:
@@ -144,6 +152,7 @@ def sweep(
     layer_window: int = 0,
     budget: str = "2%",
     points: int = 5,
+    reference: str | Path = "",
     watch: Watch = silent,
 ) -> xr.Dataset:
     """Effects of every unit, with statistics over pairs: exact ones, or estimates (`method`). The arguments are the command's flags.
@@ -178,6 +187,8 @@ def sweep(
             token and unit; "scale", a multiple of base's value; "steer", base's value plus a multiple of the mean of source minus base over
             all pairs; "ablate-direction", base's value without its component along that mean. See `jaxmed.effects.patches.PATCHES`.
         patch_factor: of "noise" (default 3 standard deviations), "scale" (2), and "steer" (1).
+        reference: of "mean": a folder of `activations` (its `out`) or of `jaxmed cache write`, over whose prompts and tokens means are
+            taken.
         layer_window: adjacent layers whose modules are patched together, as further sets "mlp_out 3-7" for every place; 0: none.
         budget: of a screened sweep: part of all exact effects' FLOPs ("2%"), FLOPs ("3e13 flop") or time ("20m") that exact ones may take.
         points: of integrated gradients, on each way from base to source, 1 to 64.
@@ -198,7 +209,7 @@ def sweep(
     routes = tuple(UnitPath(name, as_unit(one), tuple(map(as_unit, those))) for name, (one, those) in (paths or {}).items())
     estimands = (estimand,) if isinstance(estimand, str) else tuple(estimand)
     chosen = None if layers is None else tuple(layers)
-    how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor, budget, points)
+    how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor, budget, points, str(reference))
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
     with tempfile.TemporaryDirectory() as scratch:

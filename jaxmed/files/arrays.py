@@ -32,6 +32,7 @@ class ArrayLayout:
         fill: the value of pieces that were never written, as Zarr's metadata holds it.
         dims: names of the axes.
         shards: sizes of a stored file, multiples of `chunks`, where it holds several of them; by default each is a file.
+        compress: whether chunks are compressed.
     """
 
     shape: tuple[int, ...]
@@ -40,12 +41,13 @@ class ArrayLayout:
     fill: float | int | str = 0
     dims: tuple[str, ...] = ()
     shards: tuple[int, ...] = ()
+    compress: bool = True
 
     def metadata(self) -> dict[str, Any]:
         """As TensorStore takes it."""
-        codecs = CODECS
+        codecs = CODECS if self.compress else [CODECS[0], CODECS[-1]]
         if self.shards:
-            inner = {"chunk_shape": list(self.chunks), "codecs": CODECS, "index_codecs": [CODECS[0], CODECS[-1]]}
+            inner = {"chunk_shape": list(self.chunks), "codecs": codecs, "index_codecs": [CODECS[0], CODECS[-1]]}
             codecs = [{"name": "sharding_indexed", "configuration": inner}]
         grid = {"name": "regular", "configuration": {"chunk_shape": list(self.shards or self.chunks)}}
         found = {"shape": list(self.shape), "data_type": self.dtype, "chunk_grid": grid, "codecs": codecs, "fill_value": self.fill}

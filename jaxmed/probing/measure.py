@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed import statistics
-from jaxmed.activation_table import activations
+from jaxmed.cache.table import activations
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.probing.prefixes import prefix_scores
