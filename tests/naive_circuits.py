@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jaxmed.circuits.graph import Graph
 from jaxmed.models.model import Model
 
 Tensor = torch.Tensor
@@ -135,3 +136,8 @@ class Naive:
             return _total(mixed, biases)
 
         return float(self.read(self.decoder.run(self.base, read)[1]))
+
+
+def names_of(graph: Graph, chosen: np.ndarray) -> set[str]:
+    """Names of the edges that are marked."""
+    return {name for name, inside in zip(graph.edges, chosen[tuple(graph.places.T)], strict=True) if inside}

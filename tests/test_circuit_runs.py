@@ -24,7 +24,7 @@ from jaxmed.files import read_csv
 from jaxmed.models.model import Model
 from jaxmed.prompts import PromptPair
 from tests import tiny
-from tests.naive_circuits import Naive
+from tests.naive_circuits import Naive, names_of
 from tests.tolerances import EFFECTS
 
 PAIRS = (
@@ -86,8 +86,7 @@ def test_a_planted_path_carries_the_behaviour_only_with_the_key_that_it_needs() 
     path = [f"input->{heads[0]}<v>", f"{heads[0]}->m1", f"m1->{heads[1]}<v>", f"{heads[1]}->logits"]
     masks = np.zeros((4, *job.graph.real.shape), bool)
     masks[0] = job.graph.real
-    for place in job.graph.places:
-        name = job.graph.edge_name(*place)
+    for name, place in zip(job.graph.edges, job.graph.places, strict=True):
         masks[(2, *place)] = name in path
         masks[(3, *place)] = name in (*path, f"input->{heads[0]}<k>")
     every, none, without, whole = outcomes_of_pair(Sizes(job), 0, masks)
@@ -165,6 +164,15 @@ def test_scores_from_a_file_give_the_same_curve(ran: Path, folder: Path) -> None
     renamed = [{**row, "method": row["method"].replace("eap", "file")} for row in first]
     assert [row["count"] for row in renamed] == [row["count"] for row in second]
     assert [row["outcome"] for row in second] == pytest.approx([row["outcome"] for row in renamed], abs=EFFECTS)
+    held = json.loads((ran / "scores-eap.json").read_text())
+    held["edges"] = {edge: {"in_graph": entry["in_graph"]} for edge, entry in held["edges"].items()}
+    (folder / "circuit.json").write_text(json.dumps(held))
+    found = jm.circuit(jm.load(folder / "model"), PAIRS, "logit-diff", scores=folder / "circuit.json", out=folder / "alone", random=1)
+    alone, before = (read_csv(one / "circuits.csv", ("method", "rank")) for one in (folder / "alone", ran))
+    marked = next(row for row in before if (row["method"], row["rank"]) == ("eap", "absolute"))
+    assert (alone[0]["outcome"], alone[0]["connected"]) == (pytest.approx(marked["outcome"], abs=EFFECTS), marked["connected"])
+    assert "score" not in found
+    assert np.isnan(found.cpr.sel(curve="file absolute"))
 
 
 def test_pairs_that_score_and_pairs_that_measure_are_kept_apart(folder: Path) -> None:
@@ -195,10 +203,10 @@ def test_the_best_edges_and_nodes_by_both_ranks() -> None:
         chosen = top_edges(SMALL, scores, 5, rank)
         assert set(values[chosen]) == set(sorted(values[at])[-5:])
     nodes = np.asarray([3.0, 0.1, -2.0, 0.2, 0.0, 0.0, 1.0])
-    kept = {SMALL.edge_name(u, v) for u, v in np.argwhere(top_nodes(SMALL, nodes, 2))}
+    kept = names_of(SMALL, top_nodes(SMALL, nodes, 2))
     heads = {f"input->a0.h1<{letter}>" for letter in "qkv"}
     assert kept == heads | {"input->logits", "a0.h1->logits"}
-    assert {SMALL.edge_name(u, v) for u, v in np.argwhere(top_nodes(SMALL, nodes, 2, "signed"))} == {
+    assert names_of(SMALL, top_nodes(SMALL, nodes, 2, "signed")) == {
         *(f"input->{name}" for name in ("m1", "logits")),
         "m1->logits",
     }

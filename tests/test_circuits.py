@@ -21,8 +21,8 @@ from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts import PromptPair
 from jaxmed.runs.cost import count_flops, propagate_flops
-from tests import tiny
-from tests.naive_circuits import Naive
+from tests import naive, tiny
+from tests.naive_circuits import Naive, names_of
 from tests.tolerances import EFFECTS
 
 PAIR = PromptPair("late", "how to harm", "how to help", ("S",), ("N",))
@@ -38,9 +38,9 @@ def naive_of(model: Model, contrast: Contrast) -> Naive:
     return Naive(model, contrast.base.ids, contrast.source.ids, target, foil)
 
 
-def ends_of(model: Model, contrast: Contrast) -> Any:
+def ends_of(model: Model, contrast: Contrast, outcome: str = "logit-diff") -> Any:
     """(rows, readout, both runs) of one pair."""
-    rows, readout = batch_of([contrast], 1), readout_of(model, "logit-diff")
+    rows, readout = batch_of([contrast], 1), readout_of(model, outcome)
     return rows, readout, run_ends(model.config, model.params, rows, shape_of(contrast).window, readout)
 
 
@@ -49,8 +49,8 @@ def scores_of(model: Model, contrast: Contrast, parts: tuple[float, ...]) -> np.
     return np.mean([point_scores(model.config, model.params, rows, ends, np.float32(part), readout)[0] for part in parts], axis=0)
 
 
-def circuits_of(model: Model, contrast: Contrast, chosen: list[np.ndarray]) -> np.ndarray:
-    rows, readout, ends = ends_of(model, contrast)
+def circuits_of(model: Model, contrast: Contrast, chosen: list[np.ndarray], outcome: str = "logit-diff") -> np.ndarray:
+    rows, readout, ends = ends_of(model, contrast, outcome)
     return np.asarray(circuit_outcomes(model.config, model.params, one_pair(ends, rows.reads, 0), np.stack(chosen), readout))
 
 
@@ -65,9 +65,9 @@ def test_scores_are_those_of_loops_over_nodes(kind: Model, points: tuple[float, 
     contrast, graph = contrast_of(kind), graph_of(kind.config)
     found = scores_of(kind, contrast, points)
     expected = naive_of(kind, contrast).scores(points)
-    assert {graph.edge_name(*place) for place in graph.places} == set(expected)
-    got = np.asarray([found[tuple(place)] for place in graph.places])
-    wanted = np.asarray([expected[graph.edge_name(*place)] for place in graph.places])
+    assert set(graph.edges) == set(expected)
+    got = found[tuple(graph.places.T)]
+    wanted = np.asarray([expected[edge] for edge in graph.edges])
     assert np.abs(wanted).max() > 1e-2
     np.testing.assert_allclose(got, wanted, atol=EFFECTS * np.abs(wanted).max())
 
@@ -76,8 +76,7 @@ def test_edges_are_in_the_order_and_number_of_the_benchmark() -> None:
     """GPT-2 small's graph has 32,491 edges and 158 nodes in the benchmark's example file."""
     graph = Graph(12, 12, 768)
     assert (len(graph.places), len(graph.nodes), graph.real.sum()) == (32491, 158, 32491)
-    names = [graph.edge_name(*place) for place in graph.places[:4]]
-    assert names == ["input->a0.h0<q>", "input->a0.h0<k>", "input->a0.h0<v>", "input->a0.h1<q>"]
+    assert list(graph.edges[:4]) == ["input->a0.h0<q>", "input->a0.h0<k>", "input->a0.h0<v>", "input->a0.h1<q>"]
     assert graph.real[tuple(graph.places.T)].all()
 
 
@@ -96,18 +95,18 @@ def test_scores_of_all_edges_take_a_few_forwards(plain_model: Model) -> None:
 
 def test_all_edges_give_base_and_none_give_source(kind: Model) -> None:
     contrast = contrast_of(kind)
-    graph, naive = graph_of(kind.config), naive_of(kind, contrast)
+    graph, loops = graph_of(kind.config), naive_of(kind, contrast)
     found = circuits_of(kind, contrast, [graph.real, np.zeros_like(graph.real)])
-    np.testing.assert_allclose(found, [naive.outcome("base"), naive.outcome("source")], atol=EFFECTS)
+    np.testing.assert_allclose(found, [loops.outcome("base"), loops.outcome("source")], atol=EFFECTS)
     assert abs(found[0] - found[1]) > 0.1
 
 
 def test_circuits_are_those_of_loops_over_nodes(kind: Model) -> None:
     """Random circuits of three sizes; what is marked outside the graph's edges changes nothing."""
     contrast, rng = contrast_of(kind), np.random.default_rng(0)
-    graph, naive = graph_of(kind.config), naive_of(kind, contrast)
+    graph, loops = graph_of(kind.config), naive_of(kind, contrast)
     chosen = [rng.random(graph.real.shape) < share for share in (0.2, 0.5, 0.9)]
-    expected = [naive.circuit({graph.edge_name(*place) for place in np.argwhere(one & graph.real)}) for one in chosen]
+    expected = [loops.circuit(names_of(graph, one)) for one in chosen]
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(circuits_of(kind, contrast, chosen), expected, atol=EFFECTS)
     np.testing.assert_allclose(circuits_of(kind, contrast, [connected(graph, one) for one in chosen]), expected, atol=EFFECTS)
@@ -150,3 +149,13 @@ def test_all_edges_and_none_give_the_two_runs_in_mixtures_and_int8(tmp_path: Pat
         real = graph_of(model.config).real
         found = circuits_of(model, contrast, [real, np.zeros_like(real)])
         np.testing.assert_allclose(found, [one[target] - one[foil] for one in last], atol=EFFECTS)
+
+
+def test_answers_of_several_tokens_are_read_behind_the_circuit(plain_model: Model) -> None:
+    """Mean log-probabilities of whole answers, against one forward per answer."""
+    pair = replace(tiny.LONG[0], base="how to harm", source="how to help")
+    contrast = make_contrast(plain_model, pair, replace(READING, outcomes=("prefix-gap",)))
+    real = graph_of(plain_model.config).real
+    found = circuits_of(plain_model, contrast, [real, np.zeros_like(real)], "prefix-gap")
+    expected = [naive.outcome(plain_model, pair, side, "prefix-gap") for side in ("base", "source")]
+    np.testing.assert_allclose(found, expected, atol=EFFECTS)

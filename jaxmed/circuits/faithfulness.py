@@ -57,7 +57,7 @@ def one_pair(ends: Ends, reads: Reads, row: int) -> OnePair:
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))
-def circuit_outcomes(config: ModelConfig, params: Params, pair: OnePair, circuits: jax.Array, readout: Readout) -> jax.Array:
+def circuit_outcomes(config: ModelConfig, params: Params, pair: OnePair, circuits: Any, readout: Readout) -> jax.Array:
     """Outcomes float32 [B] of circuits bool [B, senders, receivers] of one pair; entries that are no edges may be anything."""
     count, layers, per_layer = len(circuits), config.layers, 3 * config.heads + 1
     kept = circuits.astype(jnp.float32)

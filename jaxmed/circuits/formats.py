@@ -51,14 +51,13 @@ def write_scores(file: Path, scored: Scored) -> None:
     """
     graph, kept = scored.graph, connected(scored.graph, scored.chosen)
     nodes: dict[str, dict[str, Any]] = {name: {"in_graph": bool(kept[at].any())} for at, name in enumerate(graph.senders)}
-    for at, name in enumerate(graph.senders):
-        if np.isfinite(scored.nodes[at]):
-            nodes[name]["score"] = float(scored.nodes[at])
+    for name, score in zip(graph.senders, scored.nodes.tolist(), strict=True):
+        if np.isfinite(score):
+            nodes[name]["score"] = score
     nodes[LOGITS] = {"in_graph": True}
-    edges = {
-        graph.edge_name(*place): {"score": float(scored.edges[tuple(place)]), "in_graph": bool(kept[tuple(place)])}
-        for place in graph.places
-    }
+    at = tuple(graph.places.T)
+    held = zip(graph.edges, scored.edges[at].tolist(), kept[at].tolist(), strict=True)
+    edges = {name: {"score": score, "in_graph": inside} for name, score, inside in held}
     write_text(file, json.dumps({"cfg": graph.config, "nodes": nodes, "edges": edges}, allow_nan=False))
 
 
@@ -75,7 +74,7 @@ def read_scores(file: str | Path) -> Scored:
             f"{file} needs the keys 'cfg', 'nodes' and 'edges', each with a mapping, as the benchmark's circuit track has them."
         )
     graph, problems = graph_from(held["cfg"]), list[str]()
-    places = {graph.edge_name(*place): tuple(place) for place in graph.places}
+    places = {name: tuple(place) for name, place in zip(graph.edges, graph.places.tolist(), strict=True)}
     edges, chosen = np.full(graph.real.shape, np.nan), np.zeros_like(graph.real)
     for name, entry in _entries(held["edges"], places, "edge", problems):
         edges[places[name]], chosen[places[name]] = entry

@@ -75,6 +75,11 @@ class Graph:
         return np.asarray(found + [(sender, len(self.receivers) - 1) for sender in range(len(self.senders))])
 
     @cached_property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edges, such as "m0->a1.h2<q>", in the order of `places`."""
+        return tuple(f"{self.senders[sender]}->{self.receivers[receiver]}" for sender, receiver in self.places.tolist())
+
+    @cached_property
     def own(self) -> np.ndarray:
         """bool [senders, receivers]: whether the receiver is an input of the same node."""
         found = np.zeros((len(self.senders), len(self.receivers)), bool)
@@ -94,10 +99,6 @@ class Graph:
     def config(self) -> dict[str, Any]:
         """What the benchmark's files say of a model."""
         return {"n_layers": self.layers, "n_heads": self.heads, "parallel_attn_mlp": False, "d_model": self.width}
-
-    def edge_name(self, sender: int, receiver: int) -> str:
-        """An edge's name, such as "m0->a1.h2<q>"."""
-        return f"{self.senders[sender]}->{self.receivers[receiver]}"
 
     def _heads(self, layer: int) -> list[str]:
         return [f"a{layer}.h{head}" for head in range(self.heads)]

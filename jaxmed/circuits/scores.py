@@ -91,11 +91,11 @@ def _streams(config: ModelConfig, params: Params, ran: Ran, columns: jax.Array) 
 
 
 @partial(jax.jit, static_argnames=("config", "readout"))
-def point_scores(config: ModelConfig, params: Params, rows: CircuitRows, ends: Ends, part: jax.Array, readout: Readout) -> jax.Array:
+def point_scores(config: ModelConfig, params: Params, rows: CircuitRows, ends: Ends, part: Any, readout: Readout) -> jax.Array:
     """Scores float32 [B, senders, receivers] with the gradient at one point; those of no edge are zero or of no meaning.
 
     Args:
-        part: float32, where the point lies: 0 at source, 1 at base.
+        part: a number, where the point lies: 0 at source, 1 at base.
     """
     source, base = ends.source.entering[0], ends.base.entering[0]
     stream = source + part * (base - source)

@@ -73,13 +73,13 @@ def _measures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _edges(job: CircuitJob, found: Found, method: str, chosen: np.ndarray) -> list[dict[str, Any]]:
     """Edges of a circuit by |score|; without scores, in the graph's order."""
-    graph, scores = job.graph, found.edges[method]
-    places = [tuple(place) for place in graph.places if chosen[tuple(place)]]
-    places = sorted(places, key=lambda place: -abs(np.nan_to_num(scores[place])))
+    at = tuple(job.graph.places.T)
+    inside, scores = chosen[at], found.edges[method][at]
+    order = [place for place in np.argsort(-np.abs(np.nan_to_num(scores)), kind="stable").tolist() if inside[place]]
     side = lambda score: "" if not score or np.isnan(score) else "base" if found.sign * score > 0 else "source"  # noqa: E731
     return [
-        {"method": method, "place": at + 1, "edge": graph.edge_name(*place), "score": float(scores[place]), "supports": side(scores[place])}
-        for at, place in enumerate(places)
+        {"method": method, "place": number, "edge": job.graph.edges[place], "score": float(scores[place]), "supports": side(scores[place])}
+        for number, place in enumerate(order, 1)
     ]
 
 
