@@ -225,6 +225,7 @@ def test_random_circuits_have_the_sizes_they_are_compared_at() -> None:
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     edges = np.where(SMALL.real, rng.normal(size=SMALL.real.shape), np.nan)
+    edges[0, 0] = np.nan  # an edge without a score
     whole = Scored(SMALL, edges, rng.normal(size=7), SMALL.real)
     write_scores(tmp_path / "scores.json", whole)
     back = read_scores(tmp_path / "scores.json")

@@ -57,7 +57,7 @@ def write_scores(file: Path, scored: Scored) -> None:
     nodes[LOGITS] = {"in_graph": True}
     at = tuple(graph.places.T)
     held = zip(graph.edges, scored.edges[at].tolist(), kept[at].tolist(), strict=True)
-    edges = {name: {"score": score, "in_graph": inside} for name, score, inside in held}
+    edges = {name: {**({"score": score} if np.isfinite(score) else {}), "in_graph": inside} for name, score, inside in held}
     write_text(file, json.dumps({"cfg": graph.config, "nodes": nodes, "edges": edges}, allow_nan=False))
 
 
