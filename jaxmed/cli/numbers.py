@@ -28,4 +28,4 @@ def check_numbers(command: Any) -> None:
             if number < 0 and one.name not in SIGNED:
                 raise UserError(f"{flag} {number} is negative, which it cannot be.")
             if number == 0 and one.name in COUNTED and one.default:
-                raise UserError(f"{flag} 0 leaves nothing to do. Give 1 or more.")
+                raise UserError(f"{flag} 0 leaves nothing to do. Give at least 1.")
