@@ -285,6 +285,16 @@ def test_a_reader_that_goes_ends_without_a_traceback(command: str) -> None:
     done = _piped(f'"$PYTHON" -m jaxmed.cli.main {command} | head -c 1 > /dev/null')
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_a_sweep_goes_on_without_a_reader(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"id": "a", "base": "do a", "source": "do b", "target": "S", "foil": "N"}))
+    done = _piped(f'"$PYTHON" -m jaxmed.cli.main sweep --model {folder} --pairs {pairs} --unit mlp_out --out {out} 2>&1 | true')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])

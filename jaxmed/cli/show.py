@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +10,7 @@ from rich.cells import cell_len
 
 from jaxmed.errors import visible
 from jaxmed.files import read_csv
-from jaxmed.runs.watch import err, lines, out, progress, speed
+from jaxmed.runs.watch import close_pipe, err, lines, out, progress, speed
 
 __all__ = ["close_pipe", "err", "lines", "out", "progress", "speed", "table", "top_units"]
 
@@ -126,14 +123,6 @@ def _varies(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
     """Whether a column says something: p values wherever there are some, others where they differ."""
     values = {row.get(name, "") for row in rows}
     return bool(values - {"", "nan"}) if name in TESTS else len(values) > 1
-
-
-def close_pipe() -> None:
-    """What is still to be printed goes nowhere: the reader of the pipe has gone."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # a standard output without a file
-        sys.stdout = io.StringIO()
 
 
 def _cut(text: str, most: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,8 +16,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from jaxmed.errors import visible
 from jaxmed.runs import signals
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console whose work goes on where the reader of its pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        close_pipe("stderr" if self.stderr else "stdout")
+
+
+def close_pipe(name: str = "stdout") -> None:
+    """What is still to be printed to a standard stream goes nowhere: the reader of the pipe has gone."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
+    except (OSError, ValueError):  # a stream without a file
+        setattr(sys, name, io.StringIO())
+
+
+out = _Console(highlight=False, soft_wrap=True)
+err = _Console(stderr=True, highlight=False, soft_wrap=True)
 RESUMED = "resumed"
 """Said of work that an earlier run has done: it leaves the total instead of being counted."""
 FIRST_LINE, LINES = 5.0, (10.0, 300.0)
