@@ -171,13 +171,13 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
 
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
-    method: Literal["auto", "exact", "screened", "attribution", "attribution-star", "relp", "integrated"] = "auto"
+    method: Literal["auto", "exact", "screened", "attribution", "attribution-star", "relp", "mean-gradient", "integrated"] = "auto"
     """How effects come about: exact, by a restarted pass for every unit; or as first-order estimates, of all units at once from two
     forwards and a backward: attribution, with the gradient; attribution-star, beside that and without a sign, the mean over backwards that
-    skip a layer each; relp, with the coefficients of relevance propagation in the gradient's place. Integrated: with the gradient's mean
-    over --points on the way of one layer's units from base to source, which takes that many backwards per layer. Screened: estimates of
-    all units, and exact effects of those that are, or may be, among the --top largest of a pair. Auto: exact where the plan is under ten
-    minutes, else screened where that can be."""
+    skip a layer each; relp, with the coefficients of relevance propagation in the gradient's place; mean-gradient, with the mean of the
+    gradients at base and at source. Integrated: with the gradient's mean over --points on the way of one layer's units from base to source,
+    which takes that many backwards per layer. Screened: estimates of all units, and exact effects of those that are, or may be, among the
+    --top largest of a pair. Auto: exact where the plan is under ten minutes, else screened where that can be."""
     budget: str = "2%"
     """What exact effects may take with --method screened: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
     points: int = 5

@@ -8,6 +8,7 @@ from functools import partial
 from jaxmed.effects.estimates import FirstOrder
 from jaxmed.effects.exact import Exact
 from jaxmed.effects.integrated import Integrated
+from jaxmed.effects.mean_gradient import MeanGradient
 from jaxmed.effects.methods import METHODS, find_method
 from jaxmed.effects.screened import Screened
 from jaxmed.effects.work import Estimator
@@ -15,6 +16,7 @@ from jaxmed.models.rules import Rules
 
 _WAYS: dict[str, Callable[[Rules], Estimator]] = {
     "attribution-star": partial(FirstOrder, drops=True),
+    "mean-gradient": MeanGradient,
     "integrated": Integrated,
     "screened": Screened,
 }

@@ -31,6 +31,7 @@ class Method:
         screened: estimates say which effects are computed.
         at_base: estimates rest on what happens near the base run, and need outcomes whose gradient there says something.
         beside: further variables of every unit: the ending of the name, and what it is in words.
+        both_ends: what is written is what the source run has.
     """
 
     values: str
@@ -41,6 +42,7 @@ class Method:
     screened: bool = False
     at_base: bool = True
     beside: tuple[tuple[str, str], ...] = ()
+    both_ends: bool = False
 
     @property
     def exact(self) -> bool:
@@ -69,6 +71,12 @@ METHODS: dict[str, Method] = {
         f"relevance patching (Jafari et al. 2025): {_CHANGE}; the gradient holds norms and attention patterns constant, takes activations "
         "as multiples of their inputs, and halves products",
         rules=RELP,
+    ),
+    "mean-gradient": Method(
+        "first-order estimates",
+        "the unit's change times the mean of the outcome's gradients at the base run and at the source run",
+        rules=EXACT,
+        both_ends=True,
     ),
     "integrated": Method(
         "integrated-gradients estimates",

@@ -9,7 +9,7 @@ from jaxmed.effects.budget import read_budget
 from jaxmed.effects.contrast import CONTRASTS, Contrast
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, WHOLE, check_estimands
 from jaxmed.effects.mediators import MEDIATORS, check_units
-from jaxmed.effects.methods import check_method
+from jaxmed.effects.methods import METHODS, check_method
 from jaxmed.effects.outcomes import OutcomeName, check_outcomes
 from jaxmed.effects.patches import Patching, check_patch
 from jaxmed.effects.sets import UnitPath, UnitSet, check_paths, check_sets, kinds_of
@@ -106,6 +106,8 @@ def check_request(request: Request, model: Model, source_model: Model | None) ->
     if not 1 <= request.points <= MOST_POINTS:
         raise UserError(f"--points {request.points} is out of range: 1 to {MOST_POINTS}. Five are enough for most outcomes.")
     check_method(request.method, outcomes, request.estimands, together, model.config.vocabulary)
+    if METHODS[request.method].both_ends and request.patch != "resample":
+        raise UserError(f"--method {request.method} goes with --patch resample alone: its other gradient is that of the source run.")
     layers_of(model.config, request.layers)
     return request
 

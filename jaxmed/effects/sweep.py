@@ -176,9 +176,9 @@ def sweep(
         source_model: where source values come from, for the contrast "model".
         method: a key of `jaxmed.effects.methods.METHODS`: "exact"; or the estimates of first order "attribution" and "relp", which take two
             forwards and a backward of a pair for all of its units and positions; "attribution-star", with a backward for every layer;
-            "integrated", which takes `points` backwards for each layer, position and kind of unit; or "screened": estimates of all units,
-            and exact effects of the `top` units that have the largest, or may have; the table says which, how far the others may be off,
-            and how many of the largest were found.
+            "mean-gradient", with twice the runs; "integrated", which takes `points` backwards for each layer, position and kind of unit; or
+            "screened": estimates of all units, and exact effects of the `top` units that have the largest, or may have; the table says
+            which, how far the others may be off, and how many of the largest were found.
         sets: name -> units (mediator, layer, index) that are patched together, or {"units": ..., "held": ...} with others that keep their
             base values meanwhile; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".
