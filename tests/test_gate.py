@@ -14,11 +14,8 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
-from jaxmed.effects.attribution import neuron_attribution
 from jaxmed.effects.contrast import Reading, make_contrast
 from jaxmed.effects.cost import plan
-from jaxmed.effects.engine import open_window, prepare
-from jaxmed.effects.readout import Readout
 from jaxmed.effects.sets import read_sets
 from jaxmed.errors import UserError
 from jaxmed.evaluation.perplexity import perplexity
@@ -26,7 +23,7 @@ from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.cases import Case, Layout, make_cases
 from jaxmed.gating.clamp import CLAMPS, Clamp, Group, Judging, clamp_edits, clamp_verdicts
 from jaxmed.gating.job import GateRequest, make_gate
-from jaxmed.gating.rankings import RANKINGS, Evidence, matched, order
+from jaxmed.gating.rankings import RANKINGS, Evidence, matched, measure_features, order
 from jaxmed.gating.run import RULES, choose, measured, run_gate
 from jaxmed.gating.spec import GateSpec
 from jaxmed.gating.verdicts import adjacency, gating, gini, participation, smallest, sufficiency, whole_layer
@@ -126,8 +123,7 @@ def test_attribution_is_the_derivative_of_patching(kind: str, layer: int, positi
     """The outcome of a full forward in which every neuron of the layer has moved a little toward its source value."""
     model, pair = tiny.model(kind), replace(tiny.PAIRS[0], target=tiny.PAIRS[0].target[:1], foil=tiny.PAIRS[0].foil[:1])
     contrast = make_contrast(model, pair, Reading("pair", position, "chat", ("logit-diff",)))
-    prepared = prepare(contrast, ("logit-diff",), ("neuron",))
-    found = neuron_attribution(prepared, open_window(prepared, contrast.patches[0]), layer, Readout(("logit-diff",), 1))
+    found = measure_features(model, [contrast], "logit-diff", layer).attribution[0]
     source = np.asarray(jm.forward(model, contrast.source.ids, taps=("neuron",))[1]["neuron"])
     value = np.zeros((model.config.layers, 1, len(contrast.base.ids), model.config.neurons), np.float32)
     touched = np.zeros_like(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,7 +15,7 @@ from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_sou
 from jaxmed.effects.grad_drop import GRADDROP
 from jaxmed.effects.job import Job
 from jaxmed.effects.mediators import MEDIATORS
-from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of, window_of
+from jaxmed.effects.pair_batches import PairRows, batch_rows, batches_of, shape_of, window_of, with_target
 from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.rows import Record
@@ -127,7 +127,7 @@ def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, .
     routed = ("router_logits",) if model.config.experts else ()
     base_taps = {*routed, *base_sites, *(() if job.request.patch == "resample" else source_sites)} - {"residual_in"}
     there, source_outcome, target = run_source(other.config, other.params, pairs, tuple(sorted({*routed, *source_sites})), readout)
-    pairs = replace(pairs, base=replace(pairs.base, reads=replace(pairs.base.reads, source=target)))
+    pairs = with_target(pairs, target)
     base = run_base(model.config, model.params, pairs, tuple(sorted(base_taps)), readout)
     written = {site: there[site] for site in source_sites if site not in routed}
     if job.request.patch != "resample":

@@ -7,7 +7,7 @@ since later tokens cannot change earlier ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -132,6 +132,11 @@ def batch_rows(contrasts: Sequence[Contrast], count: int) -> PairRows:
     rows = [pair_rows(contrast, shape_of(contrast)) for contrast in contrasts]
     rows += [rows[-1]] * (count - len(rows))
     return jax.tree.map(lambda *values: np.stack(values), *rows)
+
+
+def with_target(pairs: PairRows, target: jax.Array) -> PairRows:
+    """The pairs, whose base runs are compared with the source's next-token log-probabilities float32 [B,V]."""
+    return replace(pairs, base=replace(pairs.base, reads=replace(pairs.base.reads, source=target)))
 
 
 def _row(packed: PackedPrompt, columns: np.ndarray, reads: Reads) -> Row:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.effects.attribution import neuron_attribution
 from jaxmed.effects.contrast import Contrast
-from jaxmed.effects.engine import open_window, prepare
+from jaxmed.effects.first_order import Base, estimate, run_base, run_source
 from jaxmed.effects.outcomes import OutcomeName
+from jaxmed.effects.pair_batches import PairRows, batch_rows, with_target
 from jaxmed.effects.readout import Readout
+from jaxmed.effects.rows import Record
 from jaxmed.models.model import Model
+from jaxmed.models.rules import EXACT
 from jaxmed.models.transformer import matrix_rows
 
 
@@ -53,12 +55,10 @@ def measure_features(
     """The features of a layer, from two forwards and a backward of each contrast; `report` is called after each."""
     readout, rows = Readout((outcome,), model.mesh.shape["model"]), []
     for contrast in contrasts:
-        prepared = prepare(contrast, (outcome,), ("neuron", "residual_out"))
-        window = open_window(prepared, contrast.patches[0])
-        view, patched = window.view, np.flatnonzero(window.view.patched[0])
-        slots = view.slots[patched]
-        base, source = ({site: record[site][layer, slots].mean(axis=0) for site in SITES} for record in (view.base, view.source))
-        attribution = neuron_attribution(prepared, window, layer, readout)
+        pairs, there, here = _run_sides(contrast, readout)
+        attribution = estimate(model.config, model.params, pairs, here, there, ("neuron",), 1, EXACT, layer)["neuron"][0, 0, 0, 0]
+        slots = pairs.slots[0, 0, pairs.patched[0, 0]]
+        base, source = ({site: record[site][layer, 0, slots].mean(axis=0) for site in SITES} for record in (here.record, there))
         found = (base["neuron"], source["neuron"], attribution, source["residual_out"] - base["residual_out"])
         rows.append([np.asarray(one, np.float32) for one in found])
         report(1)
@@ -68,6 +68,14 @@ def measure_features(
 
 
 SITES = ("neuron", "residual_out")
+
+
+def _run_sides(contrast: Contrast, readout: Readout) -> tuple[PairRows, Record, Base]:
+    """Both runs of a contrast, a batch of one: what is fed, the source's values at SITES, and the base run."""
+    pairs, (base, source) = batch_rows([contrast], 1), (contrast.base.model, contrast.source.model)
+    there, _, target = run_source(source.config, source.params, pairs, SITES, readout)
+    pairs = with_target(pairs, target)
+    return pairs, there, run_base(base.config, base.params, pairs, SITES, readout)
 
 
 @dataclass(frozen=True)
