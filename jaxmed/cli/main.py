@@ -39,6 +39,7 @@ from jaxmed.cli.probe import ProbeFit, ProbeSearch
 from jaxmed.cli.probe_use import ProbeEvaluate, ProbeScore
 from jaxmed.cli.report import Report
 from jaxmed.cli.score import Score
+from jaxmed.cli.status import Status
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.cli.trace import Trace
@@ -46,6 +47,7 @@ from jaxmed.errors import Notice, UserError
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RUN
+from jaxmed.runs.watch import log_json
 
 DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
 """Errors of files that a user can mend."""
@@ -60,6 +62,7 @@ COMMANDS: dict[str, type] = {
     "circuit": Circuit,
     "agreement": Agreement,
     "report": Report,
+    "status": Status,
     "generate": Generate,
     "evaluate": Evaluate,
     "cache write": CacheWrite,
@@ -126,6 +129,7 @@ def _run(arguments: Sequence[str]) -> int:
     command: Any = None
     try:
         command = parse(arguments, COMMANDS, GROUPS)
+        log_json(getattr(command, "log_json", False))
         return command.run() or 0
     except UserError as error:
         print(f"jaxmed: {error}", file=sys.stderr)

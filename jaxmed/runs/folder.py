@@ -20,7 +20,7 @@ from jaxmed.files import check_file, read_json, simple, write_json
 from jaxmed.runs import signals
 from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
-from jaxmed.runs.provenance import versions
+from jaxmed.runs.provenance import command, versions
 
 NOTED_EVERY = 10.0
 """Seconds between two records of a session while it runs."""
@@ -117,7 +117,7 @@ class RunFolder:
             earlier[-1]["status"] = "killed"
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         session = Session(self, {"started": started, "status": "running", "seconds": 0.0, "versions": versions()})
-        session.record |= {"host": platform.node(), "pid": os.getpid()}
+        session.record |= {"host": platform.node(), "pid": os.getpid(), **command()}
         earlier.append(session.record)
         self.note(status="running")
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -36,3 +38,10 @@ def _installed(name: str) -> bool:
         return bool(metadata.version(name))
     except metadata.PackageNotFoundError:
         return False
+
+
+def command() -> dict[str, str]:
+    """The command line of this process under "command", where it is one of jaxmed; else nothing."""
+    program = Path(sys.argv[0])
+    ours = program.name in ("jaxmed", "jaxmed.exe") or program.parts[-3:] == ("jaxmed", "cli", "main.py")
+    return {"command": shlex.join(["jaxmed", *sys.argv[1:]])} if ours else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import json
 import os
 import sys
 import time
@@ -74,10 +76,19 @@ def lines(title: str, content: Sequence[str]) -> None:
         out.print(f"  {visible(line)}", markup=False)
 
 
+_as_json = False
+
+
+def log_json(on: bool) -> None:
+    """Whether progress is told in lines of JSON, for programs that collect logs."""
+    global _as_json
+    _as_json = on
+
+
 @contextmanager
 def progress(title: str, total: float, what_counts: str = "effects") -> Iterator[Watch]:
-    """Progress on stderr: a bar with rate and time left on a terminal; lines now and then in a pipe or on a dumb terminal."""
-    shown = _bar if err.is_terminal and not err.is_dumb_terminal else _lines
+    """Progress on stderr: a bar with rate and time left on a terminal; lines now and then in a pipe or on a dumb terminal; or JSON."""
+    shown = _json_lines if _as_json else _bar if err.is_terminal and not err.is_dumb_terminal else _lines
     tally = Tally(total)
     with shown(title, tally, what_counts) as refresh:
 
@@ -87,7 +98,7 @@ def progress(title: str, total: float, what_counts: str = "effects") -> Iterator
             signals.check()  # whatever loop reports here ends where a callback has swallowed a signal
 
         yield report
-    if tally.count:
+    if tally.count and not _as_json:
         what = "exact effects" if what_counts == "effects" else what_counts
         err.print(f"{title}: {tally.count:,} {what} in {tally.seconds:,.1f} s, {speed(tally.count, tally.seconds)}", markup=False)
 
@@ -135,8 +146,8 @@ def _bar(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]
         yield refresh
 
 
-@contextmanager
-def _lines(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]:
+def _now_and_then(tally: Tally, tell: Callable[[str, float], None]) -> Callable[[str], None]:
+    """Tells (item, seconds left) when enough time has passed since the last time."""
     following = time.monotonic() + FIRST_LINE
 
     def refresh(what: str) -> None:
@@ -144,12 +155,31 @@ def _lines(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None
         if time.monotonic() < following or not tally.done:
             return
         left = tally.seconds * (1 - tally.share) / tally.share
-        rate = speed(tally.count, tally.seconds, unit)
-        item = "" if what == RESUMED else f" {what}"
-        err.print(f"{title}{item}: {tally.share:.1%}, {rate}, {show_time(left)} left", markup=False)
+        tell("" if what == RESUMED else what, left)
         following = time.monotonic() + min(max(LINES[0], (left + tally.seconds) / 20), LINES[1])
 
-    yield refresh
+    return refresh
+
+
+@contextmanager
+def _lines(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]:
+    def tell(item: str, left: float) -> None:
+        rate = speed(tally.count, tally.seconds, unit)
+        err.print(f"{' '.join([title, *[item] * bool(item)])}: {tally.share:.1%}, {rate}, {show_time(left)} left", markup=False)
+
+    yield _now_and_then(tally, tell)
+
+
+@contextmanager
+def _json_lines(title: str, tally: Tally, unit: str) -> Iterator[Callable[[str], None]]:
+    def tell(item: str, left: float) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        found = {"time": now, "work": title, "item": item, "share": round(tally.share, 6), "count": tally.count, "unit": unit}
+        found |= {"seconds": round(tally.seconds, 3), "seconds_left": round(left, 3)}
+        err.print(json.dumps(found), markup=False, highlight=False)
+
+    yield _now_and_then(tally, tell)
+    tell("", 0.0)
 
 
 def speed(count: int, seconds: float, what: str = "") -> str:
