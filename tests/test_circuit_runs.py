@@ -12,12 +12,10 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.circuits.choice import random_edges, random_nodes, rewired, top_edges, top_nodes
-from jaxmed.circuits.cost import Sizes
 from jaxmed.circuits.curve import FRACTIONS, areas
 from jaxmed.circuits.formats import Scored, read_scores, write_scores
 from jaxmed.circuits.graph import Graph, graph_of
 from jaxmed.circuits.job import make_circuits
-from jaxmed.circuits.run import outcomes_of_pair
 from jaxmed.circuits.spec import CircuitSpec
 from jaxmed.cli.main import main
 from jaxmed.files import read_csv
@@ -81,15 +79,11 @@ def test_a_planted_path_carries_the_behaviour_only_with_the_key_that_it_needs() 
     """The first head looks at the alarm word: without base's key it does not, whatever the values on its way are."""
     planted = jm.planted("path")
     pair = next(pair for pair in planted.pairs if not pair.control)
-    job = make_circuits(planted.model, [pair], CircuitSpec(), "logit-diff", form="text")
+    graph = jm.circuits.graph_of(planted.model.config)
     heads = [f"a{unit.layer}.h{unit.index}" for unit in planted.units if unit.mediator == "head_out"]
     path = [f"input->{heads[0]}<v>", f"{heads[0]}->m1", f"m1->{heads[1]}<v>", f"{heads[1]}->logits"]
-    masks = np.zeros((4, *job.graph.real.shape), bool)
-    masks[0] = job.graph.real
-    for name, place in zip(job.graph.edges, job.graph.places, strict=True):
-        masks[(2, *place)] = name in path
-        masks[(3, *place)] = name in (*path, f"input->{heads[0]}<k>")
-    every, none, without, whole = outcomes_of_pair(Sizes(job), 0, masks)
+    masks = np.stack([graph.marked(edges) for edges in (graph.edges, [], path, [*path, f"input->{heads[0]}<k>"])])
+    every, none, without, whole = jm.circuits.outcomes(planted.model, [pair], masks, "logit-diff", "text")[:, 0]
     assert abs((without - none) / (every - none)) < 0.1
     assert (whole - none) / (every - none) == pytest.approx(1, abs=0.1)
 
@@ -148,6 +142,7 @@ def test_the_tables_agree_with_loops_over_nodes(ran: Path, folder: Path) -> None
 
 def test_a_run_goes_on_and_refuses_another_request(ran: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (ran / "curve.csv").read_bytes()
+    assert json.loads((ran / "run.json").read_text())["identity"] < EFFECTS
     (ran / "kept" / "circuits-1.npz").write_bytes(b"torn")
     assert main(command(folder, ran, "--method", "eap", "--resume")) == 0
     assert (ran / "curve.csv").read_bytes() == before
@@ -268,3 +263,10 @@ def test_files_that_are_no_scores_are_refused(tmp_path: Path, change: dict[str, 
 def test_requests_that_cannot_be_met_are_refused(plain_model: Model, how: dict[str, Any], message: str) -> None:
     with pytest.raises(jm.UserError, match=message):
         jm.circuit(plain_model, **{"pairs": PAIRS, "outcome": "logit-diff", **how})
+
+
+def test_circuits_of_another_graph_are_refused(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="no edge 'm1->m0'"):
+        SMALL.marked(["m1->m0"])
+    with pytest.raises(jm.UserError, match=r"this model's are bool \[circuit, 16, 40\]"):
+        jm.circuits.outcomes(plain_model, PAIRS, SMALL.real[None], "logit-diff")

@@ -127,14 +127,9 @@ def test_pairs_that_cannot_be_compared_token_by_token_are_refused(plain_model: M
 
 def test_only_edges_on_a_way_from_input_to_logits_are_connected() -> None:
     graph = Graph(2, 1, 4)
-    at = lambda *names: tuple(  # noqa: E731
-        (graph.senders.index(sender), graph.receivers.index(receiver)) for sender, receiver in (name.split("->") for name in names)
-    )
-    chosen = np.zeros_like(graph.real)
-    kept = at("input->a0.h0<v>", "a0.h0->logits")
-    for place in (*kept, *at("m0->logits", "input->m1", "a1.h0->logits")):
-        chosen[place] = True
-    assert {tuple(place) for place in np.argwhere(connected(graph, chosen))} == set(kept)
+    kept = {"input->a0.h0<v>", "a0.h0->logits"}
+    chosen = graph.marked([*kept, "m0->logits", "input->m1", "a1.h0->logits"])
+    assert names_of(graph, connected(graph, chosen)) == kept
 
 
 def test_all_edges_and_none_give_the_two_runs_in_mixtures_and_int8(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ class Sizes:
         kept = 8 * shape.length * config.layers * (config.kv_heads * config.head_width + 2 * config.width)
         return max(1, min(BATCH_TOKENS.get(device.platform, 8192) // shape.length, self._fitting(self.bytes(shape) + kept)))
 
-    def chunk(self, shape: RowShape) -> int:
-        """Circuits per chunk of a shape, over all devices."""
+    def chunk(self, shape: RowShape, count: int) -> int:
+        """Circuits per chunk of a shape, over all devices, where `count` are run."""
         most = max(1, min(AT_ONCE, self._fitting(self.bytes(shape)))) * self.devices
-        return -(-_even(self.job.circuits, most) // self.devices) * self.devices
+        return -(-_even(count, most) // self.devices) * self.devices
 
     def bytes(self, shape: RowShape) -> int:
         """What one pair, or one circuit, takes on a device: what all nodes write, twice, and the inputs of a layer."""
@@ -85,7 +85,8 @@ class Sizes:
 
     def padded(self, shape: RowShape) -> int:
         """Circuits that a pair runs, those that fill the last chunk included."""
-        return -(-self.job.circuits // self.chunk(shape)) * self.chunk(shape)
+        size = self.chunk(shape, self.job.circuits)
+        return -(-self.job.circuits // size) * size
 
     def costs(self) -> list[Cost]:
         """What scoring takes, and what running circuits takes."""
@@ -95,7 +96,7 @@ class Sizes:
         score = Cost("scores of all edges", sum(map(self.of_scores, job.scored)), len(scored) * (2 + 2 * points))
         score = replace(score, programs=(1 + (points > 0)) * len(set(scored)), written=4 * len(scored) * job.graph.real.size)
         run = Cost("circuits", sum(map(self.of_circuits, job.measured)), len(measured) * (2 + job.circuits))
-        peak = max((self.bytes(shape) * self.chunk(shape) // self.devices for shape in measured), default=0)
+        peak = max((self.bytes(shape) * self.chunk(shape, job.circuits) // self.devices for shape in measured), default=0)
         return [score, replace(run, programs=2 * len(set(measured)), peak=peak)]
 
 

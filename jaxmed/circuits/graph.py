@@ -7,17 +7,18 @@ Receivers: "a3.h1<q>", "a3.h1<k>", "a3.h1<v>", "m3", "logits". With grouped quer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, hint, quoted
 from jaxmed.models.config import ModelConfig
 
 INPUT, LOGITS, LETTERS = "input", "logits", "qkv"
+EXAMPLES = "Edges are named as input->a0.h1<q>, a0.h1->m0, m0->logits, from a node to one that comes later."
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,19 @@ class Graph:
                 found[written + head, [column + letter * self.heads + head for letter in range(len(LETTERS))]] = True
             found[written + self.heads, column + self.per_layer - 1] = True
         return found
+
+    def marked(self, edges: Iterable[str]) -> np.ndarray:
+        """The edges of these names, bool [senders, receivers].
+
+        Raises:
+            UserError: a name of no edge.
+        """
+        numbers, chosen = {name: at for at, name in enumerate(self.edges)}, np.zeros_like(self.real)
+        for name in edges:
+            if name not in numbers:
+                raise UserError(f"There is no edge {quoted(name)} in this graph. {EXAMPLES}{hint(name, self.edges)}")
+            chosen[tuple(self.places[numbers[name]])] = True
+        return chosen
 
     @property
     def nodes(self) -> tuple[str, ...]:

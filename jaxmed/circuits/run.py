@@ -23,7 +23,7 @@ from jaxmed.circuits.scores import Ends, point_scores, run_ends
 from jaxmed.circuits.spec import METHODS, CircuitSpec
 from jaxmed.circuits.tables import CURVE, EDGES, MEASURES, as_dataset, scores_file, write_tables
 from jaxmed.effects.outcomes import OutcomeName
-from jaxmed.errors import unknown
+from jaxmed.errors import UserError, unknown
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder, Session
@@ -49,9 +49,9 @@ def run_circuits(job: CircuitJob, out: Path, resume: bool = False, display: Disp
         circuits = circuits_of(job, found)
         with display("circuits", sum(map(sizes.of_circuits, job.measured)), "circuits") as report:
             _measure(sizes, circuits, out, session, report)
-        held = [recall(out, f"circuits-{pair}") for pair in job.measured]
-        outcomes = np.stack([one[OUTCOMES] for one in held if one is not None], axis=1)
-        write_tables(job, found, circuits, outcomes, out)
+        held = [one for pair in job.measured if (one := recall(out, f"circuits-{pair}")) is not None]
+        folder.record["identity"] = max(float(np.abs(one[OUTCOMES][:2] - one[ENDS]).max()) for one in held)
+        write_tables(job, found, circuits, np.stack([one[OUTCOMES] for one in held], axis=1), out)
 
 
 def _score(sizes: Sizes, out: Path, session: Session, report: Watch) -> None:
@@ -102,24 +102,50 @@ def _measure(sizes: Sizes, circuits: Sequence[Circuit], out: Path, session: Sess
     for pair in sizes.job.measured:
         done = is_kept(out, f"circuits-{pair}")
         if not done:
-            keep(out, f"circuits-{pair}", {OUTCOMES: outcomes_of_pair(sizes, pair, masks)})
+            outcomes, ends = outcomes_of_pair(sizes, pair, masks)
+            keep(out, f"circuits-{pair}", {OUTCOMES: outcomes, ENDS: ends})
             session.count(circuits=len(circuits))
         report(sizes.of_circuits(pair), 0 if done else len(circuits), RESUMED if done else sizes.job.pairs[pair].id)
 
 
-def outcomes_of_pair(sizes: Sizes, pair: int, masks: np.ndarray) -> np.ndarray:
-    """Outcomes float32 [C] of circuits bool [C,U,Y] on a pair, in chunks of equal size that the devices share."""
+def outcomes_of_pair(sizes: Sizes, pair: int, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes float32 [C] of circuits bool [C,U,Y] on a pair, in chunks of equal size that the devices share; and [2] of the ordinary runs
+    of base and source."""
     job, devices = sizes.job, sizes.devices
     model, shape, readout = job.model, job.shape(pair), readout_of(job.model, job.outcome)
     split, whole = (jax.NamedSharding(model.mesh, spec) for spec in (jax.P("data"), jax.P()))
     rows = jax.device_put(batch_of([job.contrasts[pair]], devices), split)
     ends: Ends = run_ends(model.config, model.params, rows, shape.window, readout)
     single = jax.device_put(one_pair(ends, rows.reads, 0), whole)
-    size, found = sizes.chunk(shape), []
+    size, found = sizes.chunk(shape, len(masks)), []
     for at in range(0, len(masks), size):
         chunk = masks[np.minimum(np.arange(at, at + size), len(masks) - 1)]
         found.append(np.asarray(circuit_outcomes(model.config, model.params, single, jax.device_put(chunk, split), readout)))
-    return np.concatenate(found)[: len(masks)]
+    return np.concatenate(found)[: len(masks)], np.asarray(ends.outcome)[:, 0]
+
+
+def outcomes(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    circuits: np.ndarray,
+    outcome: OutcomeName = "log-odds",
+    form: str = "chat",
+    contrast: str = "pair",
+) -> np.ndarray:
+    """Exact outcomes float32 [circuit, pair] of base's prompts where all edges but those of a circuit carry source's values.
+
+    Args:
+        circuits: bool [circuit, sender, receiver], in the order of `jm.circuits.graph_of`; what is no edge may be anything.
+
+    Raises:
+        UserError: as `jm.circuit`; circuits of another shape.
+    """
+    job = make_circuits(model, pairs, CircuitSpec(edges=0), outcome, contrast, form)
+    masks = np.asarray(circuits)
+    if masks.dtype != bool or masks.ndim != 3 or masks.shape[1:] != job.graph.real.shape:
+        shape = f"[circuit, {', '.join(map(str, job.graph.real.shape))}]"
+        raise UserError(f"circuits are {masks.dtype} {list(masks.shape)}; this model's are bool {shape}: see jm.circuits.graph_of.")
+    return np.stack([outcomes_of_pair(Sizes(job), pair, masks)[0] for pair in job.measured], axis=1)
 
 
 def circuit(

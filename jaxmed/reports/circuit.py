@@ -65,7 +65,7 @@ def write_circuit(folder: Path, out: Path | None = None) -> Path:
         "study.html.j2",
         title=f"Circuits of {manifest['model']['name']}",
         lead=LEAD,
-        facts=_facts(manifest, curve, seconds_spent(run)),
+        facts=_facts(run, curve),
         notes=NOTES,
         parts=parts,
         manifest=json.dumps({key: value for key, value in manifest.items() if key != "tokens"}, indent=2, ensure_ascii=False),
@@ -76,7 +76,8 @@ def write_circuit(folder: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _facts(manifest: dict[str, Any], curve: Rows, seconds: float) -> list[tuple[str, str]]:
+def _facts(run: dict[str, Any], curve: Rows) -> list[tuple[str, str]]:
+    manifest = run["manifest"]
     spec, ends = manifest["circuit"], {row["method"]: row for row in curve}
     every, none = ends["all edges"], ends["no edges"]
     return [
@@ -86,7 +87,8 @@ def _facts(manifest: dict[str, Any], curve: Rows, seconds: float) -> list[tuple[
         ("Circuits of", f"nodes ({every['count']})" if spec["nodes"] else f"edges ({int(every['count']):,})"),
         ("Outcome in base", number(every["outcome"])),
         ("Outcome in source", number(none["outcome"])),
-        ("Time", f"{seconds:,.0f} s"),
+        ("All and no edges against ordinary runs", f"within {number(run.get('identity'))}"),
+        ("Time", f"{seconds_spent(run):,.0f} s"),
     ]
 
 
