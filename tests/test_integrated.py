@@ -23,6 +23,7 @@ from jaxmed.effects.pair_batches import batch_rows, shape_of
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.request import Request
 from jaxmed.interventions.edits import Edit
+from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
 from jaxmed.runs.cost import count_flops
 from jaxmed.runs.folder import read_run
@@ -95,6 +96,15 @@ def test_a_layer_adds_up_to_the_exact_effect_of_its_modules(plain_model: Model) 
         for one in (found[unit], added.transpose(*found[unit].dims)):
             assert float(np.nanmax(np.abs((one - exact[unit]).values))) <= 1e-3 * scale, unit
     assert np.abs(found.source_outcome.values - exact.source_outcome.values).max() <= 1e-5
+
+
+def test_reversed_between_models_the_other_model_is_restarted(plain_model: Model) -> None:
+    other = from_params(
+        plain_model.config, jax.tree.map(lambda x: x * 1.02, plain_model.params), plain_model.mesh, "other", tiny.tokenizer()
+    )
+    how: dict[str, Any] = {"contrast": "model", "source_model": other, "direction": "reverse", "unit": "mlp_out", "layers": (1,)}
+    exact, found = (jm.sweep(plain_model, tiny.PAIRS[:1], method=method, **how).mlp_out.values[:, 1] for method in ("exact", "integrated"))
+    assert np.abs(found - exact).max() <= 1e-3 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("position", ["last", "each"])

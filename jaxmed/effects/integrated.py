@@ -165,15 +165,17 @@ class Integrated(FirstOrder):
 
     def effects(self, job: Job, item: Item, ran: RanPairs) -> Record:
         """Effects of the item's layers; those of the job's other layers are zero."""
-        shape, config, request = shape_of(job.contrasts[item.pairs[0]]), job.model.config, job.request
+        shape, model, request = shape_of(job.contrasts[item.pairs[0]]), job.contrasts[0].base.model, job.request
         how = (request.units, request.window, self.readout(job))
         found: dict[str, Any] = {}
         for layer in item.layers:
             pieces = points_of(shape.patches, request.points, self.size(job, item))
-            parts = [integrate(config, job.model.params, ran.pairs, ran.base, ran.written, np.int32(layer), one, *how) for one in pieces]
+            parts = [integrate(model.config, model.params, ran.pairs, ran.base, ran.written, np.int32(layer), one, *how) for one in pieces]
             for unit in request.units:
                 whole = _mean([part[unit] for part in parts], shape, request.points)
-                found.setdefault(unit, np.zeros((config.layers - job.layers[0], *whole.shape), np.float32))[layer - job.layers[0]] = whole
+                found.setdefault(unit, np.zeros((model.config.layers - job.layers[0], *whole.shape), np.float32))[layer - job.layers[0]] = (
+                    whole
+                )
         return found
 
 
