@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 
 import jaxmed as jm
 from jaxmed.interventions.sites import ALIASES, SITES, site_name
 from jaxmed.models.model import Model
+from tests import tiny
 
 
 def test_merged_edits_equal_one_after_the_other(plain_model: Model) -> None:
@@ -92,3 +96,86 @@ def test_sparse_edits_stay_sparse(plain_model: Model) -> None:
         return max([0, *(int(np.prod(v.aval.shape)) for e in jaxpr.eqns for v in e.outvars), *map(largest, inner)])
 
     assert largest(program.jaxpr) < dense
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"position": "last"}, "position is 'last'; a whole number, a list of them, or \"current\""),
+        ({"position": 1.5}, "position is 1.5; a whole number"),
+        ({"layer": True}, "layer is True; a whole number"),
+        ({"layer": None}, "layer is None; a whole number"),
+        ({"unit": 2**40}, "unit is 1099511627776; a whole number"),
+        ({"layer": float("nan")}, "layer is nan; a whole number"),
+        ({"layer": [0, 1], "position": [0, 1, 2]}, "names 2 layers, 3 positions. Give one of each, or lists of one length"),
+        ({"position": []}, "names no entries: nothing would be edited"),
+    ],
+)
+def test_what_names_no_entries_is_refused(named: dict[str, Any], said: str) -> None:
+    with pytest.raises(jm.UserError, match=re.escape(said)):
+        jm.edits.zero("neuron", **named)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            np.zeros(24),
+            "values of shape [24] for 1 entry: the first axis is [E = 1]. For one value of the whole unit axis, write values[None]",
+        ),
+        (np.zeros((2, 24)), "values of shape [2, 24] for 1 entry"),
+        ("x", "is 'x'; numbers are expected"),
+        ([[1], [2, 3]], "numbers are expected"),
+        (np.zeros(1, complex), "numbers are expected"),
+    ],
+)
+def test_values_that_do_not_go_with_the_entries_are_refused(values: Any, said: str) -> None:
+    with pytest.raises(jm.UserError, match=re.escape(said)):
+        jm.edits.resample("neuron", values, layer=0)
+
+
+@pytest.mark.parametrize("direction", [np.zeros(16), np.eye(16), ["a"], np.full(16, np.nan)])
+def test_a_direction_is_a_vector_that_is_not_zero(direction: Any) -> None:
+    with pytest.raises(jm.UserError, match="direction"):
+        jm.edits.ablate_direction("residual_out", direction)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"neuron": 3},
+        [1],
+        {"neuron": jm.Edit(1.0, None)},
+        {"neuron": jm.Edit("x", 0.0)},
+        {"neuron": jm.Edit(1.0, 0.0, basis=np.ones((24, 2)))},
+    ],
+)
+def test_what_is_no_edit_is_refused(edits: Any) -> None:
+    with pytest.raises(jm.UserError, match=r"Edit|edit at 'neuron' (is|has columns|holds)"):
+        jm.forward(tiny.model("llama"), np.arange(3, 9), edits=edits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "said"),
+    [
+        ([[1], [1, 2]], {}, "rows of one length. Pad them"),
+        (None, {}, "rows of one length. Pad them"),
+        (np.zeros((1, 0), int), {}, "holds no token"),
+        ([[1, 2]], {"padding": [2]}, "0 to 1"),
+        ([[1, 2]], {"padding": [-1]}, "0 to 1"),
+        ([[1, 2]], {"padding": [0.5]}, "0 to 1"),
+    ],
+)
+def test_tokens_and_padding_that_cannot_be_read_are_refused(tokens: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(jm.UserError, match=said):
+        jm.forward(tiny.model("llama"), tokens, **more)
+
+
+def test_one_text_is_no_list_of_texts() -> None:
+    model = tiny.model("llama")
+    assert list(jm.forward(model, [1, 2], taps="neuron")[1]) == ["neuron"]
+    for call in (lambda: jm.generate(model, "hi"), lambda: jm.tokens.batch(model, "hi"), lambda: jm.activations(model, "hi")):
+        with pytest.raises(jm.UserError, match=r"write \['hi'\]"):
+            call()
+    with pytest.raises(jm.UserError, match=r"jm.read_pairs\(file\)"):
+        jm.sweep(model, "pairs.csv")  # type: ignore[arg-type]

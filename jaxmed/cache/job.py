@@ -16,7 +16,7 @@ from jaxmed.files import ArrayLayout
 from jaxmed.interventions.sites import SITES, check_sites, site_name
 from jaxmed.models.model import Model
 from jaxmed.runs.cost import Cost, propagate_flops
-from jaxmed.tokens import Prompt, bucket, check_tokens, render
+from jaxmed.tokens import Prompt, bucket, check_several, check_tokens, render
 from jaxmed.tokens.columns import columns, differs
 
 DIMS = {"D": "dimension", "N": "head", "K": "kv_head", "H": "head_dimension", "F": "neuron", "S": "key_position"}
@@ -66,6 +66,7 @@ def make_job(model: Model, prompts: Sequence[Any], names: tuple[str, ...], posit
     """Reads, tokenises and checks; see `table.activations` for what is refused."""
     axes = {name: SITES[site_name(name)].axes for name in names}
     check_sites(model.config.sizes, map(site_name, names))
+    check_several(prompts)
     read = [_read(model, prompt, form) for prompt in prompts]
     if not read or not names:
         raise UserError("Give at least one prompt and one site.")

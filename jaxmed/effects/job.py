@@ -21,7 +21,7 @@ from jaxmed.effects.reference import Reference
 from jaxmed.effects.request import Request, check_request, check_spans, layers_of
 from jaxmed.effects.shapes import row_flops, shapes_of
 from jaxmed.effects.stored import stored_digest
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.cost import matmul_rate, pairs_per_device, units_per_device
@@ -99,6 +99,8 @@ def make_job(model: Model, pairs: Sequence[PromptPair], request: Request, source
     """
     if not pairs:
         raise UserError("There are no pairs to sweep.")
+    if isinstance(pairs, str) or not all(isinstance(pair, PromptPair) for pair in pairs):
+        raise UserError(f"pairs is a list of PromptPair, as jm.read_pairs(file) returns it; not {quoted(pairs)}.")
     request = check_request(request, model, source_model)
     if request.by and not any(pair.category for pair in pairs):
         raise UserError("No pair has a category, so there is nothing to split by. Give the column 'category', or leave --by out.")

@@ -19,7 +19,7 @@ from jaxmed.interventions.edits import Edit
 from jaxmed.interventions.writing import split_edits
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
-from jaxmed.tokens import bucket, check_tokens, end_tokens, has_text, render, written_text
+from jaxmed.tokens import bucket, check_several, check_tokens, end_tokens, has_text, render, written_text
 
 WHERE = ("both", "prompt", "generated")
 ROWS = 64
@@ -126,6 +126,7 @@ def generate(model: Model, prompts: Sequence[str | Example], max_tokens: int = 6
     Raises:
         UserError: no tokenizer or chat template; what `generate_ids` raises.
     """
+    check_several(prompts)
     examples = [Example(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     asked = [render(model.tokenizer, one, form=form) for one in examples]
     written = generate_ids(model, [one.ids for one in asked], max_tokens, **how)

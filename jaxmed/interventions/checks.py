@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
+from jaxmed.interventions.edit import numbers
 from jaxmed.interventions.edits import ANY, CURRENT, Edit, Edits, Where
 from jaxmed.interventions.sites import INTERNAL, SITES, check_sites, site_name
+
+ORTHONORMAL = 1e-2
+"""How far products of a basis' columns may be from 0 and 1: bfloat16 has three digits."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ def check_edits(edits: Edits | None, extent: Extent) -> dict[str, Edit]:
             spreads even at gate 0).
     """
     checked: dict[str, Edit] = {}
+    if not isinstance(edits, Mapping | None):
+        raise UserError(f"edits is a dictionary, site -> Edit, as the functions of jm.edits return it; not {quoted(edits)}.")
     for name, edit in (edits or {}).items():
+        if not isinstance(edit, Edit):
+            raise UserError(f"The edit at {quoted(name)} is {quoted(edit)}; an Edit is expected, as the functions of jm.edits make it.")
         if name in INTERNAL:
             raise UserError(f"Site {name!r} can be read, not edited. Editable: {', '.join(SITES)}.")
         name = site_name(name)
@@ -48,7 +56,9 @@ def check_edits(edits: Edits | None, extent: Extent) -> dict[str, Edit]:
             raise UserError(f"Site {name!r} is given twice, under two names. Combine the edits with `merge`.")
         for which in ("gate", "value", "add", "basis"):
             array = getattr(edit, which)
-            if array is not None and not isinstance(array, Tracer) and not np.all(np.isfinite(np.asarray(array, np.float32))):
+            if isinstance(array, Tracer) or (array is None and which == "basis"):
+                continue
+            if not np.all(np.isfinite(numbers(f"The {which} of the edit at {name!r}", array))):
                 raise UserError(f"The {which} of the edit at {name!r} holds a value that is not finite.")
         _check_basis(name, edit, extent)
         checked[name] = _check_dense(name, edit, extent) if edit.where is None else _check_indexed(name, edit, edit.where, extent)
@@ -104,7 +114,7 @@ def _check_indexed(name: str, edit: Edit, entries: Where, extent: Extent) -> Edi
 
 
 def _check_basis(name: str, edit: Edit, extent: Extent) -> None:
-    """Directions have as many numbers as the site's last axis."""
+    """Directions have as many numbers as the site's last axis, and are orthonormal: else the blend would act on no subspace."""
     if edit.basis is None:
         return
     letter, shape = SITES[name].axes[-1], np.shape(edit.basis)
@@ -112,6 +122,11 @@ def _check_basis(name: str, edit: Edit, extent: Extent) -> None:
         raise UserError(
             f"The basis of the edit at {name!r} has shape {list(shape)}; legal: [{letter} = {extent.sizes.get(letter)}, directions]."
         )
+    if isinstance(edit.basis, Tracer):
+        return
+    columns = np.asarray(edit.basis, np.float64)
+    if not np.allclose(columns.T @ columns, np.eye(shape[1]), atol=ORTHONORMAL):
+        raise UserError(f"The basis of the edit at {name!r} has columns that are not orthonormal. Take np.linalg.qr(basis)[0].")
 
 
 def _refuse_repeats(name: str, entries: Where, rows: tuple[int, ...] | None) -> None:

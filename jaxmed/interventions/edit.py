@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.interventions.sites import site_name
 
 ANY = np.iinfo(np.int32).max
@@ -77,11 +77,46 @@ class TokenIndex:
 
 
 def where(layer: Any = ANY, position: Any = ANY, unit: Any = ANY, row: Any = ANY) -> Where:
-    """A `Where` from scalars and lists, broadcast against each other to one axis `E`; "current" is a position too."""
-    position = [CURRENT if one == "current" else one for one in np.atleast_1d(np.asarray(position, object)).tolist()]
-    fields = np.broadcast_arrays(*(np.atleast_1d(np.asarray(given, np.int32)) for given in (layer, position, unit, row)))
-    layer, position, unit, row = (np.ascontiguousarray(given) for given in fields)
-    return with_names(Where(layer, position, unit, row))
+    """A `Where` from scalars and lists, broadcast against each other to one axis `E`; "current" is a position too.
+
+    Raises:
+        UserError: what is no whole number; lists of lengths that do not go together.
+    """
+    if isinstance(position, str) and position == "current":
+        position = CURRENT
+    if isinstance(position, (list, tuple)):
+        position = [CURRENT if isinstance(one, str) and one == "current" else one for one in position]
+    given = {"layer": layer, "position": position, "unit": unit, "row": row}
+    numbers = {name: _numbers(name, held) for name, held in given.items()}
+    try:
+        fields = np.broadcast_arrays(*numbers.values())
+    except ValueError:
+        said = ", ".join(f"{len(held)} {name}s" for name, held in numbers.items() if len(held) != 1)
+        raise UserError(f"An edit names {said}. Give one of each, or lists of one length: the first of each belong together.") from None
+    return with_names(Where(*map(np.ascontiguousarray, fields), names=None))
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    """What an edit names of one kind, as int32 [E]."""
+    try:
+        found = np.atleast_1d(np.asarray(given))
+    except ValueError:  # lists of lists of different lengths
+        found = np.zeros((0, 0))
+    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or not -ANY <= found.min() <= found.max() <= ANY)):
+        words = 'a whole number, a list of them, or "current"' if name == "position" else "a whole number or a list of them"
+        raise UserError(f"An edit's {name} is {quoted(given)}; {words} is expected.")
+    return found.astype(np.int32)
+
+
+def numbers(what: str, given: Any) -> np.ndarray:
+    """Real numbers as float32; a UserError where they are none."""
+    try:
+        found = np.asarray(given)
+        if found.dtype.kind not in "biufV" and found.dtype.kind != "O":  # V: bfloat16
+            raise ValueError
+        return np.asarray(found, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"{what} is {quoted(given)}; numbers are expected.") from None
 
 
 def with_names(entries: Where) -> Where:

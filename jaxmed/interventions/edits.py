@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.interventions.edit import ANY, CURRENT, Edit, Edits, TokenIndex, Where, merge, where
+from jaxmed.errors import UserError
+from jaxmed.interventions.edit import ANY, CURRENT, Edit, Edits, TokenIndex, Where, merge, numbers, where
 from jaxmed.interventions.sites import site_name
 
 __all__ = [
@@ -32,8 +33,17 @@ def _at(site: str, gate: Any, value: Any, add: Any, layer: Any, position: Any, u
     entries = where(layer, position, unit)
     count = len(entries.layer)
 
+    if not count:
+        raise UserError(f"The edit at {site!r} names no entries: nothing would be edited.")
+
     def field(x: Any) -> np.ndarray:
-        x = np.asarray(x, np.float32)
+        x = numbers(f"A value of the edit at {site!r}", x)
+        if x.ndim and x.shape[0] not in (1, count):
+            entries = f"{count} {'entry' if count == 1 else 'entries'}"
+            whole = " For one value of the whole unit axis, write values[None]." if count == 1 else ""
+            raise UserError(
+                f"The edit at {site!r} has values of shape {list(x.shape)} for {entries}: the first axis is [E = {count}].{whole}"
+            )
         return np.broadcast_to(x, (count, *x.shape[1:])) if x.ndim else np.full(count, x)
 
     return {site_name(site): Edit(field(gate), field(value), field(add), None, entries)}
@@ -64,17 +74,20 @@ def noise(
 
 def scale(site: str, factor: Any, layer: Any = ANY, position: Any = ANY, unit: Any = ANY) -> dict[str, Edit]:
     """Multiplies entries by `factor` (scalar or [E])."""
-    return _at(site, 1.0 - np.asarray(factor, np.float32), 0.0, 0.0, layer, position, unit)
+    return _at(site, 1.0 - numbers("The factor", factor), 0.0, 0.0, layer, position, unit)
 
 
 def steer(site: str, direction: Any, coefficient: float = 1.0, layer: Any = ANY, position: Any = ANY) -> dict[str, Edit]:
     """Adds `coefficient * direction` ([D]) at the entries."""
-    vector = coefficient * np.asarray(direction, np.float32)
+    vector = coefficient * numbers("The direction", direction)
     return _at(site, 0.0, 0.0, vector[None], layer, position, ANY)
 
 
 def ablate_direction(site: str, direction: Any) -> dict[str, Edit]:
     """Removes the component along `direction` ([D]) at every layer and position (Arditi et al. 2024, arXiv 2406.11717)."""
-    unit = np.asarray(direction, np.float32)
-    unit = unit / np.linalg.norm(unit)
+    unit = numbers("The direction", direction)
+    length = np.linalg.norm(unit)
+    if unit.ndim != 1 or not 0 < length < np.inf:
+        raise UserError(f"The direction has shape {list(unit.shape)} and length {length:g}; a vector [D] that is not zero is expected.")
+    unit = unit / length
     return {site_name(site): Edit(np.float32(1.0), np.float32(0.0), np.float32(0.0), unit[:, None])}

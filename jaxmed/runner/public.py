@@ -53,17 +53,22 @@ def forward(
     """
     if isinstance(tokens, str) or (isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens)):
         raise UserError("tokens is an int array [B, T], not text. Make it of texts: ids, padding = jm.tokens.batch(model, texts).")
-    ids = jnp.asarray(tokens)
+    try:
+        ids = jnp.asarray(tokens)
+    except (TypeError, ValueError):
+        raise UserError("tokens is an int array [B, T], rows of one length. Pad them: ids, padding = jm.tokens.pad(rows).") from None
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim not in (1, 2):
         raise UserError(f"tokens is an int array [B, T], not {ids.dtype} {list(ids.shape)}.")
     ids = ids[None] if ids.ndim == 1 else ids
     config = model.config
     if not isinstance(ids, Tracer) and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocabulary:
         raise UserError(f"tokens holds ids from {int(ids.min())} to {int(ids.max())}; legal: 0 to {config.vocabulary - 1}.")
-    if padding is not None and np.shape(padding) != (ids.shape[0],):
-        raise UserError(f"padding is int [B] = [{ids.shape[0]}], the number of pad tokens at the left of each row.")
+    if not ids.shape[1]:
+        raise UserError("tokens holds no token.")
+    _check_padding(padding, *ids.shape)
     if padding is None or not isinstance(padding, Tracer):
         check_length(config, ids.shape[1] - int(np.min(0 if padding is None else padding)), "tokens")
+    taps = (taps,) if isinstance(taps, str) else taps
     names = tuple(name if name in INTERNAL else site_name(name) for name in taps)
     check_sites(config.sizes, names)
     left = np.zeros(ids.shape[0], int) if padding is None else padding
@@ -74,3 +79,12 @@ def forward(
     layout = causal_layout(ids.shape[0], ids.shape[1], padding)
     found, recorded = run_forward(config, model.params, ids, layout, checked, tuple(sorted(set(names))), logits)
     return found, {asked: recorded[name] for asked, name in zip(taps, names, strict=True)}
+
+
+def _check_padding(padding: Any, rows: int, length: int) -> None:
+    """Raises a UserError for what is no number of pad tokens per row, or leaves a row without a token."""
+    if padding is None or (isinstance(padding, Tracer) and padding.shape == (rows,)):
+        return
+    given = np.asarray(padding)
+    if given.shape != (rows,) or given.dtype.kind not in "iu" or not 0 <= given.min() <= given.max() < length:
+        raise UserError(f"padding is int [B] = [{rows}], the number of pad tokens at the left of each row, 0 to {length - 1}.")

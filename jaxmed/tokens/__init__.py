@@ -4,7 +4,7 @@ Public as `jm.tokens`: `render` (one prompt, with the places of its parts), `bat
 """
 
 from jaxmed.tokens.answers import OTHERWISE, TokenizedExample, encode_example, tell_seams
-from jaxmed.tokens.batch import batch, pad
+from jaxmed.tokens.batch import batch, check_several, pad
 from jaxmed.tokens.encode import has_text, show_tokens, text_ids
 from jaxmed.tokens.ends import end_tokens
 from jaxmed.tokens.limits import check_length, check_tokens
@@ -29,6 +29,7 @@ __all__ = [
     "batch",
     "bucket",
     "check_length",
+    "check_several",
     "check_tokens",
     "encode_example",
     "end_tokens",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.tokens.prompt import Asked, render
 
 
@@ -27,7 +27,14 @@ def batch(model: Any, prompts: Sequence[Asked], form: str = "chat") -> tuple[np.
     Raises:
         UserError: what `render` and `pad` raise.
     """
+    check_several(prompts)
     return pad([render(model, prompt, form=form).ids for prompt in prompts])
+
+
+def check_several(prompts: Any) -> None:
+    """Raises a UserError for one text in the place of a list: its letters would be prompts."""
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is a list of texts: write [{quoted(prompts)}].")
 
 
 def pad(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
