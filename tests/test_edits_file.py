@@ -95,7 +95,7 @@ def test_edits_change_what_is_answered(folder: Path, command: str, tmp_path: Pat
         ([{"kind": "steer", "site": "residual_out", "direction": [1.0, 2.0]}], "D = 16"),
         ([{"kind": "steer", "site": "neuron", "layer": 1, "direction": [1.0, 2.0]}], "F = 24"),
         ([{"kind": "ablate-direction", "site": "residual_out", "direction": [1.0, 2.0]}], "D = 16"),
-        ([{"kind": "zero", "site": "neuron", "layer": [0, 1], "unit": [1, 2, 3]}], "lengths that do not fit"),
+        ([{"kind": "zero", "site": "neuron", "layer": [0, 1], "unit": [1, 2, 3]}], "lists of one length"),
         ([{"kind": "zero", "site": "neuron"}, {"kind": "zero", "site": "neuron", "unit": 2}], "neuron"),
     ],
 )
