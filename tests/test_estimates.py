@@ -194,9 +194,10 @@ def test_relevance_of_the_last_layer_holds_the_final_norm_constant(plain_model: 
     assert float(table.mlp_out.values[0, -1]) == pytest.approx(wanted, rel=1e-4)
 
 
-def _flops(model: Model, pair: jm.PromptPair, position: str, outcomes: tuple[str, ...] = ("log-odds",)) -> tuple[float, float, float]:
+def _flops(model: Model, pair: jm.PromptPair, position: str, method: str = "attribution") -> tuple[float, float, float]:
     """Matmul FLOPs of a pair's programs, what the plan says, and those of a forward of the base."""
-    job = make_job(model, [pair], Request(outcomes, tuple(MEDIATORS), position, WINDOW, method="attribution"))
+    outcomes, drops = ("log-odds",), method == "attribution-star"
+    job = make_job(model, [pair], Request(outcomes, tuple(MEDIATORS), position, WINDOW, method=method))
     contrast, config, params = job.contrasts[0], model.config, model.params
     rows, readout = batch_rows([contrast], 1), Readout(outcomes, 1)
     sites = first_order.sites_of(job.request.units)
@@ -204,7 +205,7 @@ def _flops(model: Model, pair: jm.PromptPair, position: str, outcomes: tuple[str
     def programs(rows: Any) -> Any:
         written, *_ = first_order.run_source(config, params, rows, sites, readout)
         base = first_order.run_base(config, params, rows, first_order.narrow(sites), readout)
-        return first_order.estimate(config, params, rows, base, written, job.request.units, WINDOW, EXACT, 0)
+        return first_order.estimate(config, params, rows, base, written, job.request.units, WINDOW, EXACT, 0, drops)
 
     jaxpr = jax.make_jaxpr(programs)(rows)
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
@@ -219,6 +220,9 @@ def test_all_units_of_a_pair_cost_four_forwards_at_most(position: str) -> None:
     found, planned, forward = _flops(tiny.model("wide"), tiny.PAIRS[0], position)
     assert found <= 4 * forward
     assert planned == pytest.approx(found, rel=0.03)
+    more, planned, _ = _flops(tiny.model("wide"), tiny.PAIRS[0], position, "attribution-star")
+    assert more > found
+    assert planned == pytest.approx(more, rel=0.03)
 
 
 def test_one_program_per_shape_whatever_the_number_of_pairs(plain_model: Model) -> None:
