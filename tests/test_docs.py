@@ -56,6 +56,7 @@ UNRUN = {
     "docs/models.md": ("jaxmed evaluate --model qwen2.5-coder-0.5b-instruct", "jaxmed parity"),
     "docs/quickstart.md": ("pip install .", "jaxmed demo"),
     "docs/results/aligned-variant.md": ("jaxmed evaluate --model smollm2-135m-aligned",),
+    "docs/results/circuits.md": ("jaxmed circuit --pairs facts",),
     "docs/results/estimates.md": ("jaxmed sweep --pairs harm --limit 8", "jaxmed sweep --pairs unseen.jsonl"),
     "docs/results/mediation.md": ("jaxmed study mediation",),
     "docs/results/pruning-smollm2.md": ("jaxmed study pruning",),
