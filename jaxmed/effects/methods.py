@@ -131,7 +131,7 @@ def _check_outcome(outcome: OutcomeName, asked: str, at_base: bool, vocabulary: 
     if not callable(outcome):
         if at_base and not OUTCOMES[outcome].differentiable:
             legal = ", ".join(name for name, one in OUTCOMES.items() if one.differentiable)
-            raise UserError(f"{asked} goes by the slope at the base run, which says little of {name!r}. {_ALONG} {legal}.")
+            raise UserError(f"{asked} does not take {name!r}. {_ALONG} {legal}.")
         return
     problem = _without_gradient(outcome, vocabulary)
     if problem:
