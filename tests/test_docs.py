@@ -51,7 +51,7 @@ UNRUN = {
     "docs/guides/misalignment.md": ("jaxmed study misalignment", "from pathlib"),
     "docs/guides/probing.md": ("jaxmed probe search",),
     "docs/guides/pruning.md": ("jaxmed study pruning",),
-    "docs/guides/scale.md": ("jaxmed sweep --mesh",),
+    "docs/guides/scale.md": ("jaxmed sweep --mesh", "jaxmed sweep --hosts"),
     "docs/guides/sweep.md": ("figure.write_image",),
     "docs/models.md": ("jaxmed evaluate --model qwen2.5-coder-0.5b-instruct", "jaxmed parity"),
     "docs/quickstart.md": ("pip install .", "jaxmed demo"),

@@ -43,6 +43,7 @@ from jaxmed.cli.status import Status
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.cli.trace import Trace
+from jaxmed.distributed import leads
 from jaxmed.errors import Notice, UserError
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
@@ -132,7 +133,8 @@ def _run(arguments: Sequence[str]) -> int:
         log_json(getattr(command, "log_json", False))
         return command.run() or 0
     except UserError as error:
-        print(f"jaxmed: {error}", file=sys.stderr)
+        if leads():
+            print(f"jaxmed: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         kept = ""

@@ -188,13 +188,19 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     """Statistics, top.csv and tables of every category of pairs too: category."""
     seed: int = 0
     """Seed of resamples and sign flips, and of --patch noise."""
+    hosts: str = ""
+    """Several processes, one mesh: auto (Slurm, Kubernetes, Open MPI or Cloud TPU say who takes part), or HOST:PORT,COUNT,NUMBER with the
+    address of process 0. All are given the same other flags and see the same --out."""
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
+        from jaxmed.distributed import first_checks, join, leads
         from jaxmed.results import LEGAL
         from jaxmed.runs.legal import check_folder
 
-        check_folder(self.out, self.resume, LEGAL)
+        join(self.hosts)
+        show.out.quiet = show.err.quiet = not leads()
+        first_checks(lambda: check_folder(self.out, self.resume, LEGAL))
         summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget, "points": self.points}
         summary["method"] = "exact" if self.method == "auto" else self.method
         _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))
@@ -205,6 +211,8 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
             return
         source = self.source()
         ranked = sweep_job(job.with_weights(self.load(), None if source is None else source.load()), self.out, self.resume)
+        if not leads():
+            return
         write_report([self.out], self.out / "report.html")
         show.top_units(self.out, ranked)
         show_stability(self.out)

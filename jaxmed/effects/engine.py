@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.distributed import to_host
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.mediators import MEDIATORS, Unit, patched_rows, recorded_sites, written
 from jaxmed.effects.outcomes import OutcomeName
@@ -85,7 +86,7 @@ def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[
     base_outcome = read(config, params, h, reads, readout)
     patched = [column - start for patch in patches for column in patch.base]
     margin = routing_margin(config, here, there, packed.used - start, patched) if config.experts else None
-    ends = np.asarray(base_outcome), np.asarray(source_outcome)
+    ends = to_host(base_outcome), to_host(source_outcome)
     return PreparedContrast(contrast, packed, start, here, there, key, value, target, *ends, margin)
 
 
@@ -106,7 +107,7 @@ def routing_margin(config: ModelConfig, base: Record, source: Record, used: int,
         used: how many columns of the base's record count.
         patched: the columns of the source's record that count.
     """
-    sides = np.asarray(base.pop("router_logits"))[:, :used], np.asarray(source.pop("router_logits"))[:, patched]
+    sides = to_host(base.pop("router_logits"))[:, :used], to_host(source.pop("router_logits"))[:, patched]
     ranked = np.insert(np.sort(np.concatenate(sides, axis=1), axis=-1), 0, -np.inf, axis=-1)
     return (ranked[..., -config.experts_used] - ranked[..., -config.experts_used - 1]).min(axis=1)
 
@@ -178,7 +179,7 @@ class Values:
         Every row is compared with the base row of its own device and chunk: a difference of like with like. NaN where a unit
         has no row.
         """
-        rows = np.concatenate([np.asarray(x).reshape(len(x), *self.units.shape[1:]) for x in self.outcome], axis=1)
+        rows = np.concatenate([to_host(x).reshape(len(x), *self.units.shape[1:]) for x in self.outcome], axis=1)
         units = self.units.reshape(-1, self.units.shape[-1])
         base = np.broadcast_to(rows[..., :1], rows.shape)
         swept = units >= 0

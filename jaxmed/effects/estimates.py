@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxmed.distributed import to_host
 from jaxmed.effects.engine import PreparedContrast, routing_margin
 from jaxmed.effects.estimands import variable
 from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
@@ -105,7 +106,7 @@ class RanPairs:
 
     def ends(self, job: Job, item: Item) -> list[Chunk]:
         """Outcomes of base and source of every pair, and how near routing is to a tie."""
-        base, source = map(np.asarray, (self.base.outcome, self.source_outcome))
+        base, source = map(to_host, (self.base.outcome, self.source_outcome))
         chunks: list[Chunk] = []
         for row, pair in enumerate(item.pairs):
             margin, contrast = None, job.contrasts[pair]
@@ -159,7 +160,7 @@ def _chunks(job: Job, item: Item, found: Record, first: int) -> list[Chunk]:
     chunks: list[Chunk] = []
     for name, effects in found.items():
         unit = name.removesuffix(f"_{GRADDROP}")
-        values = np.moveaxis(np.asarray(effects), 2, 0)  # [B, L, O, P, U]
+        values = np.moveaxis(to_host(effects), 2, 0)  # [B, L, O, P, U]
         for row, pair in enumerate(item.pairs):
             of_pair = np.swapaxes(values[row][:, :, : len(job.contrasts[pair].patches)], -1, -2)  # [L, O, U, P]
             of_pair = of_pair if MEDIATORS[unit].axis else of_pair[:, :, 0]

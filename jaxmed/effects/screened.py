@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxmed.distributed import to_host
 from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimates import FirstOrder, RanPairs, run_pairs
 from jaxmed.effects.job import BUDGET, Job
@@ -42,7 +42,7 @@ class Screened(FirstOrder):
         del opened
         readout = self.readout(job)
         ran = run_pairs(job, item, readout, *reversed(recorded_sites(job.model.config, job.request.units, True)))
-        found = {unit: np.asarray(values) for unit, values in ran.effects(job, self.rules).items()}
+        found = {unit: to_host(values) for unit, values in ran.effects(job, self.rules).items()}
         screens, collects = [], []
         for row, pair in enumerate(item.pairs):
             of_pair = {unit: values[:, :, row] for unit, values in found.items()}
@@ -65,5 +65,5 @@ def _prepared(job: Job, pair: int, ran: RanPairs, row: int) -> PreparedContrast:
     contrast, everywhere = job.contrasts[pair], jax.NamedSharding(job.model.mesh, jax.P())
     own: Any = lambda tree: jax.device_put(jax.tree.map(lambda x: x[:, row], tree), everywhere)  # noqa: E731
     base, source, key, value = own((ran.base.record, ran.written, ran.base.key, ran.base.value))
-    ends = np.asarray(ran.base.outcome)[:, row], np.asarray(ran.source_outcome)[:, row]
+    ends = to_host(ran.base.outcome)[:, row], to_host(ran.source_outcome)[:, row]
     return PreparedContrast(contrast, contrast.packed(), window_of(contrast)[0], base, source, key, value, None, *ends, None)

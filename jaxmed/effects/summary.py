@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from jaxmed import results, statistics
+from jaxmed.distributed import leads, wait_for_all
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.ranking import name_tokens, noise_floor, ranked, write_top
 from jaxmed.effects.table import ESTIMATE, PROBABILITY, TOGETHER
@@ -52,10 +53,13 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
     name_tokens(rows, model)
     if wrong := results.not_finite(table):
         notice(f"{folder}: not finite in {', '.join(f'{count} (pair, layer) of {name}' for name, count in wrong.items())}. {NOT_FINITE}")
-    with hold(folder):
-        results.append(folder, added)
-        write_top(folder, rows)
-        RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
+    wait_for_all("statistics are known")
+    if leads():
+        with hold(folder):
+            results.append(folder, added)
+            write_top(folder, rows)
+            RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
+    wait_for_all("statistics are written")
     return results.open_results(folder, check=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 
 from jaxmed import results
+from jaxmed.distributed import leads, several, wait_for_all
 from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, make_job, manifest
@@ -23,7 +24,7 @@ from jaxmed.effects.stored import stored_reference
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item
-from jaxmed.errors import notice
+from jaxmed.errors import UserError, notice
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder
@@ -43,11 +44,14 @@ def run_sweep(job: Job, out: Path, resume: bool = False, watch: Watch = silent, 
         if folder.continues:
             job = with_chunk(job, folder.manifest["chunk"])
         else:
-            results.create(out, variables(job), coordinates(job), attributes(job))
+            if leads():
+                results.create(out, variables(job), coordinates(job), attributes(job))
             numbers = {"pairs": planned.pairs, "patches": planned.patches, "effects": planned.effects, "seconds": planned.seconds}
             folder.record["plan"] = {**numbers, "passes": planned.cost.passes, "flops": planned.cost.flops, "disk": planned.cost.written}
         with folder.session() as session:
-            results.mend(folder)
+            if leads():
+                results.mend(folder)
+            wait_for_all("the table is laid out")
             session.count(passes=0, layers=0)
             for done in _run_items(job, results.Table(out), watch):
                 session.count(**done)
@@ -70,6 +74,7 @@ def with_chunk(job: Job, stored: Mapping[str, int]) -> Job:
 def _run_items(job: Job, table: results.Table, watch: Watch) -> Iterator[dict[str, int]]:
     """Runs what is not done yet; yields what was done after every item. One item is computed while the one before is written."""
     estimator, done = find_estimator(job.request.method), table.done().astype(bool)
+    wait_for_all("what is done is known")
     if todo := open_items(job, done):
         job = replace(job, reference=_reference(job))
     for item in _difference(estimator.items(job), todo):
@@ -212,6 +217,8 @@ def sweep(
     how = (estimands, contrast, direction, method, joint, routes, by, patch, patch_factor, budget, points, str(reference))
     request = Request(outcomes, units, position, window, chosen, form, seed, top, *how)
     job = make_job(model, pairs, request, source_model)
+    if out is None and several():
+        raise UserError("Several processes write to one folder: give out=, a folder that all of them see.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if out is None else Path(out)
         run_sweep(job, folder, resume, watch)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.distributed import agree
 from jaxmed.errors import all_problems
 from jaxmed.interventions.edits import Edit, where
 from jaxmed.models.digests import code_digest
@@ -32,7 +33,7 @@ def check_once(model: Model) -> None:
     devices = f"{model.config.dtype} {dict(model.mesh.shape)} {model.mesh.devices.flat[0].device_kind} {jax.__version__}"
     passed = f"{model.identity} {devices} {code_digest(Path(__file__).parents[1])}"
     note = cache_folder() / "checked" / hashlib.sha256(passed.encode()).hexdigest()
-    if note.is_file():
+    if agree(float(note.is_file())):
         return None
     self_check(model)
     with contextlib.suppress(OSError):

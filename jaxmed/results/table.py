@@ -19,6 +19,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from jaxmed.distributed import leads
 from jaxmed.errors import UserError
 from jaxmed.files.arrays import open_array, reason
 from jaxmed.runs.legal import Legal
@@ -108,11 +109,13 @@ class Table:
         return self._arrays[name]
 
     def write(self, chunks: Sequence[tuple[str, Mapping[str, Any], np.ndarray]]) -> None:
-        """Writes (variable, {dimension: index}, values) chunks; returns when all are committed.
+        """Writes (variable, {dimension: index}, values) chunks; returns when all are committed. Of several processes the first one writes.
 
         Raises:
             UserError: the disk is full or cannot be written; chunks committed before stay.
         """
+        if not leads():
+            return
         try:
             for pending in [self._array(name)[label(self._array(name), at)].write(values) for name, at, values in chunks]:
                 pending.result()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmed.distributed import agree
 from jaxmed.models.config import ModelConfig
 from jaxmed.runs.watch import show_time
 
@@ -29,7 +30,7 @@ def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, w
         seen: tokens seen per unit (length bucket).
         logits: whether whole rows of logits are kept (Python outcomes).
     """
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     devices = mesh.shape["data"]
     per_token = 4 * (
         2 * config.sizes["C"] * config.neurons + 8 * config.width + 2 * config.heads * seen + (config.vocabulary if logits else 0)
@@ -53,7 +54,7 @@ def pairs_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, length: int, 
         length: tokens of a row (length bucket).
         effects: effects per layer, times the tokens of a window.
     """
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     kept = config.width + 2 * config.kv_heads * config.head_width
     inside = 4 * config.sizes["C"] * config.neurons + 8 * config.width + 4 * config.heads * length
     memory = (device.memory_stats() or {}).get("bytes_limit", 8 << 30) * MEMORY_SHARE
@@ -174,4 +175,4 @@ def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> floa
         begin = time.perf_counter()
         product(x, w).block_until_ready()
         times.append(time.perf_counter() - begin)
-    return 2.0 * x.shape[0] * w.shape[0] * w.shape[1] / sorted(times)[2]
+    return agree(2.0 * x.shape[0] * w.shape[0] * w.shape[1] / sorted(times)[2])
