@@ -25,7 +25,7 @@ from jaxmed.pruning import (
     select,
 )
 from jaxmed.pruning.job import KINDS, make_job
-from jaxmed.pruning.plan import make_plan, pass_bytes
+from jaxmed.pruning.plan import USED, make_plan, pass_bytes
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
 from jaxmed.runs.cost import count_flops
@@ -183,6 +183,19 @@ def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.Monk
     assert [span[0] for span in plan.spans[1:]] == [span[1] for span in plan.spans[:-1]]
     assert (plan.spans[0][0], plan.spans[-1][1]) == (0, 32)
     assert len(plan.spans) <= 4
+
+
+def test_batches_are_cut_before_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = from_params(SHAPES["llama-3.2-1b"], {"blocks": {}}, jm.make_mesh("data=1"))
+    examples = [TokenizedExample(np.zeros(length, np.int32), 20) for length in (60, 120)] * 20
+    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 1e15)
+    whole = make_plan(model, examples, ("signed",))
+    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 0.99 * whole.bytes / USED)
+    cut = make_plan(model, examples, ("signed",))
+    assert cut.spans == whole.spans
+    assert not cut.remat
+    assert cut.batches > whole.batches
+    assert cut.bytes < whole.bytes
 
 
 @pytest.mark.slow

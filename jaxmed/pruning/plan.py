@@ -21,6 +21,10 @@ HOST_BYTES = 8 << 30
 """Memory that is reckoned with on a device that does not say its own."""
 USED = 0.92
 """Part of a device's memory that a plan may fill."""
+PARTS = (1, 2, 4)
+"""By how much batches may be smaller than those that keep the matmuls busy, where that saves a pass."""
+REMAT = 4 / 3
+"""What blocks that run again cost, over those that do not: one more forward beside three."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def make_plan(
     layers_per_pass: int = 0,
     remat: bool | None = None,
 ) -> Plan:
-    """The plan with the fewest passes that fits the memory of a device.
+    """The cheapest plan that fits the memory of a device: smaller batches cost less than further passes.
 
     Args:
         rows: examples per device and batch; 0: as many as keep the matmuls busy.
@@ -68,17 +72,34 @@ def make_plan(
     config, mesh = model.config, model.mesh
     if rows < 0 or layers_per_pass < 0 or layers_per_pass > config.layers:
         raise UserError(f"rows ({rows}) is not negative, layers_per_pass ({layers_per_pass}) is from 0 to {config.layers}.")
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     limit = USED * (device.memory_stats() or {}).get("bytes_limit", HOST_BYTES)
-    groups = group(examples, mesh.shape["data"], TOKENS_PER_DEVICE.get(device.platform, 2048), rows)
+    most = TOKENS_PER_DEVICE.get(device.platform, 2048)
+    grouped = [group(examples, mesh.shape["data"], most // part, rows) for part in ((1,) if rows else PARTS)]
     wanted = [layers_per_pass] if layers_per_pass else [-(-config.layers // parts) for parts in range(1, config.layers + 1)]
-    choices = [(layers, again) for layers in dict.fromkeys(wanted) for again in ((False, True) if remat is None else (remat,))]
-    sizes = [max(pass_bytes(config, mesh, one.shape, kinds, layers, again) for one in groups) for layers, again in choices]
-    at = next((i for i, size in enumerate(sizes) if size <= limit), len(choices) - 1)
-    layers, again = choices[at]
+    choices = [
+        _cut(model, groups, kinds, layers, again)
+        for groups in grouped
+        for layers in dict.fromkeys(wanted)
+        for again in ((False, True) if remat is None else (remat,))
+    ]
+    fitting = [plan for plan in choices if plan.bytes <= limit]
+    if not fitting:
+        return min(choices, key=lambda plan: plan.bytes)
+
+    def cost(plan: Plan) -> float:
+        """FLOPs of its passes in the largest batches: of plans that are alike in this, the first one is taken."""
+        return math.fsum(_flops(config, grouped[0], span) for span in plan.spans) * (REMAT if plan.remat else 1.0)
+
+    return min(fitting, key=cost)
+
+
+def _cut(model: Model, groups: list[Group], kinds: Sequence[str], layers: int, again: bool) -> Plan:
+    """The plan with so many layers per pass, whatever it takes."""
+    config, mesh = model.config, model.mesh
+    size = max(pass_bytes(config, mesh, one.shape, kinds, layers, again) for one in groups)
     spans = tuple((first, min(first + layers, config.layers)) for first in range(0, config.layers, layers))
-    flops = math.fsum(_flops(config, groups, span) for span in spans)
-    return Plan(spans, groups, again, int(sizes[at]), flops)
+    return Plan(spans, groups, again, int(size), math.fsum(_flops(config, groups, span) for span in spans))
 
 
 def pass_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, shape: Shape, kinds: Sequence[str], layers: int, remat: bool) -> float:
