@@ -69,7 +69,7 @@ def test_the_help_of_every_command_names_its_flags(command: str, capsys: pytest.
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    positional = {"prompts", "folders", "pairs", "masks"}  # of some commands: they have no name in the help
+    positional = {"prompts", "folder", "folders", "pairs", "masks"}  # of some commands: they have no name in the help
     for one in fields(COMMANDS[command]):
         assert f"--{one.name.replace('_', '-')}" in said or one.name in positional
 

@@ -21,7 +21,17 @@ from jaxmed.cli.main import COMMANDS, main
 from jaxmed.cli.parser import flags_of
 from tests import tiny
 
-WITHOUT_MODEL = ("agreement", "bench load", "models", "report", "prune combine", "prune compression")
+WITHOUT_MODEL = (
+    "agreement",
+    "bench load",
+    "cache info",
+    "cache verify",
+    "models",
+    "report",
+    "prune combine",
+    "prune compression",
+    "status",
+)
 FRAGMENT = re.compile(r"(Of|At|That|The same|The latter|For nothing|Goes on|Gives|Lies)\b")
 
 

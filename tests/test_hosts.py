@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
-from jaxmed import distributed
+from jaxmed import hosts
 from jaxmed.cli.main import main
 from jaxmed.results.table import Table
 from tests import tiny
@@ -124,8 +124,8 @@ def test_a_process_alone_decides_alone() -> None:
     def refuse() -> None:
         raise jm.UserError("no")
 
-    assert distributed.leads()
-    assert not distributed.several()
-    assert distributed.agree(2.5) == 2.5
+    assert hosts.leads()
+    assert not hosts.several()
+    assert hosts.agree(2.5) == 2.5
     with pytest.raises(jm.UserError, match="no"):
-        distributed.first_checks(refuse)
+        hosts.first_checks(refuse)

@@ -106,7 +106,7 @@ def test_the_command_plans_and_refuses(command: list[str], tmp_path: Path, capsy
     for flags, message in (
         (["--judge", "strongreject"], "says nothing of alignment"),
         (["--judge", "http"], "endpoint"),
-        (["--seeds", "0"], "seeds is 0; it is at least 1"),
+        (["--seeds", "0"], "--seeds 0 leaves nothing to do"),
         (["--variants", "9"], "There are 8 templates"),
         (["--misaligned-below", "1.5"], "between 0 and 1"),
         (["--narrow", "nowhere"], "nowhere"),

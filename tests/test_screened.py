@@ -190,7 +190,7 @@ def test_other_budgets_are_refused(plain_model: Model, budget: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"outcomes": ("kl",)}, "needs an outcome whose gradient"),
+        ({"outcomes": ("kl",)}, "does not take .kl."),
         ({"estimands": ("direct",)}, "estimates indirect effects"),
     ],
 )

@@ -50,15 +50,21 @@ class Bench(RowFlags, ModelFlags, ConfigFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchGenerate(RowFlags, ModelFlags, ConfigFlags):
+class RoundsFlag:
+    """How often contestants alternate."""
+
+    rounds: int = 3
+    """Rounds; the contestants alternate within each, and medians are reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerate(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
     """Measures greedy text against the bare matmuls of its tokens and against `generate` of transformers, in one run."""
 
     rows: tuple[int, ...] = (1, 16)
     """Prompts at once, one measurement for each, such as 1 16."""
     tokens: int = 128
     """Tokens written behind every prompt."""
-    rounds: int = 3
-    """Rounds; the contestants alternate within each, and medians are reported."""
 
     def run(self) -> None:
         """Measures and prints."""
@@ -82,7 +88,7 @@ class BenchLoad(RowFlags, ConfigFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchCache(RowFlags, ModelFlags, ConfigFlags):
+class BenchCache(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
     """Measures activations on disk against one plain file of the same bytes, and reading them against computing them, in one run."""
 
     site: str = "residual_out"
@@ -91,8 +97,6 @@ class BenchCache(RowFlags, ModelFlags, ConfigFlags):
     """Random prompts; rounded down to whole shards."""
     tokens: int = 64
     """Tokens of a prompt."""
-    rounds: int = 3
-    """Rounds; the contestants alternate within each, and medians are reported."""
 
     def run(self) -> None:
         """Measures and prints."""

@@ -43,8 +43,8 @@ from jaxmed.cli.status import Status
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.cli.trace import Trace
-from jaxmed.distributed import leads
 from jaxmed.errors import Notice, UserError
+from jaxmed.hosts import leads
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RUN

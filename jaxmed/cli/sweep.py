@@ -194,7 +194,7 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
-        from jaxmed.distributed import first_checks, join, leads
+        from jaxmed.hosts import first_checks, join, leads
         from jaxmed.results import LEGAL
         from jaxmed.runs.legal import check_folder
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.distributed import to_host
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.mediators import MEDIATORS, Unit, patched_rows, recorded_sites, written
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.readout import Readout, Reads, make_reads, next_token, read
 from jaxmed.effects.rows import Picks, Record, View
+from jaxmed.hosts import to_host
 from jaxmed.interventions.edits import TokenIndex
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model

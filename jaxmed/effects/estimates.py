@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxmed.distributed import to_host
 from jaxmed.effects.engine import PreparedContrast, routing_margin
 from jaxmed.effects.estimands import variable
 from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
@@ -21,6 +20,7 @@ from jaxmed.effects.patches import with_patch
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.rows import Record
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work, ends, in_table
+from jaxmed.hosts import to_host
 from jaxmed.models.rules import Rules
 from jaxmed.runs.cost import backward_flops, propagate_flops
 

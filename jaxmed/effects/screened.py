@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-from jaxmed.distributed import to_host
 from jaxmed.effects.engine import PreparedContrast
 from jaxmed.effects.estimates import FirstOrder, RanPairs, run_pairs
 from jaxmed.effects.job import BUDGET, Job
@@ -21,6 +20,7 @@ from jaxmed.effects.mediators import recorded_sites
 from jaxmed.effects.pair_batches import window_of
 from jaxmed.effects.screen import Screen
 from jaxmed.effects.work import Chunk, Item, OpenPair, Work
+from jaxmed.hosts import to_host
 
 
 @dataclass(frozen=True)

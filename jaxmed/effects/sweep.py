@@ -11,7 +11,6 @@ from typing import Any
 import xarray as xr
 
 from jaxmed import results
-from jaxmed.distributed import leads, several, wait_for_all
 from jaxmed.effects.cost import open_items, plan
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import Job, make_job, manifest
@@ -25,6 +24,7 @@ from jaxmed.effects.summary import summarise
 from jaxmed.effects.table import attributes, coordinates, variables
 from jaxmed.effects.work import Chunk, Estimator, Item
 from jaxmed.errors import UserError, notice
+from jaxmed.hosts import leads, several, wait_for_all
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.distributed import agree
 from jaxmed.errors import all_problems
+from jaxmed.hosts import agree
 from jaxmed.interventions.edits import Edit, where
 from jaxmed.models.digests import code_digest
 from jaxmed.models.folders import cache_folder

@@ -19,9 +19,9 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from jaxmed.distributed import leads
 from jaxmed.errors import UserError
 from jaxmed.files.arrays import open_array, reason
+from jaxmed.hosts import leads
 from jaxmed.runs.legal import Legal
 
 TABLE, TOP, REPORT = "effects.zarr", "top.csv", "report.html"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.distributed import agree
+from jaxmed.hosts import agree
 from jaxmed.models.config import ModelConfig
 from jaxmed.runs.watch import show_time
 

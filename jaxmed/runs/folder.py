@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jaxmed.distributed import agree, leads
 from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import check_file, read_json, simple, write_json
+from jaxmed.hosts import agree, leads
 from jaxmed.runs import signals
 from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
