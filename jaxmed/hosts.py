@@ -77,22 +77,26 @@ def agree(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
 
 
-def first_checks(check: Callable[[], Any]) -> None:
-    """Runs a check in the first process alone; where it fails, the others end too.
+REFUSED = float("nan")
+"""What the first process tells the others where it has refused."""
+
+
+def first_tells(work: Callable[[], float]) -> float:
+    """Runs `work` in the first process alone; what it returns, in all of them. Where it fails, the others end too.
 
     Raises:
-        UserError: what the check raises; in the other processes, that it failed.
+        UserError: what `work` raises; in the other processes, that it failed.
     """
-    if not leads():
-        if not agree(0.0):
-            raise UserError("The first process has refused to go on, and says why.")
-        return
-    try:
-        check()
-    except BaseException:
-        agree(0.0)
-        raise
-    agree(1.0)
+    if leads():
+        try:
+            found = float(work())
+        except BaseException:
+            agree(REFUSED)
+            raise
+        return agree(found)
+    if np.isnan(found := agree(REFUSED)):
+        raise UserError("The first process has refused to go on, and says why.")
+    return found
 
 
 def wait_for_all(name: str) -> None:

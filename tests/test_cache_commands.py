@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxmed as jm
+from jaxmed.bench import cache as bench
 from jaxmed.cache import job
 from jaxmed.cli.main import main
 from jaxmed.effects.stored import stored_reference
@@ -141,3 +142,25 @@ def test_a_sweep_goes_on_with_the_same_reference_alone(plain_model: Model, tmp_p
     jm.sweep(plain_model, tiny.PAIRS, **given, reference=tmp_path / "moved", resume=True)
     with pytest.raises(jm.UserError, match=r"another request(?s:.*)reference"):
         jm.sweep(plain_model, tiny.PAIRS, **given, reference=tmp_path / "b", resume=True)
+
+
+def test_bench_cache_compares_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "prompts_of_a_shard", lambda each, count: min(count, 2))
+    monkeypatch.chdir(tmp_path)
+    written: list[int] = []
+    write = bench._write_plainly
+    monkeypatch.setattr(
+        bench, "_write_plainly", lambda file, values, times: (write(file, values, times), written.append(file.stat().st_size))
+    )
+    given = ["--model", str(model), "--prompts", "5", "--tokens", "8", "--rounds", "2", "--append", "B.md"]
+    assert main(["bench", "cache", *given]) == 0
+    config = jm.load(str(model)).config
+    assert written == [4 * 4 * config.layers * 8 * config.width] * 2  # four of the five prompts fill shards
+    said = capsys.readouterr().out
+    for what in ("write plainly", "read plainly", "compute a shard", "x the plain rate"):
+        assert what in said
+        assert what in (tmp_path / "B.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["B.md"]
+    assert main(["bench", "cache", *given, "--rounds", "0"]) == 2

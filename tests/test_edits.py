@@ -171,7 +171,7 @@ def test_tokens_and_padding_that_cannot_be_read_are_refused(tokens: Any, more: d
         jm.forward(tiny.model("llama"), tokens, **more)
 
 
-def test_one_text_is_no_list_of_texts() -> None:
+def test_one_text_is_refused_as_a_list_of_texts() -> None:
     model = tiny.model("llama")
     assert list(jm.forward(model, [1, 2], taps="neuron")[1]) == ["neuron"]
     for call in (lambda: jm.generate(model, "hi"), lambda: jm.tokens.batch(model, "hi"), lambda: jm.activations(model, "hi")):

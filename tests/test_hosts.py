@@ -121,11 +121,11 @@ def test_hosts_that_make_no_sense_are_refused_first(hosts: str, capsys: pytest.C
 
 
 def test_a_process_alone_decides_alone() -> None:
-    def refuse() -> None:
+    def refuse() -> float:
         raise jm.UserError("no")
 
     assert hosts.leads()
     assert not hosts.several()
-    assert hosts.agree(2.5) == 2.5
+    assert hosts.agree(2.5) == hosts.first_tells(lambda: 2.5) == 2.5
     with pytest.raises(jm.UserError, match="no"):
-        hosts.first_checks(refuse)
+        hosts.first_tells(refuse)

@@ -25,7 +25,6 @@ from jaxmed.runs.provenance import short_commit
 
 GOAL = 0.7
 """Of the plain rates, for writing and for reading."""
-LINE = "{what}: {seconds:.2f} s, {rate:,.0f} MB/s"
 
 
 def measure_cache(model: Model, site: str, prompts: int, tokens: int, rounds: int = 3, append: Path | None = None) -> dict[str, float]:
@@ -39,13 +38,31 @@ def measure_cache(model: Model, site: str, prompts: int, tokens: int, rounds: in
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, model.config.vocabulary, tokens, np.int32) for _ in range(prompts)]
     job = make_job(model, ids, (site,), "all", "chat")
-    prompts -= prompts % job.shard
-    job = make_job(model, ids[:prompts], (site,), "all", "chat")
-    shards = range(0, prompts, job.shard)
-    undone = np.ones(prompts, bool)
-    undone[: job.shard] = False
-    _, held = next(run_shards(job, job.shard, undone))  # compiles, too
-    seconds: dict[str, list[float]] = {}
+    whole = prompts - prompts % job.shard
+    job = make_job(model, ids[:whole], (site,), "all", "chat")
+    found, size = _rounds(job, site, rounds), job.table.bytes
+    shards = whole // job.shard
+    ratios = {"write ratio": found["write plainly"] / found["write"], "read ratio": found["read plainly"] / found["read"]}
+    ratios["reading over computing"] = found["compute a shard"] * shards / found["read"]
+    sizes = {what: size / shards if what == "compute a shard" else size for what in found}
+    lines = [f"{what}: {seconds:.2f} s, {sizes[what] / seconds / 1e6:,.0f} MB/s" for what, seconds in found.items()]
+    lines += [f"write: {ratios['write ratio']:.2f} x the plain rate (goal {GOAL})", f"read: {ratios['read ratio']:.2f} x (goal {GOAL})"]
+    lines += [f"reading is {ratios['reading over computing']:.1f} x as fast as computing"]
+    print("\n".join(lines))
+    if append is not None:
+        title = f"\n## {datetime.date.today()}, commit {short_commit()}, activations of {model.name} on disk, {device_name(model.mesh)}\n\n"
+        command = f"`jaxmed bench cache --model {model.name} --site {site} --prompts {prompts} --tokens {tokens} --rounds {rounds}`\n\n"
+        text = append.read_text(encoding="utf-8") if append.exists() else "# Benchmarks\n"
+        write_text(append, text + title + command + "".join(f"- {line}\n" for line in lines))
+    return found | ratios
+
+
+def _rounds(job: Job, site: str, rounds: int) -> dict[str, float]:
+    """Median seconds of everything, the contestants in turn."""
+    shards, seconds = range(0, len(job.rows), job.shard), {}
+    done = np.ones(len(job.rows), bool)
+    done[: job.shard] = False
+    _, held = next(run_shards(job, job.shard, done))  # compiles, too
 
     def timed(what: str, work: Callable[[], Any]) -> None:
         begun = time.perf_counter()
@@ -56,27 +73,13 @@ def measure_cache(model: Model, site: str, prompts: int, tokens: int, rounds: in
         plain, folder = Path(scratch) / "plain", Path(scratch) / "cache"
         for _ in range(rounds):
             shutil.rmtree(folder, ignore_errors=True)
-            timed("compute a shard", lambda: next(run_shards(job, job.shard, undone)))
+            timed("compute a shard", lambda: next(run_shards(job, job.shard, done)))
             timed("write plainly", lambda: _write_plainly(plain, held[site], len(shards)))
             timed("write", lambda: _write(job, folder, held))
             _forget(Path(scratch))
             timed("read plainly", lambda: np.fromfile(plain, np.float32))
             timed("read", lambda: open_array(folder / site).read().result())
-    found = {what: statistics.median(values) for what, values in seconds.items()}
-    whole = 4 * held[site].size * len(shards)
-    ratios = {"write ratio": found["write plainly"] / found["write"], "read ratio": found["read plainly"] / found["read"]}
-    ratios["reading over computing"] = found["compute a shard"] * len(shards) / found["read"]
-    shown = {what: (value, whole / len(shards) if what.startswith("compute") else whole) for what, value in found.items()}
-    lines = [LINE.format(what=what, seconds=value, rate=size / value / 1e6) for what, (value, size) in shown.items()]
-    lines += [f"write: {ratios['write ratio']:.2f} x the plain rate (goal {GOAL})", f"read: {ratios['read ratio']:.2f} x (goal {GOAL})"]
-    lines += [f"reading is {ratios['reading over computing']:.1f} x as fast as computing"]
-    print("\n".join(lines))
-    if append is not None:
-        title = f"\n## {datetime.date.today()}, commit {short_commit()}, activations of {model.name} on disk, {device_name(model.mesh)}\n\n"
-        command = f"`jaxmed bench cache --model {model.name} --site {site} --prompts {prompts} --tokens {tokens} --rounds {rounds}`\n\n"
-        text = append.read_text(encoding="utf-8") if append.exists() else "# Benchmarks\n"
-        write_text(append, text + title + command + "".join(f"- {line}\n" for line in lines))
-    return found | ratios
+    return {what: statistics.median(values) for what, values in seconds.items()}
 
 
 def _write_plainly(file: Path, values: np.ndarray, times: int) -> None:

@@ -14,11 +14,11 @@ from jaxmed.circuits.graph import Graph, graph_of
 from jaxmed.circuits.rows import RowShape, check_equal, shape_of
 from jaxmed.circuits.spec import CircuitSpec
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
+from jaxmed.effects.job import manifest_of
 from jaxmed.effects.outcomes import OUTCOMES, OutcomeName, check_outcomes, outcome_name
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
-from jaxmed.tokens import DATE
 
 FILE = "file"
 """What scores that were read and not computed are called."""
@@ -107,22 +107,14 @@ class CircuitJob:
 
     def manifest(self) -> dict[str, Any]:
         """What makes two requests the same."""
-        model, given = self.model, self.given
+        given = self.given
         digest = {} if given is None else {"scores": hashlib.sha256(given.edges.tobytes() + given.chosen.tobytes()).hexdigest()}
         return {
             "circuit": {**asdict(self.spec), "outcome": outcome_name(self.outcome)},
             "contrast": self.contrast,
             "form": self.form,
-            "model": model.record,
-            **({"history": list(model.history)} if model.history else {}),
             **digest,
-            "mesh": dict(model.mesh.shape),
-            "device": model.mesh.devices.flat[0].device_kind,
-            "pairs": [pair.id for pair in self.pairs],
-            "labels": [[pair.category, pair.group, pair.split] for pair in self.pairs],
-            "answers": [{"target": list(pair.target), "foil": list(pair.foil), "response": pair.response} for pair in self.pairs],
-            "tokens": [{"base": one.base.ids.tolist(), "source": one.source.ids.tolist()} for one in self.contrasts],
-            "template_date": DATE.date().isoformat(),
+            **manifest_of(self.model, self.pairs, self.contrasts),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +42,7 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, RunFlags):
         self._plan(job)
         if self.dry_run:
             return
-        model = self.load()
-        job = make_job(model, prompts, self.sites, _positions(self.positions), self.form)
+        job = replace(job, model=self.load())
         with show.progress("activations", float(sum(map(len, job.rows))), "prompts") as report:
             write_activations(job, self.out, self.resume, report)
         show.lines("written", [f"{self.out}: jaxmed cache info {self.out}, or xarray.open_zarr({str(self.out)!r}, consolidated=False)"])

@@ -194,13 +194,13 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
-        from jaxmed.hosts import first_checks, join, leads
+        from jaxmed.hosts import first_tells, join, leads
         from jaxmed.results import LEGAL
         from jaxmed.runs.legal import check_folder
 
         join(self.hosts)
         show.out.quiet = show.err.quiet = not leads()
-        first_checks(lambda: check_folder(self.out, self.resume, LEGAL))
+        first_tells(lambda: check_folder(self.out, self.resume, LEGAL))
         summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget, "points": self.points}
         summary["method"] = "exact" if self.method == "auto" else self.method
         _, job = self.checked(self.pairs, lambda model, pairs, other: self.job(model, pairs, other, **summary))

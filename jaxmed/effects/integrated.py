@@ -25,6 +25,7 @@ from jaxmed.effects.pair_batches import BatchShape, PairRows, shape_of
 from jaxmed.effects.readout import Readout
 from jaxmed.effects.rows import Record
 from jaxmed.effects.work import Item, Work
+from jaxmed.hosts import to_host
 from jaxmed.interventions.edits import Edit
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.params import Params
@@ -181,5 +182,5 @@ class Integrated(FirstOrder):
 
 def _mean(parts: list[jax.Array], shape: BatchShape, points: int) -> np.ndarray:
     """What the points add [n, O, B, count], piece by piece, as effects float32 [O, B, P, count]."""
-    values = np.concatenate([np.asarray(part) for part in parts])[: shape.patches * points]
+    values = np.concatenate([to_host(part) for part in parts])[: shape.patches * points]
     return np.moveaxis(values.reshape(shape.patches, points, *values.shape[1:]).sum(1), 0, 2)

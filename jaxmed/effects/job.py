@@ -200,7 +200,7 @@ def programs_of(chunk: dict[str, int]) -> dict[str, int]:
 
 def manifest(job: Job) -> dict[str, Any]:
     """What must agree for a run to be resumed; stored in run.json."""
-    request, model = job.request, job.model
+    request = job.request
     settings = {**asdict(request), "outcomes": [outcome_name(o) for o in request.outcomes]}
     method = METHODS[request.method]
     unused = ("by", *(("patch_factor",) if request.patch_factor is None else ()), *(() if method.screened else ("top", "budget")))
@@ -209,17 +209,24 @@ def manifest(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "request": settings,
-        **({"history": list(model.history)} if model.history else {}),
         **({"source_model": job.source_model.record} if job.source_model is not None else {}),
         "layers": list(job.layers),
-        "model": model.record,
         "chunk": dict(job.chunk),
+        **manifest_of(job.model, job.pairs, job.contrasts),
+    }
+
+
+def manifest_of(model: Model, pairs: Sequence[PromptPair], contrasts: Sequence[Contrast]) -> dict[str, Any]:
+    """What every manifest says of a model, its devices, and the prompts that it is given."""
+    return {
+        **({"history": list(model.history)} if model.history else {}),
+        "model": model.record,
         "mesh": dict(model.mesh.shape),
         "device": model.mesh.devices.flat[0].device_kind,
-        "pairs": [pair.id for pair in job.pairs],
-        "labels": [[pair.category, pair.group, pair.split, pair.control] for pair in job.pairs],
-        "answers": [{"target": list(pair.target), "foil": list(pair.foil), "response": pair.response} for pair in job.pairs],
-        "tokens": [{"base": contrast.base.ids.tolist(), "source": contrast.source.ids.tolist()} for contrast in job.contrasts],
+        "pairs": [pair.id for pair in pairs],
+        "labels": [[pair.category, pair.group, pair.split, pair.control] for pair in pairs],
+        "answers": [{"target": list(pair.target), "foil": list(pair.foil), "response": pair.response} for pair in pairs],
+        "tokens": [{"base": contrast.base.ids.tolist(), "source": contrast.source.ids.tolist()} for contrast in contrasts],
         "template_date": DATE.date().isoformat(),
     }
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxmed.effects.estimates import FirstOrder, RanPairs, rows_of, run_pairs
 from jaxmed.effects.first_order import narrow, sites_of
 from jaxmed.effects.job import Job
 from jaxmed.effects.pair_batches import BatchShape, shape_of
 from jaxmed.effects.rows import Record
 from jaxmed.effects.work import Item, Work
+from jaxmed.hosts import to_host
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,14 @@ class MeanGradient(FirstOrder):
 
     def effects(self, job: Job, item: Item, ran: RanPairs) -> Record:
         """Half of the estimates of one direction, less half of those of the other."""
-        found: dict[str, Any] = {unit: np.asarray(values) / 2 for unit, values in super().effects(job, item, ran).items()}
+        found: dict[str, Any] = {unit: to_host(values) / 2 for unit, values in super().effects(job, item, ran).items()}
         other, pieces = _turned(job, item)
         sites = sites_of(job.request.units)
         for piece in pieces:
             rows = [item.pairs.index(pair) for pair in piece.pairs]
             back = super().effects(other, piece, run_pairs(other, piece, self.readout(job), sites, narrow(sites)))
-            for unit, values in jax.device_get(back).items():
-                found[unit][:, :, rows] -= values[:, :, : len(rows)] / 2
+            for unit, values in back.items():
+                found[unit][:, :, rows] -= to_host(values)[:, :, : len(rows)] / 2
         return found
 
 

@@ -11,20 +11,18 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import check_file, read_json, simple, write_json
-from jaxmed.hosts import agree, leads
+from jaxmed.hosts import first_tells, leads, several
 from jaxmed.runs import signals
 from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
 from jaxmed.runs.provenance import command, versions
 
-_REFUSED, _BEGINS, _CONTINUES = 0.0, 1.0, 2.0
-"""What the first of several processes tells the others of a folder."""
 NOTED_EVERY = 10.0
 """Seconds between two records of a session while it runs."""
 
@@ -75,39 +73,40 @@ class RunFolder:
         Raises:
             UserError: what `check_folder` raises; a run of another request; no room on the disk; another writer in the folder.
         """
-        if not leads():
-            yield cls._follow(out)
-            return
+        with ExitStack() as held:
+            opened: list[RunFolder] = []
+
+            def begin() -> bool:
+                opened.append(held.enter_context(cls._begun(out, manifest, resume, legal, (needed, reused))))
+                return opened[0].continues
+
+            continues = bool(first_tells(begin))
+            yield opened[0] if opened else cls(out, read_run(out), continues)
+
+    @classmethod
+    @contextmanager
+    def _begun(
+        cls, out: Path, manifest: Mapping[str, Any], resume: bool, legal: Legal, how: tuple[int, Sequence[str]]
+    ) -> Iterator[RunFolder]:
+        """`open`, in the process that writes."""
+        needed, reused = how
+        if check_folder(out, resume, legal):  # before the lock, so that a refusal touches nothing
+            check_same(out, read_run(out).get("manifest", {}), manifest, reused)
+        else:
+            check_space(out, needed)
         try:
-            if check_folder(out, resume, legal):  # before the lock, so that a refusal touches nothing
-                check_same(out, read_run(out).get("manifest", {}), manifest, reused)
-            else:
-                check_space(out, needed)
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                why = error.strerror or error
-                raise UserError(f"--out {out} cannot be made: {why}. Give another folder; nothing was written.") from None
-        except BaseException:
-            agree(_REFUSED)
-            raise
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made: {error.strerror or error}. Give another folder; nothing was written.") from None
         with hold(out):
             continues = check_folder(out, resume, legal)
             record = read_run(out) if continues else {"manifest": simple(manifest), "status": "new", "sessions": []}
             if continues:
                 check_same(out, record.get("manifest", {}), manifest, reused)
-            opened = cls(out, record, continues)
-            opened.note()
-            agree(_CONTINUES if continues else _BEGINS)
-            yield opened
-
-    @classmethod
-    def _follow(cls, out: Path) -> RunFolder:
-        """The folder as the first of several processes has opened it; this one writes nothing."""
-        state = agree(_REFUSED)
-        if state == _REFUSED:
-            raise UserError("The first process has refused to go on, and says why.")
-        return cls(out, read_run(out), state == _CONTINUES)
+            found = cls(out, record, continues)
+            if several():
+                found.note()  # the others read it
+            yield found
 
     def note(self, **entries: Any) -> None:
         """Keeps entries in RUN."""

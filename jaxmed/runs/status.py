@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _status(folder: Path) -> Status:
     status = str(record.get("status", "unknown"))
     status = "killed" if status == "running" and not is_held(folder) else status
     kind = next((key for key in KINDS if key in manifest), "run")
-    marks = _marks(folder)
+    marks = _marks(folder, manifest.get("layers"))
     names = [str(name) for name in manifest.get("pairs", manifest.get("prompts", []))]
     left = [] if marks is None else np.flatnonzero(~marks.reshape(len(marks), -1).all(axis=1)).tolist()
     counts: dict[str, float] = {}
@@ -110,7 +110,7 @@ def _status(folder: Path) -> Status:
     )
 
 
-def _marks(folder: Path) -> np.ndarray | None:
+def _marks(folder: Path, layers: Sequence[int] | None) -> np.ndarray | None:
     """The done markers bool of a run, [pair, layer] or [prompt]: of the layers that it sweeps; None where it has none."""
     for name in MARKERS:
         if (folder / name).is_dir():
@@ -118,7 +118,6 @@ def _marks(folder: Path) -> np.ndarray | None:
                 found = np.asarray(open_array(folder / name, partial=True).read().result()).astype(bool)
             except (ValueError, OSError):
                 return None
-            layers = read_run(folder).get("manifest", {}).get("layers")
             return found[:, layers] if found.ndim == 2 and layers else found
     return None
 
