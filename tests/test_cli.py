@@ -16,7 +16,8 @@ import yaml
 
 import jaxmed as jm
 from jaxmed.cli import show
-from jaxmed.cli.main import COMMANDS, main
+from jaxmed.cli.main import COMMANDS, GROUPS, main
+from jaxmed.cli.parser import parse
 from jaxmed.errors import UserError
 from jaxmed.models.catalog import CATALOG, HUB_EXAMPLES, VARIANTS
 from jaxmed.models.config import parse_layers
@@ -113,6 +114,12 @@ def test_config_files_fill_in_and_flags_win(folder: Path, pairs: Path, tmp_path:
     assert not (tmp_path / "a").exists()
     request = json.loads((tmp_path / "b" / "run.json").read_text())["manifest"]["request"]
     assert request["units"] == ["residual_out"]
+
+
+def test_an_empty_list_of_a_config_file_is_none_of_the_default(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("command: gate\nwindows: []\nmodel: x\nlimit: []\n")
+    assert parse(["gate", "--config", str(tmp_path / "c.yaml")], COMMANDS, GROUPS).windows == ()
+    assert parse(["gate", "--model", "x"], COMMANDS, GROUPS).windows == (32,)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,13 @@ def expand(arguments: list[str], name: str, command: type) -> list[str]:
         if named != name:
             raise UserError(f"{file} is for the command {named!r}, and {name!r} was called.")
         for key, value in entries.items():
-            added += _flags(file, str(key), value, legal)
+            added += _flags(file, str(key), value, legal, listed(command))
     return [*added, *rest]
+
+
+def listed(command: type) -> list[str]:
+    """The fields of a command that take several values."""
+    return [field.name for field in dataclasses.fields(command) if str(field.type).startswith("tuple")]
 
 
 def named_command(arguments: list[str]) -> str:
@@ -61,11 +66,11 @@ def _read(file: str) -> dict[str, Any]:
     return entries
 
 
-def _flags(file: str, key: str, value: Any, legal: list[str]) -> list[str]:
+def _flags(file: str, key: str, value: Any, legal: list[str], several: list[str]) -> list[str]:
     flag = key.replace("_", "-")
     if flag not in legal:
         raise unknown(f"key in {file}:", key, legal)
-    if value is None or value == []:
+    if value is None or (value == [] and key.replace("-", "_") not in several):
         return []
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]

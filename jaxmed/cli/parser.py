@@ -18,7 +18,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 import jaxmed
-from jaxmed.cli.config_file import expand
+from jaxmed.cli.config_file import expand, listed
 from jaxmed.cli.numbers import check_numbers
 from jaxmed.errors import UserError, quoted
 from jaxmed.files import odd_text
@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str], commands: Mapping[str, type], groups: Mappin
     if odd := next((one for one in rest if odd_text(one) and not Path(one).exists()), ""):
         raise UserError(f"The argument {quoted(odd)} holds bytes that are not UTF-8.")
     _check_flags(name, rest, commands)
+    _check_values(name, given[len(name.split()) :], commands[name])
     said = io.StringIO()
     if {"-h", "--help"} & set(rest):
         try:
@@ -125,16 +126,13 @@ def _overview(group: str, commands: Mapping[str, type], groups: Mapping[str, str
 def _check_flags(name: str, arguments: Sequence[str], commands: Mapping[str, type]) -> None:
     """Raises a UserError for a flag that the command does not have, and for one that it needs and does not get."""
     legal, given = flags_of(commands[name]), set()
-    several = {f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(commands[name]) if str(one.type).startswith("tuple")}
-    for argument, after in zip(arguments, [*arguments, "--"][1:], strict=True):
+    for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if argument == "--":
             break
         if not re.fullmatch(r"--[a-zA-Z][\w-]*", flag):
             continue
         given.add(flag)
-        if argument in several and re.match(r"--(?![.\d])", after):
-            raise UserError(f"{argument} needs a value. See `jaxmed {name} --help`.")
         if flag not in legal:
             near = difflib.get_close_matches(flag, [one for one in legal if not one.startswith("--no-")], n=3, cutoff=0.7)
             others = [one for one, kind in commands.items() if flag in flags_of(kind)]
@@ -146,6 +144,14 @@ def _check_flags(name: str, arguments: Sequence[str], commands: Mapping[str, typ
     missing = [flag for flag in needed if flag not in given]
     if missing and not {"-h", "--help"} & {*given, *arguments}:
         raise UserError(f"`jaxmed {name}` needs {' and '.join(missing)}. See `jaxmed {name} --help`.")
+
+
+def _check_values(name: str, arguments: Sequence[str], command: type) -> None:
+    """Raises a UserError for a flag of several values that is given none. A config file may write an empty list, and mean it."""
+    several = {f"--{field.replace('_', '-')}" for field in listed(command)}
+    for argument, after in zip(arguments, [*arguments, "--"][1:], strict=True):
+        if argument in several and re.match(r"--(?![.\d])", after):
+            raise UserError(f"{argument} needs a value. See `jaxmed {name} --help`.")
 
 
 def flags_of(command: type) -> list[str]:
