@@ -113,6 +113,40 @@ def test_where_a_process_is_killed_all_end_and_the_run_goes_on(command: list[str
     _same(tmp_path / "run", alone)
 
 
+def _launch(command: list[str], out: Path, folder: Path, first: str) -> subprocess.CompletedProcess[str]:
+    """Two processes by the launch script for SSH, over an ssh that runs commands here; `first` is what sh does before jaxmed begins."""
+    for name, text in (
+        ("ssh", 'shift 5; exec sh -c "$*"'),
+        ("jaxmed", f'for last; do :; done; {first}exec {sys.executable} -m jaxmed.cli.main "$@"'),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    flags = f"--xla_force_host_platform_device_count={DEVICES // 2}{QUICK_COMPILES}"
+    env = {**environment(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parents[1] / "scripts" / "launch" / "ssh.py"
+    words = [sys.executable, str(script), "--hosts", "localhost,localhost", "--port", str(port), "--grace", "5"]
+    return subprocess.run([*words, "--", "jaxmed", *command, "--out", str(out)], env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_launch_script_for_ssh_runs_a_sweep(command: list[str], alone: Path, tmp_path: Path) -> None:
+    done = _launch(command, tmp_path / "run", tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    _same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_where_a_process_does_not_start_the_launch_script_ends_the_others(command: list[str], tmp_path: Path) -> None:
+    done = _launch(command, tmp_path / "run", tmp_path, 'case "$last" in *,1) exit 6;; esac; ')
+    assert done.returncode == 6
+    assert "process 1 on localhost: failed with exit code 6" in done.stderr
+    assert "sends SIGTERM to process 0" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("hosts", ["node", "node:1", "node:1,2", "node:1,2,2", "node:1,a,0", "node,2,0"])
 def test_hosts_that_make_no_sense_are_refused_first(hosts: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["sweep", "--hosts", hosts, "--out", str(tmp_path / "run")]) == 2
