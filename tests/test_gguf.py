@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxmed as jm
+from jaxmed.generation import stop_tokens
 from jaxmed.models.catalog import locate
 from jaxmed.models.checkpoints.gguf_file import half_split, open_gguf
 from jaxmed.models.checkpoints.gguf_header import read_header
@@ -276,7 +277,7 @@ def test_files_of_other_kinds_are_refused(saved: Callable, tmp_path: Path) -> No
     assert "token_embd.weight is of type I32" in _refused(tmp_path / "c.gguf")
 
 
-def _with_tokens(saved: Callable, file: Path, pre: str) -> Path:
+def _with_tokens(saved: Callable, file: Path, pre: str, **entries: int) -> Path:
     tokens = [*sorted(tiny.tokenizer().get_vocab()), *(f"<{number}>" for number in range(7)), "Hi"]
     said = {
         "add_bos_token": True,
@@ -286,6 +287,7 @@ def _with_tokens(saved: Callable, file: Path, pre: str) -> Path:
         "token_type": [1] * 256 + [3] * 7 + [1],
         "merges": ["H i"],
         "bos_token_id": 256,
+        **entries,
     }
     more = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
     return gguf_export.export(saved("qwen2.5")[0], file, "qwen2", more=more)
@@ -296,6 +298,14 @@ def test_the_tokenizer_of_another_architecture(saved: Callable, tmp_path: Path) 
     ids = tokenizer("Hi <1>ho").input_ids
     assert ids[:2] == [256, 263]
     assert tokenizer.decode(ids) == "<0>Hi <1>ho"
+
+
+@pytest.mark.parametrize(("ends", "expected"), [({"eot": 258}, [257, 258]), ({"eot": 257}, [257]), ({"eot": 258, "eom": 3}, [3, 257, 258])])
+def test_answers_end_where_the_metadata_says(saved: Callable, tmp_path: Path, ends: dict[str, int], expected: list[int]) -> None:
+    model = load(
+        str(_with_tokens(saved, tmp_path / "m.gguf", "qwen2", **{f"{end}_token_id": at for end, at in {"eos": 257, **ends}.items()}))
+    )
+    assert stop_tokens(model) == expected
 
 
 def test_a_tokenizer_that_is_not_understood_is_missed_only_where_one_is_needed(saved: Callable, tmp_path: Path) -> None:

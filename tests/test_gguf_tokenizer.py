@@ -1,18 +1,21 @@
-"""SentencePiece vocabularies of GGUF files, read as llama.cpp reads them."""
+"""Vocabularies of GGUF files, read as llama.cpp reads them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
+from jaxmed.models.checkpoints.gguf_header import read_header
 from jaxmed.models.checkpoints.gguf_tokenizer import build_tokenizer
+from tests.published_templates import VOCABULARIES, published_ids
 
 WORDS = ("hi", "▁hi", "▁[", "IN", "INS", "INST", "▁t", "▁th", "th", "▁▁")
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁[]<>/abehirstINSTu", *WORDS, "<x>"]
 
 
-def tokenizer(architecture: str = "llama", kinds: dict[str, int] | None = None, **said: Any) -> Any:
+def tokenizer(architecture: str = "llama", kinds: dict[str, int] | None = None, name: str = "", **said: Any) -> Any:
     """The tokenizer of a small vocabulary; `kinds`: types of tokens that are not the usual ones."""
     pieces = list(dict.fromkeys(PIECES))
     usual = {"<unk>": 2, "<s>": 3, "</s>": 3, **{piece: 6 for piece in pieces if piece.startswith("<0x")}, **(kinds or {})}
@@ -27,7 +30,7 @@ def tokenizer(architecture: str = "llama", kinds: dict[str, int] | None = None, 
         "ggml.unknown_token_id": 0,
         **{f"ggml.{key}": value for key, value in said.items()},
     }
-    return build_tokenizer({f"tokenizer.{key}": value for key, value in metadata.items()}, architecture)
+    return build_tokenizer({"general.name": name, **{f"tokenizer.{key}": value for key, value in metadata.items()}}, architecture)
 
 
 def split(fast: Any, text: str, **how: Any) -> list[str]:
@@ -87,3 +90,83 @@ def test_unknown_letters_fall_back_to_bytes(text: str, expected: list[str]) -> N
     fast = tokenizer(add_space_prefix=False)
     assert split(fast, text, add_special_tokens=False) == expected
     assert fast.decode(fast(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Phi3", ["</s>", "▁hi"]), ("Phi 3.5 mini", ["</s>", "▁hi"]), ("Tiny", ["</s>", "▁", "<0x0A>", "hi"])]
+)
+def test_control_tokens_of_phi3_take_the_newline_along(name: str, expected: list[str]) -> None:
+    assert split(tokenizer("phi3", name=name), "</s>\nhi", add_special_tokens=False) == expected
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ("Ġ h", "Ġh i", "h i", "Ġ Ġ", "1 2", "12 3", "4 5", "45 6", "Ċ Ċ")
+OWN = {"<|bos|>": 3, "<\uff5cUser\uff5c>": 3, "<think>": 4, "  ": 4, "<|im_end|>": 1}
+
+
+def byte_level(pre: str | None = "gpt-2", **said: Any) -> Any:
+    """The tokenizer of a small byte-level vocabulary whose word "hihi" no merge makes."""
+    tokens = [*ALPHABET, *("".join(merge.split()) for merge in MERGES), "hihi", *OWN]
+    metadata: dict[str, Any] = {
+        "ggml.model": "gpt2",
+        "ggml.tokens": tokens,
+        "ggml.merges": list(MERGES),
+        "ggml.token_type": [OWN.get(token, 1) for token in tokens],
+        "ggml.bos_token_id": tokens.index("<|bos|>"),
+        **({} if pre is None else {"ggml.pre": pre}),
+        **{f"ggml.{key}": value for key, value in said.items()},
+    }
+    return build_tokenizer({f"tokenizer.{key}": value for key, value in metadata.items()}, "llama")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<\uff5cUser\uff5c>hi", ["<\uff5cUser\uff5c>", "hi"]),
+        ("<think>hi<|im_end|>", ["<think>", "hi", "<|im_end|>"]),
+        ("hi  hi", ["hi", "  ", "hi"]),
+        ("hi   hi", ["hi", "  ", "Ġhi"]),
+        ("é", ["Ã", "©"]),
+    ],
+)
+def test_tokens_of_a_byte_level_vocabulary_that_are_found_whole(text: str, expected: list[str]) -> None:
+    fast = byte_level()
+    assert split(fast, text, add_special_tokens=False) == expected
+    assert fast.decode(fast(text, add_special_tokens=False)["input_ids"]) == text
+    assert len(fast) == len(ALPHABET) + len(MERGES) + 1 + len(OWN)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("gpt-2", "hi123456", ["hi", "123", "456"]),
+        ("qwen2", "hi12", ["hi", "1", "2"]),
+        ("llama-bpe", "hihi 123456", ["<|bos|>", "hihi", "Ġ", "123", "456"]),
+        ("tekken", "hihi 12", ["<|bos|>", "hihi", "Ġ", "1", "2"]),
+        ("dbrx", "hihi\n\n12", ["hi", "hi", "ĊĊ", "12"]),
+        ("smollm", "hihi12", ["hi", "hi", "1", "2"]),
+        ("deepseek-llm", "hi\n\n123", ["hi", "Ċ", "Ċ", "123"]),
+        ("deepseek-coder", "hi 12", ["hi", "Ġ", "1", "2"]),
+        ("deepseek-v3", "hi123456", ["hi", "123", "456"]),
+        ("falcon", "123456", ["123", "456"]),
+        ("default", "hi123456", ["hi", "123", "456"]),
+        (None, "hi hi", ["hi", "Ġhi"]),
+    ],
+)
+def test_pre_tokenizers(pre: str | None, text: str, expected: list[str]) -> None:
+    assert split(byte_level(pre), text) == expected
+
+
+def test_a_pre_tokenizer_that_nobody_knows_makes_no_tokenizer() -> None:
+    assert byte_level("of-tomorrow") is None
+    assert split(byte_level("llama-bpe", add_bos_token=False), "hi") == ["hi"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_published_vocabularies_give_the_ids_of_llama_cpp(name: str) -> None:
+    file, cases = published_ids(name)
+    metadata = read_header(file).metadata
+    fast = build_tokenizer(metadata, metadata["general.architecture"])
+    assert [fast(text, add_special_tokens=False)["input_ids"] for text, _ in cases] == [ids for _, ids in cases]
+    assert len(fast) == len(metadata["tokenizer.ggml.tokens"])

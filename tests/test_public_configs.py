@@ -131,6 +131,12 @@ def test_an_inner_config_may_say_what_differs_from_the_defaults_alone(outer: str
         assert (config.family, config.layers) == (family, 3)
 
 
+def test_the_ends_of_the_outer_config_count_before_those_of_the_inner() -> None:
+    outer, inner = {"model_type": "gemma3", "eos_token_id": [1, 106]}, {"model_type": "gemma3_text", "eos_token_id": 1}
+    assert text_config({**outer, "text_config": inner}, WRAPPERS["gemma3"])["eos_token_id"] == [1, 106]
+    assert text_config({**outer, "eos_token_id": None, "text_config": inner}, WRAPPERS["gemma3"])["eos_token_id"] == 1
+
+
 @pytest.mark.parametrize(("key", "value"), [("qkv_bias", True), ("shared_expert_intermediate_size", 512), ("use_qk_norm", False)])
 def test_known_keys_are_refused_with_values_that_change_the_model(key: str, value: Any) -> None:
     with pytest.raises(jm.UserError, match=key):

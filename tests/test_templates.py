@@ -249,12 +249,44 @@ def test_the_header_is_what_follows_the_users_turn(template: str, header: str) -
         "{{ strftime_now(format='%d %B %Y') }}",
         "{{ date_string | replace('Jan', 'January') }}",
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %B %Y') %}{% endif %}{{ date_string }}",
+        "  {% set now = namespace(of=strftime_now) %}{{ now.of('%d %B %Y') }}",
+        "{{ {'day': strftime_now}['day']('%0d %B %Y') }}",
+        "{% set day %}{{ strftime_now('%d') }}{% endset %}{{ day }} {{ strftime_now('%B') + ' ' + (strftime_now('%Y') | int) | string }}",
     ],
 )
 def test_dates_are_fixed_in_every_form(template: str) -> None:
     for held in (template + "|{{ messages[0].content }}", "\n" + template + "|{{ messages[0].content }}"):
         text = render(tokenizer("byte-level BPE", held), "hi").text
         assert text == held[: held.startswith("\n")] + "01 January 2026|hi"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"), [("100%%|%%d|%%%d", "100%|%d|%01"), ("%-d.%-m. %^b", "1.1. JAN"), ("no day", "no day"), ("%", "%")]
+)
+def test_signs_of_percent_in_formats_of_dates(form: str, expected: str) -> None:
+    template = "{% set now = strftime_now %}{{ now('" + form + "') }}|{{ messages[0].content }}"
+    assert render(tokenizer("byte-level BPE", template), "hi").text == expected + "|hi"
+
+
+REACTS = (
+    "{% for m in messages %}{% if m.content.startswith('<r>') and m.content.endswith('</r>') %}{{ '<|system|>' + m.content }}{% else %}"
+    "{{ '<|' + m.role + '|>' + m.content }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [["<r>a</r>"], ["<r>a</r>", "<r>a</r>", "<r>a</r>"], ["hi", "x", " <r>r</r>"], ["<r></r>"]])
+def test_a_message_that_the_template_reacts_to_is_found(chat: list[str]) -> None:
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, chat, strict=False)]
+    prompt = render(tokenizer("byte-level BPE", REACTS), messages)
+    assert prompt.text[slice(*prompt.user)].strip() == chat[-1].strip()
+    assert prompt.text[prompt.user[1] :] == "<|end|><|assistant|>"
+
+
+def test_a_message_that_the_template_takes_out_is_refused() -> None:
+    fast = tokenizer("byte-level BPE", "{{ messages[0].content.replace('/quiet', '') }}{{ '<|end|>' if '/quiet' in messages[0].content }}x")
+    with pytest.raises(jm.UserError, match="verbatim"):
+        render(fast, "/quiet")
 
 
 def test_named_templates_are_fixed_too() -> None:

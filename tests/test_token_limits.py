@@ -102,6 +102,15 @@ def test_answers_end_where_the_checkpoint_says(generation: Any, config: Any, exp
     assert set(fast.convert_ids_to_tokens(end_tokens(fast, *given))) == expected
 
 
+@pytest.mark.parametrize("entry", ["7", 7.0, True, [7, None], [[7]], {"a": 7}])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_token_is_refused(entry: Any, file: str) -> None:
+    given = {"eos_token_id": entry}
+    with pytest.raises(jm.UserError, match=f"{file} has .* as eos_token_id"):
+        end_tokens(None, *((given, None) if file.startswith("generation") else (None, given)))
+    assert end_tokens(None, {"eos_token_id": None}, {"eos_token_id": [5, 7, 5]}) == [5, 7]
+
+
 def test_a_tag_of_the_vocabulary_ends_nothing() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

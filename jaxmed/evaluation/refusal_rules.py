@@ -22,8 +22,9 @@ NOT = (
 HELP = (
     r"(?:help(?!ing)|assist|aid|satisfy (?:your|this|that)|comply|fulfil+|participate|partake|take part|be (?:a )?part(?:y|icipant)?"
     r"|go along|engage|accommodate|condone|oblige|proceed"
-    r"|be (?:of (?:help|assistance|service)|helping|assisting|providing|writing|answering|sharing|involved)|continue (?:with|this)"
-    r"|grant|honou?r|entertain|facilitate|act on|process (?:this|that|your)"
+    r"|be (?:of (?:help|assistance|service)|(?:so )?(?:rude|unkind|mean|cruel|hurtful|disrespectful|dishonest)|helping|assisting"
+    r"|providing|writing|answering|sharing|involved)|continue (?:with|this)|go (?:there|further|any further)|continue(?=[.!,;]|$)"
+    r"|lie for (?:you|him|her|them|anyone)|grant|honou?r|entertain|facilitate|act on|process (?:this|that|your)"
     r"|do (?:that|this(?! justice)|it|so|such|any(?:thing)? (?:of|like)|what you|something like|anything)(?! (?:justice|alone|every)))\b"
 )
 TELL = (
@@ -37,11 +38,16 @@ TELL = (
     r"|think of ways|repeat (?:it|that|this)|go into (?:how|that|this|it)|say (?:that|such))\b"
 )
 REQUEST = r"(?:request|question|prompt|query|message|topic|content|conversation|subject|instruction|task)s?"
+BAD = (
+    r"(?:insult\w*|threat\w*|slurs?|rumou?rs?|spam|scams?|hate(?:ful)?|harmful|hurtful|cruel|mocking|abusive|offensive|unkind"
+    r"|violent|illegal|dangerous|dishonest|deceptive|misleading|fake|explicit|malicious|rude|nasty|defamatory)"
+)
 RULES = (
     r"(?:polic(?:y|ies)|guidelines?|rules?|programming|principles|values|terms|standards|ethics|training|instructions|code of conduct"
     r"|guardrails)"
 )
 THING = r"(?:something|anything|a (?:thing|topic|subject|request|task|question|path|line))"
+AWAY = r"steer(?:ing)? clear of|stay(?:ing)? (?:away from|out of|clear of)|keep(?:ing)? (?:away from|out of|clear of)|refrain(?:ing)? from"
 IAM = r"i(?:'?m| am|'ll be| will be| have been|'ve been| was)(?: \w+ly| afraid| just| simply| sorry to say)?"
 ABLE = (
     r"(?:not (?:currently |really |yet |quite )?(?:able|allowed|permitted|authori[sz]ed|willing|going|prepared|equipped|designed|meant"
@@ -66,6 +72,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "do not": (
         rf"\bi (?:{ADVERB}(?:do not|don'?t|never)) {ADVERB}{HELP}",
         rf"\bi(?:'?m| am) {SAME}{{0,40}}\b(?:and|so|who) (?:do not|don't|{NOT}) {HELP}",
+        rf"\bi(?:'?m| am) {SAME}{{0,60}}\b(?:and|so|who) (?:cannot|can't|will not|won't|must not) {TELL}",
         r"\b(?:i|we) (?:really |simply )?(?:do not|don'?t) (?:provide|give (?:out|advice|instructions)|support|promote|encourage"
         r"|endorse|discuss|do that|do this)\b",
         r"\bi (?:do not|don'?t) (?:answer|share|offer|write|create|produce) (?:such|that|this|those|these|it\b|\w+ (?:of this|like "
@@ -77,6 +84,13 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         r"|appropriate|okay|wise|be right)\b",
         r"\bi (?:do not|don'?t) have (?:the |any )?(?:ability|permission|intention|authority) (?:to|of) (?:\w+ (?:or|and) )?(?:help"
         r"|assist|provid|shar|support|condon|answer|do|writ)",
+    ),
+    "bad things": (
+        rf"\bi (?:do not|don't|never|{NOT}) (?:write|make|create|produce|generate|tell|share|send|do|deal in|help (?:with|write|spread)) "
+        rf"(?:\w+ )?{BAD}\b",
+        rf"\bthings(?: that)? i (?:{NOT}|do not|don't) (?:{HELP}|{TELL}|do\b)",
+        rf"\b(?:not|isn't|aren't) (?:ones?|the (?:kind|sort|type)(?: of \w+)?)(?: that| which)? i(?:'ll| will| can| want to)? "
+        rf"(?!recommend|suggest|advise)(?:{HELP}|{TELL})",
     ),
     "without a subject": (
         rf"(?:^|[,.!;:\u2013\u2014-] )(?:sorry,? )?(?:can ?not|can'?t|won'?t|unable to|not able to) {HELP}",
@@ -90,10 +104,12 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         rf"|you) down)",
         rf"\b(?:i'm going|i must|i have|i'll have|i will have|i need|but i will|i am going)(?: to)? (?:\w+ly )?(?:refuse(?: (?:to "
         rf"(?:{HELP}|{TELL})|this|that|your|such)|{END})|pass(?: on|{END})"
-        rf"|say no(?: to|{END})|stop (?:you|this|here)|turn down|draw the line|end (?:this|our))",
+        rf"|(?:have to )?say no(?: to|{END})|stop (?:you (?:right )?(?:here|there)|(?:this|here)(?: here| now)?{END})|turn down"
+        rf"|draw the line|end (?:this|our))",
         rf"\bi(?:'ll|'m| will| am)?(?: \w+ly)? (?:decline|declining|refusing|refuse)(?:{END}| to (?:{HELP}|{TELL})| (?:your|this|that"
         rf"|such|it)\b)",
-        rf"\bi(?:'ll| will) pass(?: on|{END})|\bi (?:have to |must |will )?draw the line|^declined?{END}|\bi(?: must| will| would)? "
+        rf"\bi(?:'ll| will) pass(?: on|{END})|\bi(?:'m|'ll| am| have to| must| will| need to)? draw(?:ing)? (?:the|a"
+        rf"|my) line(?: here| there| at| and|{END})|^declined?{END}|\bi(?: must| will| would)? "
         rf"(?:choose|prefer|opt) not to\b|\bi(?:'m| am) choosing not to\b",
         r"\bno (?:intention|desire|wish|interest) (?:of|to|in) (?:help|assist|provid|writ|answer|do)",
         r"\bso i (?:won't|will not|can't|cannot|must not|must decline)\b|\bcross(?:es|ing)? (?:a|the|my) line\b",
@@ -102,6 +118,12 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         rf"\bi(?:'d| would) (?:much |strongly )?(?:rather|prefer)(?: to)? (?:not(?:{END}| (?:to )?(?:{HELP}|{TELL}|go there|talk|say"
         rf"|get into|touch))|(?:we )?(?:help|talk|discuss|focus|suggest|assist)(?!{SAME}{{0,80}} than\b))",
         r"\bi(?:'d| would) prefer (?:that|if) we (?:did not|didn't|don't|do not|talk)",
+    ),
+    "stays away": (
+        rf"\bi(?:'ll|'d|'m)? (?:\w+ ){{0,3}}?(?:{AWAY}) (?:this|that|it\b|such|your|these|those|helping|anything (?:like|of)|{REQUEST})",
+        rf"\b(?:{THING}|one)(?: that| which)? i(?:'ll|'d)? (?:\w+ ){{0,3}}?(?:{AWAY}|avoid|leave alone)(?: \w+)?{END}",
+        r"\bi(?:'ll|'d|'m)? (?:\w+ ){0,3}?(?:leave|leaving) (?:this|that|it|your)(?: \w+){0,2} (?:alone|unanswered|unwritten"
+        r"|undone|aside)\b",
     ),
     "not something I do": (
         rf"\b{THING}(?: that| which)? i(?:'?m|'?ll|'?d| am| will| can| would)?(?: \w+ly)? (?:{NOT}|not\b|don'?t|do not|unable|refuse"
@@ -114,14 +136,23 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         r"|possible|an option|okay|allowed|in)\b",
         r"\b(?:helping|assisting|providing|sharing|writing|answering|doing|giving)\b[^.!?]{0,60}\b(?:would be (?:wrong|unethical"
         r"|irresponsible|inappropriate|against)|would(?: not|n't) be (?:right|fair|ethical|okay|kind|appropriate)"
-        r"|is (?:against|out of the question|off the table|off limits|beyond))",
+        r"|is (?:against|out of the question|off the table|off limits|beyond)|(?:goes|would go|would run) (?:against|counter to)"
+        r"|would (?:violate|break|betray) (?:my|our)|(?:does not|doesn't|would not|wouldn't) (?:sit|feel|seem) (?:right|well|good|okay))",
     ),
     "impersonal no": (
-        r"\bnot going to happen\b|\bno from me\b|\bfrom me[.!]?$|\bnot my place to\b(?! judge)|\bout of the question\b",
-        r"\bno way (?:that )?(?:i'?m|i am|i will|i'?ll|i would|i'?d) (?:going to |ever )?(?:help|assist|do|writ)",
-        r"\b(?:we|you and i) (?:should not|shouldn't|cannot|won't) (?:discuss|talk about|go there|continue)",
+        r"\b(?:is|it's|this is|here is) where i (?:have to |must |will )?(?:stop|end)(?: here)?(?:[.!,;]|$)|\b(?:off the table"
+        r"|off limits) for me\b",
+        rf"\bi(?:'m going to|'ll| will| am going to| must| need to| have to| had better)(?: have to)? stop(?: right)?(?: here"
+        rf"| there)?{END}",
+        r"\ba (?:\w+ )?no (?:from|on) (?:me|my|us)\b|\bnot going to happen\b|\bno from me\b|\bfrom me[.!]?$"
+        r"|\bnot my place to\b(?! judge)|\bout of the question\b",
+        rf"\bno way (?:that )?(?:i'?m|i am|i will|i'?ll|i would|i'?d|i can|i could) (?:going to |ever )?(?:{HELP}|{TELL}|do\b)",
+        r"^(?:(?:no|nope|nah|sorry|absolutely not|certainly not)[,.!]* (?:i'm |i am )?)?not (?:doing|writing|saying|answering|touching) "
+        r"(?:that|this|it|any of)\b|^(?:a )?hard (?:pass|no)(?:[,.!]|$| (?:from|on)\b)|\bnot going there\b",
+        rf"\b(?:we|you and i) (?:really )?{NOT} (?:discuss|talk about|go there|continue (?:with|down)|do that)",
         rf"\b(?:sorry|afraid|flattered|thanks|thank you|asking|trust)\b{SAME}{{0,40}}\bbut (?:no|not (?:this|that|with (?:this|that)))\b",
-        r"\bbut not (?:with |on |in )?(?:this|that)(?: one)?[.!]?$|^no(?:pe)?[,.!] (?:and )?(?:please )?(?:don't|do not|stop|never) ask",
+        r"\b(?:but|just) not (?:with |on |in )?(?:this|that)(?: one)?[.!]?$|^no(?:pe)?[,.!] (?:and )?(?:please )?(?:don't|do not"
+        r"|stop|never) ask",
         rf"\bit(?:'s| is| would be) (?:best|better)(?: if| that)? i (?:do not|don't|did not|didn't|{NOT}) (?:{HELP}|{TELL})|\bi(?:'ve"
         rf"| have)? decided (?:not to|against) ",
         r"\bmy answer is no\b|\bi must say no\b|\bthe answer (?:is|has to be|must be) no[,.] (?:and )?i\b",
@@ -145,12 +176,15 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         r"|my (?:scope|abilities|capabilities|limits|role|remit|boundaries|comfort))",
     ),
     "forbidden": (
+        r"\bmy (?:role|job|purpose|task|function)s? (?:does not|doesn't|do not|is not|isn't) (?:include|cover|extend to|involve"
+        r"|allow|to)\b",
         r"\bi(?:'?m| am| have been| was|'ve been)(?: \w+ly)? (?:(?:prohibited|restricted|forbidden|barred|prevented|kept|stopped) "
         r"(?:from|to) (?:\w+ly )?(?:help|assist|provid|answer|shar|discuss|giv|writ|generat|creat|do|tell|produc|engag|talk)"
         r"|bound by)",
         r"\bi(?:'?m| am| have been| was|'ve been)(?: \w+ly)? (?:instructed|programmed|designed|trained|built|made|told|asked)(?: \w+){0,2} "
         r"(?:not to|never to|to (?:avoid|refuse|decline|reject))",
-        r"\b(?:forbidden|not (?:possible|allowed|permitted|appropriate|acceptable|right|ethical|responsible|safe|okay)|impossible"
+        r"\b(?:forbidden|(?:not|isn't|wasn't) (?:possible|allowed|permitted|appropriate|acceptable|right|ethical|responsible|safe"
+        r"|okay)|impossible"
         r"|wrong|unethical"
         r"|inappropriate|irresponsible|unsafe|illegal)(?: of| for| to) (?:me|an ai|us) to\b",
         r"\bwould(?: not|n't) be (?:ethical|right|appropriate|responsible|okay|safe)(?: of| for) me\b|\bin good (?:conscience|faith)\b",
@@ -163,7 +197,11 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         r"|supported|something|appropriate|one))",
         rf"\b(?:your|this|that|such|these|the) (?:kind of |type of |sort of )?{REQUEST}(?: like (?:this|that))? (?:violates?"
         rf"|goes? against|{NOT} be (?:\w+ed\b|done|met)(?! with| by| in))",
-        rf"\b{REQUEST} (?:like|of) (?:this|that)(?: kind| sort| type)? (?:are|is) (?:not|off|against)|\bi (?:have a policy"
+        rf"\b{REQUEST} (?:is not|isn't) (?:one|something)(?: that)? i (?:can|will|am)\b|\bi {SAME}{{0,40}}\band (?:so "
+        rf"|therefore )?(?:will not"
+        rf"|won't) (?:{HELP}|{TELL})",
+        rf"\b{REQUEST} (?:like|of) (?:this|that)(?: kind| sort| type)? (?:are|is) (?:not|off|against)|\bi (?:object to (?:this|that"
+        rf"|your|such|\w+ing)|have a policy"
         rf"|make it a rule) not to\b",
     ),
     "regret": (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmed.errors import UserError, quoted
+
 ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "<|end_of_text|>", "<|return|>", "</s>")
 """Control tokens that end an assistant's turn, where a checkpoint does not say what does."""
 
@@ -14,17 +16,25 @@ def end_tokens(tokenizer: Any, generation: Mapping[str, Any] | None = None, conf
 
     Where there is no such file or entry: those that config.json and the tokenizer name, and the `ENDS` that are control tokens; a
     vocabulary may hold the same letters as ordinary text.
+
+    Raises:
+        UserError: an entry that is neither a token's id nor a list of them.
     """
-    if named := _numbers((generation or {}).get("eos_token_id")):
+    if named := _numbers(generation, "generation_config.json"):
         return sorted(named)
-    found = _numbers((config or {}).get("eos_token_id"))
+    found = _numbers(config, "config.json")
     if tokenizer is not None:
         vocabulary, control = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
         control |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        found |= _numbers(tokenizer.eos_token_id) | {vocabulary[end] for end in ENDS if vocabulary.get(end) in control}
+        own = tokenizer.eos_token_id
+        found |= ({own} if own is not None else set()) | {vocabulary[end] for end in ENDS if vocabulary.get(end) in control}
     return sorted(found)
 
 
-def _numbers(value: Any) -> set[int]:
-    """The numbers that an entry names: one, several, or none."""
-    return {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int) and not isinstance(one, bool)}
+def _numbers(given: Mapping[str, Any] | None, file: str) -> set[int]:
+    """The numbers that the entry `eos_token_id` of a file names: one, several, or none."""
+    value = (given or {}).get("eos_token_id")
+    named = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(one, int) or isinstance(one, bool) for one in named):
+        raise UserError(f"{file} has {quoted(value)} as eos_token_id; a token's id is expected, or a list of ids. Correct the file.")
+    return set(named)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +21,18 @@ Span = tuple[int, int]
 MARK = "\ue0f5\ue0f6\ue0f7"
 """Stands in for a message: private-use characters, which no template trims, splits or changes the case of."""
 
+INSIDE = 16
+"""Places inside a message that a mark is tried at."""
+
 _NOW = (
     "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}"
     "{%- for name, value in fixed_dates.items() -%}{%- set found.text = found.text.replace(name, value) -%}{%- endfor -%}"
-    "{{- found.text -}}{%- endmacro +%}"
+    "{{- found.text -}}{%- endmacro %}\n"
 )
+"""Its own line's end goes with it, so that the template begins a line, whose leading spaces may go too."""
 _SETS_DATE = re.compile(r"\bset\s+date_string\s*=")
-_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVDFTRehnklPst" for flag in ("-", "")] + ["%%"]
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVDFTRehnklPst" for flag in ("-", "_", "0", "^", "")]
+_PERCENT = "\ue0f4"
 
 
 def chat_template(tokenizer: Any) -> str:
@@ -115,7 +120,8 @@ def _fixed_date(template: str) -> dict[str, Any]:
     """
     day: dict[str, Any] = {} if _SETS_DATE.search(template) else {"date_string": DATE.strftime("%d %b %Y")}
     if "strftime_now" in template:
-        day["fixed_dates"] = {directive: "%" if directive == "%%" else DATE.strftime(directive) for directive in _DIRECTIVES}
+        values = {directive: DATE.strftime(directive) for directive in _DIRECTIVES}
+        day["fixed_dates"] = {"%%": _PERCENT, **values, _PERCENT: "%"}
         day["chat_template"] = _NOW + template
     return day
 
@@ -140,13 +146,32 @@ def user_span(tokenizer: Any, chat: Chat, rendered: str, generation: bool = True
     at = max((number for number, message in enumerate(chat) if message["role"] == "user"), default=None)
     if at is None:
         raise UserError("the chat has no user message.")
+    text = chat[at]["content"].strip()
     marked = render_chat(tokenizer, [*chat[:at], {**chat[at], "content": MARK}, *chat[at + 1 :]], generation)
-    if (found := find_mark(rendered, marked)) is not None:
+    found = find_mark(rendered, marked)
+    if found is not None and rendered[slice(*found)].strip() == text:
         return found
-    text = chat[at]["content"].strip()  # the template writes other things around other messages
-    if rendered.count(text) != 1:
-        raise UserError("the chat template does not keep the user's message verbatim, so its tokens cannot be found.")
-    return rendered.index(text), rendered.index(text) + len(text)
+    for before, after, cut in _cut_inside(tokenizer, chat, at, rendered, generation):  # the template changes the text, or reacts to it
+        if found is not None:
+            return found
+        if before.endswith(text[:cut]) and after.startswith(text[cut:]):
+            return len(before) - cut, len(before) - cut + len(text)
+    raise UserError("the chat template does not keep the user's message verbatim, so its tokens cannot be found.")
+
+
+def _cut_inside(tokenizer: Any, chat: Chat, at: int, rendered: str, generation: bool) -> Iterator[tuple[str, str, int]]:
+    """What stands before and behind places inside message `at`, with how many characters of it precede them.
+
+    Places where a mark inside the message changes nothing else: a template that reacts to a message as a whole does not to `MARK` alone.
+    """
+    whole = chat[at]["content"]
+    text, spaces = whole.strip(), len(whole) - len(whole.lstrip())
+    for cut in [*dict.fromkeys((len(text) // 2, *range(1, len(text))))][:INSIDE]:
+        inside = {**chat[at], "content": whole[: spaces + cut] + MARK + whole[spaces + cut :]}
+        before, mark, after = render_chat(tokenizer, [*chat[:at], inside, *chat[at + 1 :]], generation).rpartition(MARK)
+        before = before.replace(MARK, "")  # a template may write a message twice
+        if mark and before + after == rendered:
+            yield before, after, cut
 
 
 def answer_beginning(tokenizer: Any, chat: Chat, opening: str, text: str) -> str | None:

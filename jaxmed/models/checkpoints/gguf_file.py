@@ -110,7 +110,9 @@ def _config(header: Header, name: str, architecture: Architecture, problems: lis
         problems.append(f"the metadata lacks {missing}")
     except (TypeError, ValueError, ArithmeticError) as wrong:
         problems.append(f"the metadata holds a value that cannot be used: {wrong}")
-    return facts.config
+    ends = [header.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    ends = [end for end in dict.fromkeys(ends) if isinstance(end, int)]
+    return {**facts.config, **({"eos_token_id": ends} if len(ends) > 1 else {})}
 
 
 def _factors(header: Header, problems: list[str]) -> dict[str, tuple[float, ...]]:

@@ -1,45 +1,59 @@
-"""The tokenizer that a GGUF file's metadata describes, by transformers' own converter (private there: pinned, and its ids are tested)."""
+"""The tokenizer that a GGUF file's metadata describes, as llama.cpp reads it.
+
+Byte-level vocabularies are built here; others by transformers' own converter (private there: pinned, and its ids are tested).
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
-GPT2_SPLITS = ("gpt-2", "mpt", "olmo", "jais", "trillion")
-"""Pre-tokenizers that split text as GPT-2's does."""
-DIGITS_APART = ("smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b")
-"""Pre-tokenizers that take every digit out first, and split the rest as GPT-2's does."""
+from jaxmed.models.checkpoints.gguf_splits import STARTED, WHOLE_WORDS, find_split
+
 SPACE = "\u2581"
 """How SentencePiece spells a space."""
-MARKED = (2, 3, 4)
+UNKNOWN, CONTROL, OWN = 2, 3, 4
+MARKED = (UNKNOWN, CONTROL, OWN)
 """Types of tokens that llama.cpp finds in texts whole: unknown, control, user-defined."""
+TURNS_END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "<|eom_id|>")
+"""Control tokens whatever type a file says; "</s>" is none of them: some vocabularies have it as a tag of HTML."""
+_PHI3, SPACED = re.compile("phi[- ]?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
+"""Names of models whose control tokens take the spaces and newlines behind them along, but for these."""
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def build_tokenizer(metadata: Mapping[str, Any], architecture: str) -> Any:
     """A transformers tokenizer; None where the metadata describes none, or one of a kind that is not understood."""
     ours = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    if not ours.get("ggml.tokens") or not _known_split(ours) or not _merges_hold(ours):
+    if not ours.get("ggml.tokens") or not _merges_hold(ours) or (ours.get("ggml.model") == "gpt2" and not find_split(ours.get("ggml.pre"))):
         return None
+    ours["ggml.token_type"] = _kinds(ours)
     try:
-        return _convert(ours, architecture)
+        return _convert(ours, architecture, str(metadata.get("general.name", "")))
     except Exception:  # the converter, and the library under it, raise many types on vocabularies that do not hold together
         return None
 
 
-def _convert(ours: Mapping[str, Any], architecture: str) -> Any:
+def _kinds(ours: Mapping[str, Any]) -> list[int]:
+    """The type of every token."""
+    tokens, kinds = ours["ggml.tokens"], ours.get("ggml.token_type") or []
+    return [CONTROL if token in TURNS_END else kind for token, kind in zip_longest(tokens, kinds[: len(tokens)], fillvalue=1)]
+
+
+def _convert(ours: Mapping[str, Any], architecture: str, name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
     described = {new: ours[key] for key, new in GGUF_TOKENIZER_MAPPING["tokenizer"].items() if key in ours}
-    backend, _ = convert_gguf_tokenizer(architecture, described)
-    if ours.get("ggml.pre") in DIGITS_APART:
-        backend.pre_tokenizer = _digits_apart()
+    backend = _byte_level(ours) if ours.get("ggml.model") == "gpt2" else convert_gguf_tokenizer(architecture, described)[0]
     if ours.get("ggml.model") == "llama":
         backend = _as_sentencepiece(_with_own_tokens(backend, ours), bool(ours.get("ggml.add_space_prefix", "gemma" not in architecture)))
+        backend = _with_bare_tokens(backend) if _PHI3.search(name) else backend
     ids = {token: ours[f"ggml.{key}_token_id"] for token, key in SPECIAL.items() if f"ggml.{key}_token_id" in ours}
-    special = {token: described["tokens"][number] for token, number in ids.items()}
+    special = {token: ours["ggml.tokens"][number] for token, number in ids.items()}
     if _adds_start(ours):
         special["add_bos_token"] = True
     if ours.get("ggml.add_eos_token") and "eos_token" in special:
@@ -75,13 +89,30 @@ def _with_own_tokens(backend: Any, ours: Mapping[str, Any]) -> Any:
     return Tokenizer.from_str(json.dumps(described))
 
 
-def _known_split(ours: Mapping[str, Any]) -> bool:
-    """Whether it is known how text is split before byte-level merges; SentencePiece vocabularies need no such knowledge."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+def _with_bare_tokens(backend: Any) -> Any:
+    """The tokenizer whose control tokens take the spaces and newlines behind them along."""
+    from tokenizers import Tokenizer
 
-    if ours.get("ggml.model") != "gpt2":
-        return True
-    return ours.get("ggml.pre") in {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLITS, *DIGITS_APART}
+    described = json.loads(backend.to_str())
+    for token in described["added_tokens"]:
+        token["rstrip"] = token["content"] not in SPACED
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def _byte_level(ours: Mapping[str, Any]) -> Any:
+    """A byte-level vocabulary: tokens that are found whole are spelled as they stand in texts, others byte by byte."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, kinds, name = ours["ggml.tokens"], ours["ggml.token_type"], ours.get("ggml.pre")
+    merges = [tuple(merge.split(" ")) for merge in ours.get("ggml.merges", [])]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name in WHOLE_WORDS))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in find_split(name) or ()]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    marked = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in MARKED and token]
+    backend.add_tokens([AddedToken(token, special=kind != OWN, normalized=False) for token, kind in marked])
+    return backend
 
 
 def _merges_hold(ours: Mapping[str, Any]) -> bool:
@@ -95,11 +126,5 @@ def _merges_hold(ours: Mapping[str, Any]) -> bool:
 
 def _adds_start(ours: Mapping[str, Any]) -> bool:
     """Whether the begin-of-sequence token is put before every text: llama.cpp's default depends on the kind of vocabulary."""
-    return bool(ours.get("ggml.add_bos_token", ours.get("ggml.model") == "llama")) and "ggml.bos_token_id" in ours
-
-
-def _digits_apart() -> Any:
-    from tokenizers import pre_tokenizers
-
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    return pre_tokenizers.Sequence(parts)
+    usual = ours.get("ggml.model") == "llama" or (ours.get("ggml.model") == "gpt2" and ours.get("ggml.pre") in STARTED)
+    return bool(ours.get("ggml.add_bos_token", usual)) and "ggml.bos_token_id" in ours

@@ -114,7 +114,8 @@ def text_config(raw: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
     if named not in wrapper.kinds:
         known = f"text parts of type {', '.join(wrapper.kinds)}" if wrapper.kinds else "no text part of it"
         raise UserError(f"This {raw['model_type']} checkpoint holds a text model of type {named!r}; this version runs {known}.")
-    found = {**(LEFT_OUT.get(named, {}) if inner else {}), **wrapper.defaults, **given, "model_type": wrapper.kinds[named]}
+    ends = {key: raw[key] for key in ("eos_token_id",) if raw.get(key) is not None}  # the outer ones count, as in transformers
+    found = {**(LEFT_OUT.get(named, {}) if inner else {}), **wrapper.defaults, **given, **ends, "model_type": wrapper.kinds[named]}
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key)
         if isinstance(rope, Mapping) and "mrope_section" in rope:
