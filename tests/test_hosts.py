@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import jaxmed as jm
 from jaxmed import hosts
 from jaxmed.cli.main import main
+from jaxmed.hosts.found import find_cluster, idle_gpus
 from jaxmed.results.table import Table
 from tests import tiny
 from tests.conftest import QUICK_COMPILES
@@ -145,6 +147,148 @@ def test_where_a_process_does_not_start_the_launch_script_ends_the_others(comman
     assert "process 1 on localhost: failed with exit code 6" in done.stderr
     assert "sends SIGTERM to process 0" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SLICE = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a,b"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+FOUND = [
+    ({**OMPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.2:3"}, "Open MPI", "OmpiCluster"),
+    (SLURM, "Slurm", "SlurmCluster"),
+    (SLICE, "GKE's TPU hosts", "GkeTpuCluster"),
+    (POD, "Kubernetes", "K8sCluster"),
+]
+"""Variables of a cluster, our name of it, and JAX's class."""
+NEAR = [
+    (OMPI, "OMPI_MCA_orte_hnp_uri missing. Open MPI 5 does not say"),
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, "SLURM_STEP_NODELIST, SLURM_NTASKS, SLURM_LOCALID missing. Start the command by srun."),
+    (SLICE, "the package libtpu missing"),
+    (POD, "the package kubernetes missing. Install jax[k8s]"),
+    ({}, "Three ways: start by srun"),
+]
+"""Variables that do not suffice, and part of the message."""
+
+
+@pytest.fixture
+def alone_here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No cluster, and neither libtpu nor kubernetes is installed."""
+    for name in os.environ:
+        if name.startswith(("OMPI_", "SLURM_", "TPU_", "KUBERNETES_", "JOB_COMPLETION", "MEGASCALE_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr("jaxmed.hosts.found.find_spec", lambda name: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "name", "method"), FOUND, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_cluster_is_found_where_jax_finds_it(variables: dict[str, str], name: str, method: str, alone_here: pytest.MonkeyPatch) -> None:
+    """JAX's own detection, with its packages in place, is the oracle: of all variables, and without each that it reads."""
+    from jax._src.clusters import ClusterEnv
+
+    alone_here.setattr("jaxmed.hosts.found.find_spec", lambda name: name)
+    alone_here.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    in_cluster = SimpleNamespace(load_incluster_config=lambda: None)
+    client = SimpleNamespace(CoreV1Api=object, BatchV1Api=object, exceptions=SimpleNamespace(ApiException=ValueError))
+    alone_here.setitem(sys.modules, "kubernetes", SimpleNamespace(config=in_cluster, client=client))
+    (cluster,) = [one for one in ClusterEnv._cluster_types if one.__name__ == method]
+    for key, value in variables.items():
+        alone_here.setenv(key, value)
+    assert cluster.is_env_present()
+    assert find_cluster(os.environ) == name
+    for key in variables:
+        less = {other: value for other, value in variables.items() if other != key}
+        with alone_here.context() as fewer:
+            fewer.delenv(key)
+            assert not find_cluster(less)
+            assert not cluster.is_env_present() or _numbers_fail(cluster)
+
+
+def _numbers_fail(cluster: Any) -> bool:
+    """Whether JAX begins with a cluster, and then misses a variable."""
+    for ask in (cluster.get_process_id, cluster.get_process_count):
+        try:
+            ask()
+        except (KeyError, RuntimeError, ValueError, AttributeError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("variables", "told"), NEAR, ids=lambda value: value if isinstance(value, str) else "")
+def test_where_nothing_says_who_takes_part_auto_is_refused(
+    variables: dict[str, str], told: str, alone_here: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is without a cluster; JAX is asked in a process of its own below."""
+
+    def initialize(**given: Any) -> None:
+        assert "coordinator_address" not in given
+        raise ValueError("coordinator_address should be defined.")
+
+    alone_here.setattr("jax.distributed.initialize", initialize)
+    for key, value in variables.items():
+        alone_here.setenv(key, value)
+    assert main(["sweep", "--hosts", "auto", "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("jaxmed: --hosts auto: nothing says which processes take part.")
+    assert told in message
+    assert "scripts/launch has a script for each" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_with_fewer_tasks_than_gpus_gets_a_notice() -> None:
+    assert "1 of 8 on a node are used" in idle_gpus({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"})
+    assert not idle_gpus({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"})
+    assert not idle_gpus({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"})
+
+
+BLOCKED = """
+import ctypes
+from jaxmed.hosts.watch import limited
+from jaxmed.runs import signals
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+with signals.handled(), limited(LIMIT, lambda: None, lambda: "waited in vain"):
+    print("waits", flush=True)
+    lock(mutex)
+"""
+"""A process in a library that hears no signal: it waits for what it holds itself."""
+
+
+@pytest.mark.parametrize(("limit", "number", "code", "told"), [(0.3, 0, 2, "waited in vain"), (60, 15, 143, "interrupted by SIGTERM.")])
+def test_waiting_has_a_limit_and_obeys_signals(limit: float, number: int, code: int, told: str) -> None:
+    run = [sys.executable, "-c", BLOCKED.replace("LIMIT", str(limit))]
+    child = subprocess.Popen(run, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waits\n"
+    if number:
+        child.send_signal(number)
+    assert (child.communicate(timeout=60)[1], child.returncode) == (f"jaxmed: {told}\n", code)
+
+
+JOIN = """
+import sys
+from jaxmed.cli.main import main
+sys.exit(main(["sweep", "--hosts", sys.argv[1], "--hosts-wait", "12", "--out", "none"]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_wait_in_vain_say_how_many_came(tmp_path: Path) -> None:
+    """Of four, numbers 0 and 2 come; and the first process of another run never does."""
+    with socket.socket() as free, socket.socket() as other:
+        free.bind(("localhost", 0))
+        other.bind(("localhost", 0))
+        first, second = (f"localhost:{one.getsockname()[1]}" for one in (free, other))
+    run = [sys.executable, "-c", JOIN]
+    env = {**environment(), "JAX_PLATFORMS": "cpu"}
+    each = [f"{first},4,0", f"{first},4,2", f"{second},2,1"]
+    children = [subprocess.Popen([*run, one], env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for one in each]
+    said = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [2, 2, 2], said
+    assert f"2 of 4 processes came to {first} within 12 s" in said[0]
+    assert "not all of 4 processes came within 12 s. Process 0 " in said[1]
+    assert f"Process 0 does not answer at {second}" in said[2]
+    assert [text.count("\n") for text in said] == [1, 1, 1]
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("hosts", ["node", "node:1", "node:1,2", "node:1,2,2", "node:1,a,0", "node,2,0"])

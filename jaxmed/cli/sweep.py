@@ -191,6 +191,8 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     hosts: str = ""
     """Several processes, one mesh: auto (Slurm, Kubernetes, Open MPI or Cloud TPU say who takes part), or HOST:PORT,COUNT,NUMBER with the
     address of process 0. All are given the same other flags and see the same --out."""
+    hosts_wait: int = 300
+    """Seconds that processes wait for each other at the beginning."""
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
@@ -198,8 +200,10 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
         from jaxmed.results import LEGAL
         from jaxmed.runs.legal import check_folder
 
-        join(self.hosts)
+        told = join(self.hosts, self.hosts_wait)
         show.out.quiet = show.err.quiet = not leads()
+        if told:
+            show.err.print(told, markup=False, highlight=False)
         first_tells(lambda: check_folder(self.out, self.resume, LEGAL))
         summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget, "points": self.points}
         summary["method"] = "exact" if self.method == "auto" else self.method

@@ -1,0 +1,17 @@
+"""Several processes that run one program on the devices of all of them. A process alone needs no JAX to know that it is alone."""
+
+from jaxmed.hosts.exchange import REFUSED, agree, first_tells, leads, several, to_host, wait_for_all
+from jaxmed.hosts.join import AUTO, SECONDS_TO_JOIN, join
+
+__all__ = [
+    "AUTO",
+    "REFUSED",
+    "SECONDS_TO_JOIN",
+    "agree",
+    "first_tells",
+    "join",
+    "leads",
+    "several",
+    "to_host",
+    "wait_for_all",
+]

@@ -1,0 +1,78 @@
+"""What processes tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxmed.errors import UserError
+
+
+class Joined:
+    """Whether this process is one of several; a process alone never asks its backend."""
+
+    many = False
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return Joined.many
+
+
+def leads() -> bool:
+    """Whether this process writes and prints: the first of several, or the only one."""
+    if not Joined.many:
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def agree(value: float) -> float:
+    """The first process's value, in all of them. What decides the course of a run must be the same everywhere."""
+    if not Joined.many:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
+
+
+REFUSED = float("nan")
+"""What the first process tells the others where it has refused."""
+
+
+def first_tells(work: Callable[[], float]) -> float:
+    """Runs `work` in the first process alone; what it returns, in all of them. Where it fails, the others end too.
+
+    Raises:
+        UserError: what `work` raises; in the other processes, that it failed.
+    """
+    if leads():
+        try:
+            found = float(work())
+        except BaseException:
+            agree(REFUSED)
+            raise
+        return agree(found)
+    if np.isnan(found := agree(REFUSED)):
+        raise UserError("The first process has refused to go on, and says why.")
+    return found
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes are here."""
+    if Joined.many:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def to_host(values: Any) -> np.ndarray:
+    """An array as numpy; one whose parts other processes hold is gathered from them, so all of them must ask for it."""
+    if not Joined.many or getattr(values, "is_fully_addressable", True) or values.is_fully_replicated:
+        return np.asarray(values)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
