@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 
 MALLOC_SETTINGS = {-8: 1, -4: 0, -1: -1, -2: 1 << 28}
@@ -21,3 +22,26 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all([mallopt(name, value) for name, value in MALLOC_SETTINGS.items()])
+
+
+class _HeapUse(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+def return_freed_memory(least: int = 1 << 30) -> bool:
+    """Gives the kernel back what glibc holds and no one uses; True where that is at least `least` bytes.
+
+    Between parts of a run, which need memory in blocks of other sizes: those would not fit into the holes that the part before has left.
+    The next part pays once for cleared pages.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if library is None or not hasattr(library, "mallinfo2"):
+        return False
+    use = library.mallinfo2
+    use.restype = _HeapUse
+    if use().fordblks < least:
+        return False
+    gc.collect()
+    return bool(library.malloc_trim(0))

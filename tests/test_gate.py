@@ -21,7 +21,7 @@ from jaxmed.errors import UserError
 from jaxmed.evaluation.perplexity import perplexity
 from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.cases import Case, Layout, make_cases
-from jaxmed.gating.clamp import CLAMPS, Clamp, Group, Judging, clamp_edits, clamp_verdicts
+from jaxmed.gating.clamp import CLAMPS, Clamp, Group, Judging, clamp_edits, clamp_perplexity, clamp_verdicts, read_group
 from jaxmed.gating.job import GateRequest, make_gate
 from jaxmed.gating.rankings import RANKINGS, Evidence, matched, measure_features, order
 from jaxmed.gating.run import RULES, choose, measured, run_gate
@@ -293,7 +293,22 @@ def test_perplexity_under_a_clamp_is_that_of_edited_forwards(plain_model: Model,
         perplexity(plain_model, tmp_path / "text.txt", jm.edits.zero("neuron", 1, position=2, unit=3))
 
 
-def test_answers_are_judged_once_and_compared_prompt_by_prompt(study: tuple[str, Any, Path]) -> None:
+def test_perplexity_under_clamps_is_measured_once(study: tuple[str, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job, out = study
+    (tmp_path / "text.txt").write_text("one two three\n\nfour\n\nfive six")
+    job = replace(job, request=replace(job.request, spec=replace(job.request.spec, text=str(tmp_path / "text.txt"))))
+    groups, runs = [read_group(job, out, half, 2) for half in (0, 1)], []
+    monkeypatch.setattr("jaxmed.gating.clamp.perplexity", lambda *given: runs.append(given) or perplexity(*given))
+    first = clamp_perplexity(job, groups, tmp_path)
+    again = clamp_perplexity(job, groups, tmp_path)
+    assert len(runs) == 3
+    assert [(one.value, one.tokens, one.losses.tolist()) for one in first] == [
+        (one.value, one.tokens, one.losses.tolist()) for one in again
+    ]
+    assert len({one.value for one in first}) > 1
+
+
+def test_answers_are_judged_once_and_compared_prompt_by_prompt(study: tuple[str, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, job, out = study
     rows = read_csv(out / "answers.csv")
     counted = int(job.counted.sum())

@@ -51,3 +51,26 @@ def test_the_second_call_of_a_program_gets_the_memory_of_the_first() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_settings_of_the_user_stay() -> None:
     assert page_faults(MALLOC_TOP_PAD_="131072") > 10_000
+
+
+HOLES = """
+import jaxmed as jm
+from jaxmed.memory import return_freed_memory
+jm.keep_freed_memory()
+import numpy as np
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+
+blocks = [np.ones(1 << 22) for _ in range(24)]  # 32 MB each
+blocks = blocks[::2]  # every other one is a hole
+held = resident()
+print(return_freed_memory(1 << 40), resident() > held - 50, return_freed_memory(1 << 28), resident() < held - 300)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_holes_between_what_is_used_go_back_where_they_are_large() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["False", "True", "True", "True"]

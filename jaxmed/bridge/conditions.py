@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmed.bridge.job import BridgeJob
 from jaxmed.bridge.owners import owned_matrices
-from jaxmed.effects.engine import prepare
+from jaxmed.effects.run_ends import run_ends
 from jaxmed.evaluation.judges import Judge
 from jaxmed.experiments.measure import compare
 from jaxmed.experiments.table import Table, continued
@@ -103,10 +103,9 @@ def _pairs(job: BridgeJob, model: Model, judge: Judge) -> list[dict[str, Any]]:
     """The total of every measured pair on a model, and the scores of its answers to both prompts."""
     heads = job.heads.with_weights(model, job.gate.source_model)
     contrasts, outcomes = [heads.contrasts[number] for number in job.measured], (job.gate.request.outcome,)
-    found = []
-    for number, contrast in zip(job.measured, contrasts, strict=True):
-        ends = prepare(contrast, outcomes, ("mlp_out",))
-        found.append({"pair": job.gate.pairs[number].id, "total": float(ends.source_outcome[0] - ends.base_outcome[0])})
+    base, source = run_ends(contrasts, outcomes)
+    totals = zip(job.measured, source[0] - base[0], strict=True)
+    found = [{"pair": job.gate.pairs[number].id, "total": float(total)} for number, total in totals]
     if job.gate.request.spec.tokens:
         for side in ("base", "source"):
             scores = _scores([getattr(one, side) for one in contrasts], job.gate.request.spec.tokens, judge)

@@ -22,6 +22,7 @@ from jaxmed.effects.job import Job
 from jaxmed.effects.sets import UnitSet
 from jaxmed.effects.summary import summarise
 from jaxmed.effects.sweep import run_sweep
+from jaxmed.evaluation.perplexity import segments
 from jaxmed.files import read_csv, write_csv
 from jaxmed.gating.clamp import Judging
 from jaxmed.gating.rankings import matched
@@ -168,6 +169,7 @@ def bridge_cost(job: BridgeJob) -> Cost:
     sides = [job.heads.contrasts[number] for number in job.measured]
     tokens = sum(len(side.ids) for one in sides for side in (one.base, one.source))
     tokens += sum(len(one.ids) for rows in job.tests.sets.values() for one in rows)
+    tokens += sum(len(ids) for _, ids in segments(model.tokenizer, job.tests.text)) if job.tests.text else 0
     costs.append(Cost("conditions", conditions * tokens * token, conditions * 2 * len(sides)))
     numbers = sum(int(np.prod(shape)) for shape in matrix_shapes(config).values())
     for one in job.scored.values():

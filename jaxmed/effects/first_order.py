@@ -63,9 +63,20 @@ def run_source(
     """Sites of the source runs [L, B, W, ...], aligned to the window; their outcomes float32 [O, B]; and the log-probabilities of their
     next tokens, float32 [B, V] where an outcome needs them, else [B, 0]."""
     ran = _run_rows(config, params, pairs.source, Recording(taps))
-    h, reads = _take(ran.stream, pairs.source.reads.slots), pairs.source.reads
-    target = jax.nn.log_softmax(logits_of(config, params, h[:, 0])) if readout.needs_source else reads.source
-    return ran.taps, _outcomes(config, params, h, replace(reads, source=target), readout), target
+    return ran.taps, *_read(config, params, ran.stream, pairs.source.reads, readout)
+
+
+def read_rows(config: ModelConfig, params: Params, rows: Row, readout: Readout) -> tuple[jax.Array, jax.Array]:
+    """Outcomes float32 [O, B] of whole runs, and the log-probabilities of their next tokens as `run_source` returns them. The outcomes
+    compare a run with what its reads hold of another, and with itself where they hold nothing."""
+    return _read(config, params, _run_rows(config, params, rows, Recording(())).stream, rows.reads, readout)
+
+
+def _read(config: ModelConfig, params: Params, stream: jax.Array, reads: Any, readout: Readout) -> tuple[jax.Array, jax.Array]:
+    h = _take(stream, reads.slots)
+    alone = readout.needs_source and not reads.source.shape[-1]
+    target = jax.nn.log_softmax(logits_of(config, params, h[:, 0])) if alone else reads.source
+    return _outcomes(config, params, h, replace(reads, source=target), readout), target
 
 
 @partial(jax.jit, static_argnames=("config", "taps", "readout"))

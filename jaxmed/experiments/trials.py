@@ -10,6 +10,7 @@ from typing import Any
 from jaxmed.experiments.measure import Measurement, Tests, measure
 from jaxmed.experiments.table import Table
 from jaxmed.files import Row
+from jaxmed.memory import return_freed_memory
 from jaxmed.models.model import Model
 from jaxmed.pruning.apply import apply_mask
 from jaxmed.pruning.masks import Mask
@@ -37,6 +38,8 @@ def run_trials(trials: Iterable[Trial], measure: Callable[[Trial, Model], Row], 
         if not table.has(*trial.key):
             model = trial.make()
             table.add({**dict(zip(table.key, trial.key, strict=True)), **trial.about, **measure(trial, model)})
+            del model  # before the next one is made
+            return_freed_memory()
     return table
 
 

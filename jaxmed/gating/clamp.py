@@ -26,7 +26,7 @@ from jaxmed.prompts.examples import Example
 from jaxmed.runs.watch import RESUMED, Watch
 from jaxmed.statistics import group_means, leaves_out_zero, mean_interval
 
-ANSWERS = "answers.csv"
+ANSWERS, PERPLEXITY = "answers.csv", "perplexity.csv"
 UNIT = "change of the refusal rate"
 COLUMNS: tuple[str, ...] = ("half", "group", "values", "prompts", "pair", "score")
 
@@ -131,13 +131,23 @@ def _scores(job: GateJob, group: Group, clamp: Clamp, tested: np.ndarray, judge:
     return judge([Example(model.tokenizer.decode(side.ids, skip_special_tokens=True)) for side in sides], texts, lambda count: None)
 
 
-def clamp_perplexity(job: GateJob, groups: Sequence[Group]) -> list[Perplexity]:
-    """Perplexity on a text as it is, and with each half's group at its mean source values at every token; nothing without a text."""
-    text = job.request.spec.text
+def clamp_perplexity(job: GateJob, groups: Sequence[Group], out: Path) -> list[Perplexity]:
+    """Perplexity on a text as it is, and with each half's group at its mean source values at every token; nothing without a text. What the
+    file holds is not measured again."""
+    text, file = job.request.spec.text, out / PERPLEXITY
     if not text:
         return []
     edits = [resample("neuron", group.values["source"][group.top], layer=job.layout.layer, unit=group.top) for group in groups]
-    return [perplexity(job.model, text, one) for one in (None, *edits)]
+    rows: list[dict[str, Any]] = [*read_csv(file, ("clamp",))] if file.is_file() else []
+    found = []
+    for name, one in (("none", None), *((f"half {half + 1}", edit) for half, edit in enumerate(edits))):
+        losses = [[float(row["loss"]), float(row["tokens"])] for row in rows if row["clamp"] == name]
+        measured = Perplexity.of(np.asarray(losses)) if losses else perplexity(job.model, text, one)
+        if not losses:
+            rows += [{"clamp": name, "paragraph": at, "loss": loss, "tokens": int(n)} for at, (loss, n) in enumerate(measured.losses)]
+            write_csv(file, rows)
+        found.append(measured)
+    return found
 
 
 def clamp_verdicts(job: GateJob, out: Path, k: int, texts: Sequence[Perplexity]) -> list[Verdict]:

@@ -23,7 +23,7 @@ from jaxmed.errors import unknown
 from jaxmed.evaluation.judges import Judge, refusal_rules
 from jaxmed.files import simple, write_json, write_text
 from jaxmed.gating.cases import Chosen, make_sets
-from jaxmed.gating.clamp import ANSWERS, CLAMPS, Judging, clamp_perplexity, clamp_verdicts, group_size, read_group, run_clamps
+from jaxmed.gating.clamp import ANSWERS, CLAMPS, PERPLEXITY, Judging, clamp_perplexity, clamp_verdicts, group_size, read_group, run_clamps
 from jaxmed.gating.job import AUTO, GateJob, GateRequest, gate_manifest, make_gate
 from jaxmed.gating.rankings import Evidence, measure_features
 from jaxmed.gating.spec import GateSpec
@@ -36,7 +36,7 @@ from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import Display, no_display
 
 HALVES = (0, 1)
-TABLES = ("gate.csv", VERDICTS, ANSWERS)
+TABLES = ("gate.csv", VERDICTS, ANSWERS, PERPLEXITY)
 SETS = tuple(f"{name}{half + 1}.json" for name in ("sets", "values") for half in HALVES)
 KEPT = "answers"
 """What an endpoint's scores are kept beside."""
@@ -76,7 +76,7 @@ def _clamped(job: GateJob, found: Measured, out: Path, judge: Judge, display: Di
     groups = [read_group(job, out, half, k) for half in HALVES]
     with display(f"answers, {k} neurons clamped", len(CLAMPS) * int(job.counted.sum()), "answers") as report:
         run_clamps(job, groups, judge, out, report)
-    return clamp_verdicts(job, out, k, clamp_perplexity(job, groups))
+    return clamp_verdicts(job, out, k, clamp_perplexity(job, groups, out))
 
 
 def _sweep(job: Job, out: Path, title: str, display: Display) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import check_file, read_json, simple, write_json
 from jaxmed.hosts import first_tells, leads, several
+from jaxmed.memory import return_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
@@ -152,6 +153,7 @@ class RunFolder:
                 session.close(ended, reason=": ".join([type(error).__name__, *told])[:300])
             raise
         session.close(ended)
+        return_freed_memory()
 
 
 @contextmanager
