@@ -300,7 +300,10 @@ def test_the_tokenizer_of_another_architecture(saved: Callable, tmp_path: Path) 
     assert tokenizer.decode(ids) == "<0>Hi <1>ho"
 
 
-@pytest.mark.parametrize(("ends", "expected"), [({"eot": 258}, [257, 258]), ({"eot": 257}, [257]), ({"eot": 258, "eom": 3}, [3, 257, 258])])
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [({"eot": 258}, [257, 258]), ({"eot": 257}, [257]), ({"eot": 258, "eom": 3}, [3, 257, 258]), ({"eos": 2**32 - 1, "eot": 258}, [258])],
+)
 def test_answers_end_where_the_metadata_says(saved: Callable, tmp_path: Path, ends: dict[str, int], expected: list[int]) -> None:
     model = load(
         str(_with_tokens(saved, tmp_path / "m.gguf", "qwen2", **{f"{end}_token_id": at for end, at in {"eos": 257, **ends}.items()}))

@@ -81,6 +81,14 @@ def test_a_literal_is_a_token_of_its_own_only_where_it_is_marked(kind: int, expe
     assert split(fast, "<x>", add_special_tokens=False) == ["<x>"]
 
 
+@pytest.mark.parametrize("number", [-1, 2**32 - 1, 10**6, None])
+def test_special_ids_outside_the_vocabulary_are_none(number: int | None) -> None:
+    fast = tokenizer(padding_token_id=number, bos_token_id=number, eos_token_id=number, kinds={"<x>": 3})
+    assert fast.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # the usual ones
+    assert split(fast, "hi<x>") == ["<s>", "▁hi", "<x>"]
+    assert split(byte_level("llama-bpe", bos_token_id=number), "hi") == ["hi"]
+
+
 def test_nothing_is_added_to_the_vocabulary() -> None:
     assert len(tokenizer("gemma2")) == len(dict.fromkeys(PIECES))  # its class brings <bos>, <eos>, <pad> and <mask> along
 

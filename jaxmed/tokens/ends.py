@@ -7,7 +7,10 @@ from typing import Any
 
 from jaxmed.errors import UserError, quoted
 
-ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "<|end_of_text|>", "<|return|>", "</s>")
+ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_role|>", "<|end_of_text|>"),
+    *("<|return|>", "</s>", "<EOT>", "<turn|>", "<end_of_utterance>"),
+)
 """Control tokens that end an assistant's turn, where a checkpoint does not say what does."""
 
 

@@ -56,9 +56,9 @@ def need_tokenizer(tokenizer: Any) -> None:
     """Raises a UserError where a model came without tokenizer files."""
     if tokenizer is None:
         raise UserError(
-            "This model has no tokenizer: its folder has no tokenizer files (add tokenizer.json and "
-            "tokenizer_config.json), or its GGUF file "
-            "describes a tokenizer that transformers cannot build (load the Hugging Face folder of the model instead)."
+            "This model has no tokenizer: its folder has no tokenizer files (add tokenizer.json and tokenizer_config.json), or its GGUF "
+            "file describes a tokenizer that transformers cannot build: its pre-tokenizer is not known, or its vocabulary does not hold "
+            "together (load the Hugging Face folder of the model instead)."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,15 @@ def _config(header: Header, name: str, architecture: Architecture, problems: lis
         problems.append(f"the metadata lacks {missing}")
     except (TypeError, ValueError, ArithmeticError) as wrong:
         problems.append(f"the metadata holds a value that cannot be used: {wrong}")
-    ends = [header.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    ends = [end for end in dict.fromkeys(ends) if isinstance(end, int)]
-    return {**facts.config, **({"eos_token_id": ends} if len(ends) > 1 else {})}
+    return {**facts.config, **_ends(header.metadata)}
+
+
+def _ends(metadata: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Tokens that end an answer, of a file that names others beside its tokenizer's end; ids outside the vocabulary count as none."""
+    named = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")}
+    count = len(metadata.get("tokenizer.ggml.tokens") or ())
+    ends = {key: number for key, number in named.items() if isinstance(number, int) and 0 <= number < count}
+    return {"eos_token_id": sorted({*ends.values()})} if {*ends.values()} - {ends.get("eos")} else {}
 
 
 def _factors(header: Header, problems: list[str]) -> dict[str, tuple[float, ...]]:

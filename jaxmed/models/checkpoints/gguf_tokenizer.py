@@ -23,6 +23,8 @@ TURNS_END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftex
 _PHI3, SPACED = re.compile("phi[- ]?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
 """Names of models whose control tokens take the spaces and newlines behind them along, but for these."""
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+USUAL = {"bos": 1, "eos": 2, "unknown": 0}
+"""Ids in SentencePiece vocabularies of files that name none."""
 
 
 def build_tokenizer(metadata: Mapping[str, Any], architecture: str) -> Any:
@@ -52,9 +54,8 @@ def _convert(ours: Mapping[str, Any], architecture: str, name: str) -> Any:
     if ours.get("ggml.model") == "llama":
         backend = _as_sentencepiece(_with_own_tokens(backend, ours), bool(ours.get("ggml.add_space_prefix", "gemma" not in architecture)))
         backend = _with_bare_tokens(backend) if _PHI3.search(name) else backend
-    ids = {token: ours[f"ggml.{key}_token_id"] for token, key in SPECIAL.items() if f"ggml.{key}_token_id" in ours}
-    special = {token: ours["ggml.tokens"][number] for token, number in ids.items()}
-    if _adds_start(ours):
+    special: dict[str, Any] = _special_tokens(ours)
+    if "bos_token" in special and _adds_start(ours):
         special["add_bos_token"] = True
     if ours.get("ggml.add_eos_token") and "eos_token" in special:
         special["add_eos_token"] = True
@@ -127,4 +128,17 @@ def _merges_hold(ours: Mapping[str, Any]) -> bool:
 def _adds_start(ours: Mapping[str, Any]) -> bool:
     """Whether the begin-of-sequence token is put before every text: llama.cpp's default depends on the kind of vocabulary."""
     usual = ours.get("ggml.model") == "llama" or (ours.get("ggml.model") == "gpt2" and ours.get("ggml.pre") in STARTED)
-    return bool(ours.get("ggml.add_bos_token", usual)) and "ggml.bos_token_id" in ours
+    return bool(ours.get("ggml.add_bos_token", usual))
+
+
+def _special_tokens(ours: Mapping[str, Any]) -> dict[str, str]:
+    """Begin, end, unknown and padding; an id outside the vocabulary, such as -1, counts as none."""
+    tokens, kinds, found = ours["ggml.tokens"], ours["ggml.token_type"], {}
+    usual = USUAL if ours.get("ggml.model") == "llama" else {}
+    for token, key in SPECIAL.items():
+        number, other = ours.get(f"ggml.{key}_token_id"), usual.get(key, len(tokens))
+        if isinstance(number, int) and 0 <= number < len(tokens):
+            found[token] = tokens[number]
+        elif other < len(tokens) and kinds[other] in MARKED:
+            found[token] = tokens[other]
+    return found
