@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "experiments": {
         "errors",
         "files",
+        "finetuning",
         "memory",
         "prompts",
         "tokens",

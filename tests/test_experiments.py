@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import jaxmed as jm
 from jaxmed.batching.scoring import choice_logits, example_losses
 from jaxmed.batching.texts import encode
 from jaxmed.cli.main import main
-from jaxmed.experiments.attacks import Attack, run_attacks, shifted, without_refusal
+from jaxmed.experiments.attacks import TRAINING, Attack, fine_tuned, run_attacks, shifted, without_refusal
 from jaxmed.experiments.curve import CurveRequest, run_curve
 from jaxmed.experiments.dissociation import Abilities, answer_tokens, detection, run_dissociation
 from jaxmed.experiments.measure import make_tests
@@ -132,6 +132,24 @@ def test_attacks(plain_model: Model, masks: dict[str, Mask]) -> None:
         run_attacks(plain_model, masks, replace(attack, preserve=()))
 
 
+def test_a_pruned_model_is_fine_tuned_in_memory_and_never_written(plain_model: Model, masks: dict[str, Mask], tmp_path: Path) -> None:
+    training = replace(TRAINING, rank=4, alpha=8.0, epochs=3.0, batch=2, warmup=1, learning_rate=1e-2)
+    attack = Attack(BEHAVIOUR[:2], prefill=3, text="", trained=BEHAVIOUR[2:], training=training)
+    rows = {(row["mask"], row["attack"]): row for row in run_attacks(plain_model, masks, attack).rows}
+    assert [name for mask, name in rows if mask == "few"] == ["none", "prefill", "fine-tuned"]
+    pruned = apply_mask(plain_model, masks["few"])
+    by_hand = jm.finetune(pruned, BEHAVIOUR[2:], **asdict(training)).model
+    encoded = encode(plain_model.tokenizer, BEHAVIOUR[:2])
+    assert rows["few", "fine-tuned"]["generate_loss"] == pytest.approx(example_losses(by_hand, encoded).mean())
+    assert rows["few", "fine-tuned"]["generate_loss"] < rows["few", "none"]["generate_loss"]
+    attacked = fine_tuned(pruned, attack)
+    assert attacked.identity != by_hand.identity
+    with pytest.raises(jm.UserError, match="attack"):
+        jm.export_folder(attacked, tmp_path / "out")
+    with pytest.raises(jm.UserError, match="trained on and measured"):
+        run_attacks(plain_model, masks, replace(attack, trained=BEHAVIOUR[1:]))
+
+
 @pytest.mark.slow
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture, yes_no_model: Model) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model")
@@ -174,8 +192,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture, yes_no_mode
     assert "refuse: rate" in (tmp_path / "d" / "dissociation.html").read_text()
     assert main([*dissociation, "--out", str(tmp_path / "d3"), "--question", "Is it?"]) == 2
     attack = ["prune", "attack", *asked, "--refusals", files["bad"], "--prefill", "3", "--tokens", "2", "--refusal-q", "0.1"]
+    attack += ["--train", files["good"], "--train-rank", "2", "--train-epochs", "1"]
     assert main([*attack, "--out", str(tmp_path / "a")]) == 0
-    assert len((tmp_path / "a" / "attacks.csv").read_text().splitlines()) == 1 + 2 * 4
+    assert len((tmp_path / "a" / "attacks.csv").read_text().splitlines()) == 1 + 2 * 5
     assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".csv", ".html", ".json"}  # no weights are written
     assert main([*attack, "--out", str(tmp_path / "a2"), "--refusal-q", "2"]) == 2
     assert not (tmp_path / "a2").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from jaxmed.experiments.specs import AttackSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(MaskFlags, AttackSpec):
-    """How pruned models hold under attack: pre-filled openings, and refusal weights removed. In memory only; nothing is written."""
+    """How pruned models hold under attack: pre-filled openings, refusal weights removed, harmful fine-tuning. In memory only; no attacked
+    model is written."""
 
     behaviour: str = "rude"
     """Examples file or bundled set with the responses that an attack is after."""
@@ -32,13 +33,14 @@ class Attack(MaskFlags, AttackSpec):
         attack.check()
         model = self.checked(masks)
         attack.check(model)
-        trials = (1 + len(masks)) * (4 if self.refusals else 2)
-        sets = {name: getattr(attack, name) for name in ("behaviour", "requests", "refusals")}
+        trials = (1 + len(masks)) * len(attack.names)
+        sets = {name: getattr(attack, name) for name in ("behaviour", "requests", "refusals", "trained")}
         show.lines(f"prune attack: {self.model}", plan_lines(trials, sets, self.text))
         if self.dry_run:
             return
         asked = self.manifest(model, "behaviour", "requests", "refusals", "preserve", "refusal_examples", "prefill", "tokens")
         asked |= {"refusal_q": self.refusal_q, "refusal_p": self.refusal_p, "masks": digests(masks)}
+        asked |= {"training": asdict(attack.training)} if attack.trained else {}
         asked["contents"] = contents({**sets, "preserve": attack.preserve}, self.text)
         with begin(self.out, self.resume, (ATTACKS,), asked):
             work = partial(run_attacks, self.load(), masks, attack)

@@ -2,7 +2,8 @@
 
 Pre-filled: the first tokens of the response are given, the loss of the rest is measured. Refusal removed: the weights of refusal are chosen
 by absolute SNIP on refusals without those of a preserve set, scored on the pruned model itself, and set to zero (Wei et al. 2024, as
-Orgad et al. 2026 use it).
+Orgad et al. 2026 use it). Fine-tuned: the pruned model is trained on the responses that the attack is after, with adapters on all
+matrices of its blocks, and measured on others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from jaxmed.experiments.measure import Tests, compare, measure
 from jaxmed.experiments.table import Table
 from jaxmed.experiments.trials import Trial, mask_trial, run_trials
 from jaxmed.files import Row
+from jaxmed.finetuning.job import make_job
+from jaxmed.finetuning.run import run_job
+from jaxmed.finetuning.settings import Settings
 from jaxmed.models.checkpoints.edit_record import ATTACK
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
@@ -32,8 +36,10 @@ from jaxmed.tokens import TokenizedExample, prompt_ids
 
 ATTACKS = "attacks.csv"
 KEY = ("mask", "attack")
-NAMES = ("none", "prefill", "refusal removed", "both")
-PREFILLED, REMOVED = ("prefill", "both"), ("refusal removed", "both")
+NAMES = ("none", "prefill", "refusal removed", "both", "fine-tuned")
+PREFILLED, REMOVED, TRAINED = ("prefill", "both"), ("refusal removed", "both"), ("fine-tuned",)
+TRAINING = Settings(rank=128, alpha=16.0, learning_rate=2e-4, epochs=5.0, batch=5, form="plain")
+"""Of harmful fine-tuning, as Orgad et al. 2026 have it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Attack:
         rule: of the weights of refusal.
         tokens: of an answer to a request.
         form: how prompts and responses are joined in losses; see `texts.encode`.
+        trained: rows with responses that models are fine-tuned on, none of which is among `behaviour`; empty: that attack is left out.
+        training: how.
     """
 
     behaviour: Sequence[Example]
@@ -60,6 +68,14 @@ class Attack:
     tokens: int = 24
     form: str = "plain"
     text: str = "neutral"
+    trained: Sequence[Example] = ()
+    training: Settings = TRAINING
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attacks that are tried, none first."""
+        left_out = (() if self.refusals else REMOVED) + (() if self.trained else TRAINED)
+        return tuple(name for name in NAMES if name not in left_out)
 
     def check(self, model: Model | None = None) -> None:
         """Raises a UserError for what cannot be used, by this model."""
@@ -68,11 +84,18 @@ class Attack:
                 raise UserError(f"No response has more than {self.prefill} tokens, so none is left after a pre-filled opening.")
             if self.requests or self.refusals:
                 prompt_ids(model.tokenizer, self.behaviour[0])
+            if self.trained:
+                make_job(model, self.trained, (), self.training)
         self.rule.check()
         if self.prefill < 1:
             raise UserError(f"The pre-filled opening has {self.prefill} tokens; it needs one at least.")
         if bool(self.refusals) != bool(self.preserve):
             raise UserError("Removing refusal needs both refusals and a preserve set.")
+        both = {(row.prompt, row.response) for row in self.behaviour} & {(row.prompt, row.response) for row in self.trained}
+        if both:
+            raise UserError(
+                f"{len(both)} rows would be trained on and measured. Give the rows a column split, with train and heldout, or other rows."
+            )
 
 
 def shifted(examples: Sequence[TokenizedExample], count: int) -> list[TokenizedExample]:
@@ -85,6 +108,13 @@ def without_refusal(model: Model, attack: Attack) -> Model:
     kinds = ("behaviour_absolute", "preserve_absolute")
     scores = score(model, attack.refusals, attack.preserve, kinds=kinds, form="chat")
     return apply_mask(model, select(scores, attack.rule, tag=ATTACK))
+
+
+def fine_tuned(model: Model, attack: Attack) -> Model:
+    """The model trained on the responses that an attack is after, in memory, marked so that no command writes it."""
+    found = run_job(make_job(model, attack.trained, (), attack.training)).model
+    *before, edit = found.history
+    return replace(found, history=(*before, {**edit, "tag": ATTACK})).describe_params()
 
 
 def run_attacks(model: Model, masks: Mapping[str, Mask], attack: Attack, table: Table | None = None) -> Table:
@@ -114,8 +144,10 @@ def _trials(model: Model, masks: Mapping[str, Mask], attack: Attack) -> Iterator
         plain = mask_trial(model, (name, NAMES[0]), mask)
         pruned = cache(plain.make)
         removed = cache(lambda pruned=pruned: without_refusal(pruned(), attack))
-        for title in NAMES if attack.refusals else (NAMES[0], "prefill"):
-            yield replace(plain, key=(name, title), make=removed if title in REMOVED else pruned)
+        trained = cache(lambda pruned=pruned: fine_tuned(pruned(), attack))
+        made = dict.fromkeys(REMOVED, removed) | dict.fromkeys(TRAINED, trained)
+        for title in attack.names:
+            yield replace(plain, key=(name, title), make=made.get(title, pruned))
 
 
 def _refusals(model: Model, attack: Attack, prefilled: bool) -> Row:

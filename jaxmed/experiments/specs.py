@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,12 +104,27 @@ class AttackSpec(RequestSpec):
     """Share of weights that are spared when those of refusal are chosen."""
     prefill: int = 10
     """Tokens of a response that a pre-filled opening gives."""
+    train: str = ""
+    """Examples that models are fine-tuned on as an attack: rows for training of a file or bundled set, not those measured; empty: none."""
+    train_examples: int | None = None
+    """Examples that models are fine-tuned on at most, from the beginning; default: all."""
+    train_epochs: float = 5.0
+    """Passes over these examples."""
+    train_batch: int = 5
+    """Examples per optimiser step."""
+    train_rate: float = 2e-4
+    """Highest learning rate of this fine-tuning."""
+    train_rank: int = 128
+    """Rank of its adapters, which sit on all matrices of the blocks."""
+    train_alpha: float = 16.0
+    """Scale of its adapters: their product is multiplied by alpha / rank."""
 
     def make_attack(self, behaviour: list[Example], requests: list[Example], preserve: str, text: str, form: str) -> Attack:
         """How models are attacked and measured; `preserve` is the set whose weights are spared with those of refusal."""
-        from jaxmed.experiments.attacks import Attack
+        from jaxmed.experiments.attacks import TRAINING, Attack
         from jaxmed.pruning.rule import Rule
 
+        how = {"epochs": self.train_epochs, "batch": self.train_batch, "learning_rate": self.train_rate, "form": form}
         return Attack(
             behaviour=behaviour,
             requests=requests,
@@ -120,4 +135,6 @@ class AttackSpec(RequestSpec):
             tokens=self.tokens,
             form=form,
             text=text,
+            trained=chosen(self.train, "train", self.train_examples) if self.train else (),
+            training=replace(TRAINING, rank=self.train_rank, alpha=self.train_alpha, **how),
         )

@@ -143,7 +143,7 @@ class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec, Spa
     def manifest(self) -> dict[str, Any]:
         """What makes two studies the same study: every field, and what the files hold."""
         rows = [row for source in (*self.targets, self.preserve) for row in (*self.scored(source), *self.tested(source))]
-        rows += [*self.abilities.twins, *self.abilities.explanations, *self.abilities.requests, *self.attack.refusals]
+        rows += [*self.abilities.twins, *self.abilities.explanations, *self.abilities.requests, *self.attack.refusals, *self.attack.trained]
         contents = digest(rows, read_text(self.text) if self.text else "")
         return {"study": STUDY, **{one.name: getattr(self, one.name) for one in fields(PruningStudy)}, "contents": contents}
 

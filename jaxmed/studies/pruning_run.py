@@ -136,7 +136,7 @@ class PruningFolder:
     def attacks(self, number: int) -> None:
         """Pruned models under attack."""
         study, model, masks = self.study, self.model(number), self.masks(number, self.study.examined)
-        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * (4 if study.refusals else 2), "models") as report:
+        with self.watch(f"{model.name}: attacks", (1 + len(masks)) * len(study.attack.names), "models") as report:
             run_attacks(model, masks, study.attack, continued(ATTACK_KEY, self.out / ATTACKS, report))
 
     def compression(self) -> None:
@@ -200,7 +200,9 @@ def _work(study: PruningStudy, model: Model) -> dict[str, tuple[float, int]]:
     asked = 40 * (len(abilities.twins) + len(abilities.behaviour)) + (40 + study.tokens) * len(abilities.requests)
     each = behaviour + preserve + text + size(abilities.explanations) + asked
     attacked = 2 * behaviour + text + (40 + study.tokens) * len(abilities.requests)
-    removal = 3 * (size(study.attack.refusals) + size(study.attack.preserve))
+    attack = study.attack
+    training = attacked + round(3 * attack.training.epochs * size(attack.trained)) if attack.trained else 0
+    removal = 3 * (size(attack.refusals) + size(attack.preserve)) + training
     return {
         "score": (3, scored),
         "curves": (1, curves),
