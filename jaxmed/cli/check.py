@@ -21,7 +21,7 @@ class Check(SweepFlags, ConfigFlags):
     """
 
     pairs: Annotated[str, tyro.conf.Positional] = "harm"
-    """Pairs file to check (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    """Pairs file to check (.jsonl, .json, .csv, .tsv, .parquet), or a bundled set: harm, control, facts."""
 
     def run(self) -> None:
         """Reads, tokenises, counts."""

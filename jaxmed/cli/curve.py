@@ -33,7 +33,7 @@ class Curve(MeasureFlags, TestFlags, SeedsSpec, Rule):
     scored: str = ""
     """Behaviour set that was scored: the true rise of its loss is shown beside the first-order prediction; empty: none."""
     qs: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Shares of weights that are chosen, instead of --q."""
+    """Fractions of weights that are chosen, instead of --q."""
     against: tuple[ScoreName, ...] = ("random",)
     """Other rules by which as many weights are chosen; random: the same counts per matrix."""
 

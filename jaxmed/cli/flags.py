@@ -49,7 +49,7 @@ class RunFlags(ResumeFlag, PlanFlags):
     out: Path = Path("jaxmed-out")
     """Folder that the results are written to."""
     log_json: bool = False
-    """Tell progress on stderr in lines of JSON, for programs that collect logs."""
+    """Write progress to stderr as lines of JSON, for programs that collect logs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class PairsFlag:
     """What is compared."""
 
     pairs: str = "harm"
-    """Pairs file (.jsonl, .csv, .parquet), or a bundled set: harm, control, facts."""
+    """Pairs file (.jsonl, .json, .csv, .tsv, .parquet), or a bundled set: harm, control, facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class SweepFlags(ContrastFlags):
     patch_factor: float | None = None
     """The number of noise (standard deviations; default 3), scale (default 2) and steer (default 1)."""
     reference: str = ""
-    """With --patch mean: folder of `jaxmed cache write`, over whose prompts and tokens means are taken instead."""
+    """With --patch mean: folder of `jaxmed cache write`; means are taken over its prompts and tokens instead."""
     sets: Path | None = None
     """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
@@ -172,20 +172,20 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     out: Path = Path("jaxmed-sweep")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
     method: Literal["auto", "exact", "screened", "attribution", "attribution-star", "relp", "mean-gradient", "integrated"] = "auto"
-    """How effects come about: exact, by a restarted pass for every unit; or as first-order estimates, of all units at once from two
-    forwards and a backward: attribution, with the gradient; attribution-star, beside that and without a sign, the mean over backwards that
-    skip a layer each; relp, with the coefficients of relevance propagation in the gradient's place; mean-gradient, with the mean of the
-    gradients at base and at source. Integrated: with the gradient's mean over --points on the way of one layer's units from base to source,
-    which takes that many backwards per layer. Screened: estimates of all units, and exact effects of those that are, or may be, among the
-    --top largest of a pair. Auto: exact where the plan is under ten minutes, else screened where that can be."""
+    """How effects come about. exact: a restarted pass for every unit. screened: estimates of all units, and exact effects of those that
+    are, or may be, among the --top largest of a pair. The others are estimates of all units at once. attribution: the unit's change times
+    the gradient at base, from two forwards and a backward. attribution-star: the same, and beside it a value without a sign, from
+    backwards that skip a layer each. relp: relevance propagation instead of the gradient. mean-gradient: the mean of the gradients at base
+    and at source. integrated: the mean gradient over --points on the way of one layer's units from base to source, which takes that many
+    backwards per layer. auto: exact where the plan is under ten minutes, else screened where that is possible."""
     budget: str = "2%"
-    """What exact effects may take with --method screened: a part of all exact effects' FLOPs (2%), FLOPs (3e13 flop), or time (20m)."""
+    """Limit of the exact effects of --method screened: a part of the FLOPs of all of them (2%), FLOPs (3e13 flop), or time (20m)."""
     points: int = 5
-    """Points of --method integrated on each way, by Gauss and Legendre's rule, 1 to 64."""
+    """Points of --method integrated, 1 to 64, placed by the Gauss-Legendre rule."""
     top: int = 50
-    """Units of each kind that are listed in top.csv."""
+    """Units of each kind that are listed in top.csv; with --method screened also how many of the largest are looked for."""
     by: Literal["", "category"] = ""
-    """Statistics, top.csv and tables of every category of pairs too: category."""
+    """category: statistics, rows of top.csv and tables for every category of pairs, too."""
     seed: int = 0
     """Seed of resamples and sign flips, and of --patch noise."""
     hosts: str = ""

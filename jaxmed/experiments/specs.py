@@ -45,7 +45,7 @@ class SparedSpec:
     """How many weights are spared."""
 
     p: float = 5e-3
-    """Share of weights that are spared per matrix."""
+    """Fraction of weights that are spared per matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,9 @@ class AttackSpec(RequestSpec):
     refusal_examples: int = 128
     """Refusals, and preserved examples, from which the weights of refusal are scored."""
     refusal_q: float = 0.01
-    """Share of weights that are chosen as those of refusal, by absolute SNIP."""
+    """Fraction of weights that are chosen as those of refusal, by absolute SNIP."""
     refusal_p: float = 0.01
-    """Share of weights that are spared when those of refusal are chosen."""
+    """Fraction of weights that are spared when those of refusal are chosen."""
     prefill: int = 10
     """Tokens of a response that a pre-filled opening gives."""
     train: str = ""

@@ -90,7 +90,7 @@ class Settings:
     max_response: int = 0
     """Tokens of a response at most, such as 12 to train how answers begin; 0: no limit."""
     whole_share: float = 0.0
-    """Share of the examples (chosen by --seed) that is trained on whole responses instead of their first --max-response tokens."""
+    """Fraction of the examples (chosen by --seed) that is trained on whole responses instead of their first --max-response tokens."""
     remat: bool = False
     """Run blocks again for their gradients, which saves memory."""
     evaluate_every: int = 0
@@ -141,9 +141,9 @@ class Source:
     model: str = ""
     """Known name (see `jaxmed models`), local folder, .gguf file, or Hugging Face name."""
     heldout: str = ""
-    """Examples file of the held-out loss; empty: a share of --data."""
+    """Examples file of the held-out loss; empty: a part of --data, see --heldout-share."""
     heldout_share: float = 0.1
-    """Share of --data that is held out where --heldout names no file."""
+    """Fraction of --data that is held out where --heldout names no file."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def planted(name: str, noise: float | None = None, seed: int = 0) -> Planted:
     """A tiny model with a known mechanism, prompts that show it, and the truth about its units.
 
     The weights of hand-made mechanisms are written, not trained: four layers of a Llama whose planted units do exactly what their row
-    says, among random ones. Expected effects are closed forms; without noise exact effects agree with them to 1e-3, with the default
-    noise to a tenth.
+    says, among random ones. Expected effects are closed forms; without noise exact effects agree with them to 2e-3, with the default
+    noise to a tenth of the total.
 
     Args:
         name: "gate", "adder", "pair", "cancel", "copy" or "path"; or "trigger" or "emergent", which are trained on the spot, in about a

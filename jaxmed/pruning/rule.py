@@ -29,9 +29,9 @@ class Rule:
     """How weights are chosen."""
 
     q: float = 1e-3
-    """Share of weights that are chosen, of each matrix, row, or of all (see --ranking); int(q * size) of them."""
+    """Fraction of weights that are chosen, of each matrix, row, or of all (see --ranking); int(q * size) of them."""
     p: float = 5e-3
-    """Share of weights that are spared, ranked by the preserve score in the same way; 0: none."""
+    """Fraction of weights that are spared, ranked by the preserve score in the same way; 0: none."""
     score: ScoreName = "signed"
     """Score that ranks weights. signed: -S; positive: +S; absolute: absolute SNIP; wanda; magnitude: smallest |W|; random."""
     spare: Literal["absolute", "wanda", "none"] = "absolute"
@@ -39,7 +39,7 @@ class Rule:
     ranking: Literal["matrix", "row", "global"] = "matrix"
     """Where weights are ranked: within their matrix, within the row of their output, or all together (global)."""
     skip: float = 0.0
-    """Share of the highest ranked weights that are skipped before q are chosen."""
+    """Fraction of the highest ranked weights that are skipped before q are chosen."""
     layers: tuple[int, ...] = ()
     """Layers whose matrices may be chosen from, such as 9,19,20-29; empty: all."""
     matrices: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ class MisalignmentSpec(Settings, SparedSpec):
     answers: int = 4
     """Sampled answers of the tuned model to every held-out prompt of its half: these are the behaviour that is scored."""
     q: float = 1e-4
-    """Share of weights that are chosen per matrix."""
+    """Fraction of weights that are chosen per matrix."""
     score_form: FormName = "space"
     """How prompt and answer are joined where weights are scored; see --form."""
     seeds: int = FEWEST_SEEDS

@@ -45,9 +45,9 @@ class PruningStudy(AbilitySpec, AttackSpec, TextSpec, FormSpec, UtilitySpec, Spa
     preserve: str = "ordinary"
     """Set whose weights are spared, bundled or yours."""
     q: float = 1e-4
-    """Share of weights that are chosen per matrix, for transfer, dissociation and attacks."""
+    """Fraction of weights that are chosen per matrix, for transfer, dissociation and attacks."""
     qs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-    """Shares of weights that are chosen along the curves."""
+    """Fractions of weights that are chosen along the curves."""
     score_limit: int | None = None
     """Examples of each set that are scored at most, from its beginning; default: all."""
     test_limit: int | None = None
