@@ -15,6 +15,8 @@ MOST_NAMES = 100
 """Legal values that a message lists."""
 MOST_ALIKE, MOST_PROBLEMS = 10, 40
 """Problems of one kind, and of all kinds, that a message lists; the others are counted."""
+NOT_FINITE = "The weights hold numbers that are not finite, or the model's arithmetic overflows (try --dtype float32)."
+"""What a reader of NaN should look for."""
 
 
 class UserError(Exception):

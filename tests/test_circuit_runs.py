@@ -16,6 +16,7 @@ from jaxmed.circuits.curve import FRACTIONS, areas
 from jaxmed.circuits.formats import Scored, read_scores, write_scores
 from jaxmed.circuits.graph import Graph, graph_of
 from jaxmed.circuits.job import make_circuits
+from jaxmed.circuits.kept import is_kept, recall
 from jaxmed.circuits.spec import CircuitSpec
 from jaxmed.cli.main import main
 from jaxmed.files import read_csv
@@ -144,6 +145,8 @@ def test_a_run_goes_on_and_refuses_another_request(ran: Path, folder: Path, caps
     before = (ran / "curve.csv").read_bytes()
     assert json.loads((ran / "run.json").read_text())["identity"] < EFFECTS
     (ran / "kept" / "circuits-1.npz").write_bytes(b"torn")
+    assert main(command(folder, ran, "--method", "eap", "--resume")) == 2  # names what is damaged, and drops it
+    assert "circuits-1.npz is damaged" in capsys.readouterr().err
     assert main(command(folder, ran, "--method", "eap", "--resume")) == 0
     assert (ran / "curve.csv").read_bytes() == before
     assert json.loads((ran / "run.json").read_text())["sessions"][-1]["circuits"] == 1 + 1 + 9 * 4 + 1 + 2
@@ -151,6 +154,32 @@ def test_a_run_goes_on_and_refuses_another_request(ran: Path, folder: Path, caps
     assert "another request" in capsys.readouterr().err
     assert main(["report", str(ran), "--out", str(folder / "again.html")]) == 0
     assert "Faithfulness" in (folder / "again.html").read_text()
+
+
+@pytest.mark.parametrize("harm", ["cut", "bit of a number", "flags of the archive", "another pair's"])
+def test_what_is_kept_and_damaged_is_not_used(ran: Path, tmp_path: Path, harm: str) -> None:
+    kept = ran / "kept" / "scores-0.npz"
+    content, at = (
+        kept.read_bytes(),
+        {"bit of a number": len(kept.read_bytes()) // 2, "flags of the archive": kept.read_bytes().index(b"PK\1\2") + 8}.get(harm, 0),
+    )
+    flipped = content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+    harmed = {"cut": content[:-9], "another pair's": (ran / "kept" / "scores-1.npz").read_bytes()}.get(harm, flipped)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "scores-0.npz").write_bytes(harmed)
+    assert recall(tmp_path, "scores-0") is None
+    assert not is_kept(tmp_path, "scores-0")
+    assert recall(ran, "scores-0") is not None
+
+
+def test_other_scores_of_nodes_are_another_request(plain_model: Model) -> None:
+    graph = graph_of(plain_model.config)
+    blank = np.full(graph.real.shape, np.nan)
+    jobs = [
+        make_circuits(plain_model, PAIRS, CircuitSpec(nodes=2), "logit-diff", given=Scored(graph, blank, nodes, np.zeros_like(graph.real)))
+        for nodes in (np.arange(len(graph.senders)) + 1.0, np.arange(len(graph.senders)) + 2.0)
+    ]
+    assert jobs[0].manifest()["scores"] != jobs[1].manifest()["scores"]
 
 
 def test_scores_from_a_file_give_the_same_curve(ran: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import jaxmed as jm
 from jaxmed import results
+from jaxmed.effects.stored import stored_reference
 from jaxmed.errors import Notice
 from jaxmed.finetuning import checkpoint
 from jaxmed.models.checkpoints.orbax_store import save_store
@@ -213,6 +214,23 @@ def test_numbers_that_are_not_finite_are_told(value: float, plain_model: Model, 
     assert read_run(tmp_path / "scores")["not_finite"]
     with pytest.raises(jm.UserError, match="not all finite"):
         jm.pruning.select(scores, jm.pruning.Rule(q=0.01, p=0.01))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_activations_circuits_and_texts_say_so_too(value: float, plain_model: Model, tmp_path: Path) -> None:
+    up = plain_model.params["blocks"]["down"].at[1, 0, 0].set(value)
+    broken = replace(plain_model, params={**plain_model.params, "blocks": {**plain_model.params["blocks"], "down": up}})
+    with pytest.warns(Notice, match="mlp_out are not all finite"):
+        jm.activations(broken, ["ab", "abc"], "mlp_out", out=tmp_path / "a")
+    with pytest.raises(jm.UserError, match=r"a: activations at mlp_out are not all finite"):
+        stored_reference(str(tmp_path / "a"), broken, ["mlp_out"])
+    with pytest.warns(Notice), pytest.raises(jm.UserError, match="not all finite, so they have no mean"):
+        jm.mean_difference(broken, ["ab"], ["bc"], "mlp_out")
+    with pytest.warns(Notice, match="so no circuit is the best"):
+        jm.circuit(broken, tiny.PAIRS[:1], edges=3, random=0)
+    for how in ({}, {"temperature": 0.5}):
+        with pytest.raises(jm.UserError, match="no likeliest token"):
+            jm.generate(broken, ["ab"], 2, **how)
 
 
 @pytest.mark.parametrize("field", ["category", "group", "split", "control"])

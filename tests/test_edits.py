@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,6 +74,27 @@ def test_noise_is_seeded_and_steering_adds(plain_model: Model) -> None:
     steered = run(jm.edits.steer("residual_out", np.ones(16), 2.0, layer=1, position=2)) - run(None)
     assert np.allclose(steered[1, 0, 2], 2.0, atol=1e-5)
     assert np.abs(steered[1, 0, :2]).max() == 0
+
+
+def _seventh(model: Model, make: Any, x: Any) -> Any:
+    return jm.forward(model, [[5, 6, 7]], edits=make(x), logits="last")[0][0, 0, 7]
+
+
+def test_edits_of_traced_numbers_have_derivatives(plain_model: Model) -> None:
+    """In a factor, a coefficient, a direction: against central differences."""
+    direction = np.linspace(-1, 1, plain_model.config.width, dtype=np.float32)
+    kinds: dict[str, Any] = {
+        "scale": lambda x: jm.edits.scale("mlp_out", x, layer=1),
+        "steer": lambda x: jm.edits.steer("residual_out", direction, x, layer=1, position=-1),
+        "ablate": lambda x: jm.edits.ablate_direction("residual_mid", direction + x),
+    }
+    for name, make in kinds.items():
+        read = partial(_seventh, plain_model, make)
+        slope = float(jax.grad(read)(jnp.float32(0.5)))
+        assert slope == pytest.approx((float(read(np.float32(0.51))) - float(read(np.float32(0.49)))) / 0.02, rel=0.05, abs=1e-3), name
+        assert slope != 0, name
+    with pytest.raises(jm.UserError, match="whole number"):
+        jax.jit(lambda layer: jm.forward(plain_model, [[5]], edits=jm.edits.zero("mlp_out", layer=layer))[0])(1)
 
 
 def test_sparse_edits_stay_sparse(plain_model: Model) -> None:
@@ -153,6 +177,17 @@ def test_a_direction_is_a_vector_that_is_not_zero(direction: Any) -> None:
 def test_what_is_no_edit_is_refused(edits: Any) -> None:
     with pytest.raises(jm.UserError, match=r"Edit|edit at 'neuron' (is|has columns|holds)"):
         jm.forward(tiny.model("llama"), np.arange(3, 9), edits=edits)
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m-instruct", None, {}, tiny.LLAMA])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(jm.UserError, match=r"what jm\.load returns"):
+        jm.forward(model, [[3]])
+
+
+def test_a_batch_without_rows_is_refused(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="holds no token"):
+        jm.forward(plain_model, np.zeros((0, 3), int))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,24 @@ def test_a_path_that_nothing_can_be_written_to_is_one_message(tmp_path: Path, ki
         with pytest.raises(UserError, match="nothing was written"):
             check(tmp_path / PATHS[kind])
     assert held == sorted(path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("at", ["out.csv", "out.csv.tmp"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_neither_replaced_nor_written_through(tmp_path: Path, at: str, kind: str) -> None:
+    """As /dev/null would be, and what a link of the partial file's name leads to."""
+    (tmp_path / "other").write_text("kept")
+    os.mkfifo(tmp_path / at) if kind == "pipe" else (tmp_path / at).symlink_to("other" if at.endswith(".tmp") else "gone")
+    if at.endswith(".tmp"):
+        write_csv(tmp_path / "out.csv", [{"a": 1}])
+        assert read_csv(tmp_path / "out.csv") == [{"a": "1"}]
+        assert (tmp_path / "other").read_text() == "kept"
+        return
+    with pytest.raises(UserError, match="is no regular file"):
+        write_csv(tmp_path / "out.csv", [{"a": 1}])
+    with pytest.raises(UserError, match="is no regular file"):
+        read_json(tmp_path / "out.csv")
+    assert (tmp_path / at).is_fifo() or (tmp_path / at).is_symlink()
 
 
 def test_links_to_folders_are_written_through(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_indices_of_other_types_are_refused(tmp_path: Path, dtype: Any) -> None:
         ({"format": "pt"}, "format 'pt'"),
         ({"format": None}, "have no 'format'"),
         ({"rule": None}, "have no 'rule'"),
+        ({"tag": None, "sha256": "0" * 64}, "have no 'tag'"),
         ({"rule": "[]"}, r"rule is \[\]"),
         ({"rule": '"q"'}, "rule is 'q'"),
         ({"rule": "null"}, "rule is None"),

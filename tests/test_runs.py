@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxmed.cli.evaluate import Evaluate
@@ -105,6 +107,43 @@ def test_a_model_is_its_weights_whatever_it_is_called(tmp_path: Path, now: dict[
     else:
         with pytest.raises(UserError, match="another request"):
             _run(tmp_path / "out", {"model": now}, resume=True)
+
+
+@pytest.mark.parametrize("key", ["scores", "source_model", "until"])
+def test_what_a_run_began_with_is_not_left_out(tmp_path: Path, key: str) -> None:
+    _run(tmp_path / "out", {"a": 1, key: "x"})
+    with pytest.raises(UserError, match=f"{key}: x there, None now"):
+        _run(tmp_path / "out", {"a": 1}, resume=True)
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,3\n", "a,b\n1,2", ""])
+@pytest.mark.parametrize("ended", ["finished", "interrupted"])
+def test_tables_with_other_bytes_are_not_continued(tmp_path: Path, ended: str, content: str) -> None:
+    out, table = tmp_path / "out", tmp_path / "out" / "table.csv"
+    with (
+        pytest.raises(KeyboardInterrupt) if ended == "interrupted" else nullcontext(),
+        RunFolder.open(out, {"a": 1}, False, LEGAL) as folder,
+        folder.session(),
+    ):
+        (out / "parts").mkdir()
+        table.write_text("a,b\n1,2\n")
+        if ended == "interrupted":
+            raise KeyboardInterrupt
+    _run(out, resume=True)
+    table.write_text(content)
+    with pytest.raises(UserError, match=r"table\.csv holds other bytes"):
+        _run(out, resume=True)
+    assert main(["report", str(out)]) == 2
+    table.unlink()  # computed again
+    _run(out, resume=True)
+
+
+def test_tables_of_a_killed_run_are_those_of_its_markers(tmp_path: Path) -> None:
+    _run(tmp_path / "out")
+    (tmp_path / "out" / "table.csv").write_text("a\n")
+    with RunFolder.open(tmp_path / "out", {"a": 1}, True, LEGAL) as folder:
+        folder.note(status="running", tables={"table.csv": "0" * 64})
+    _run(tmp_path / "out", resume=True)
 
 
 def test_what_is_reused_is_taken_from_the_run_that_goes_on(tmp_path: Path) -> None:
@@ -294,6 +333,20 @@ def test_an_evaluation_resumes_part_by_part(tmp_path: Path, monkeypatch: pytest.
     for record in (whole, cut):
         del record["sessions"]
     assert whole == cut
+
+
+@pytest.mark.parametrize("changed", ["values.npy", "edits.json", "rubric.txt"])
+def test_an_evaluation_is_of_what_its_files_hold(tmp_path: Path, changed: str) -> None:
+    """A file of numbers that edits name, and a rubric, under their old names with other contents."""
+    files = {name: tmp_path / name for name in ("values.npy", "edits.json", "rubric.txt")}
+    np.save(files["values.npy"], np.ones(3))
+    files["edits.json"].write_text('[{"kind": "steer", "site": "mlp_out", "direction": "values.npy"}]')
+    files["rubric.txt"].write_text("{prompt} {response}")
+    asked = Evaluate(edits=files["edits.json"], rubric=str(files["rubric.txt"]), text="")
+    before, judged = asked._manifest([])["contents"], asked.record()
+    np.save(files[changed], np.zeros(3)) if changed == "values.npy" else files[changed].write_text(files[changed].read_text() + " ")
+    assert asked._manifest([])["contents"] != before
+    assert (asked.record() != judged) == (changed == "rubric.txt")
 
 
 def test_a_checkout_says_its_commit() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -125,6 +129,63 @@ def test_an_adapter_carries_the_tag_and_the_record_of_its_model(folder: Path, tm
     jm.export_folder(jm.load(str(tmp_path / "copy")), tmp_path / "copy of a copy")
     assert [edit.get("tag") for edit in read_edits(tmp_path / "copy of a copy")] == ["defence"]
     assert not (tuned(model).save_adapter(tmp_path / "plain") / RECORD).exists()
+
+
+def test_a_model_comes_out_of_a_program_with_its_own_tag(folder: Path, tmp_path: Path) -> None:
+    """Whatever was traced before it; weights of two models are not mixed as if they were of one."""
+    model = jm.load(str(folder))
+    attacked = apply_mask(model, mask(model, "attack"))
+    same = jax.jit(lambda given: jax.tree.map(lambda leaf: leaf + 0, given))
+    assert same(model).history == ()
+    assert same(attacked).history == attacked.history
+    with pytest.raises(UserError, match="memory only"):
+        jm.export_folder(same(attacked), tmp_path / "e")
+    with pytest.raises(ValueError, match="pytree metadata") as said:
+        jax.tree.map(lambda one, other: (one + other) / 2, model, attacked)
+    assert "edited by: ['pruning']" in str(said.value)
+    assert len(str(said.value)) < 3000, "weights are not shown"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"edits": [], "tag": "attack"},
+        {"edits": [{"mask": {"tag": "attack"}}]},
+        {"edits": [{"masks": [{"Tag ": "ATTACK"}]}]},
+        {"edits": [{"tag\u200b": "attack"}]},
+        {"edits": [], "source": {"tag": "attack"}},
+    ],
+)
+def test_a_tag_counts_wherever_it_stands(folder: Path, tmp_path: Path, record: dict[str, Any]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="memory only"):
+        jm.export_folder(jm.load(str(copy)), tmp_path / "again")
+
+
+def test_the_record_beside_an_adapter_counts_as_its_tag_does(folder: Path, tmp_path: Path) -> None:
+    adapter = tuned(jm.load(str(folder))).save_adapter(tmp_path / "adapter")
+    (adapter / RECORD).write_text(json.dumps({"edits": [{"kind": "pruning", "tag": "attack"}]}))
+    with pytest.raises(UserError, match="memory only"):
+        jm.export_folder(jm.load(str(folder), adapter=adapter), tmp_path / "e")
+    (adapter / RECORD).unlink()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "jaxmed_tag": "att\u200back"}))
+    with pytest.raises(UserError, match="Unknown tag"):
+        jm.load(str(folder), adapter=adapter)
+
+
+@pytest.mark.parametrize("name", [RECORD, "jaxmed.sha256", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
+def test_what_stands_where_a_file_belongs_is_not_passed_over(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy") / name
+    copy.unlink(missing_ok=True)
+    links = {"device": "/dev/zero", "link": "gone"}
+    make = {"pipe": os.mkfifo, "folder": Path.mkdir} | {key: partial(Path.symlink_to, target=to) for key, to in links.items()}
+    make[kind](copy)
+    with pytest.raises(UserError, match="is no regular file"):
+        jm.load(str(copy.parent))
 
 
 def test_a_copied_record_is_refused_when_it_is_written_on(folder: Path, tmp_path: Path) -> None:

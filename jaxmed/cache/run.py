@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.cache.job import Job
+from jaxmed.errors import NOT_FINITE, notice
 from jaxmed.runner.public import forward
 from jaxmed.tokens import bucket, pad
 
@@ -37,7 +38,8 @@ def _run_shard(job: Job, prompts: range) -> dict[str, np.ndarray]:
         taps = forward(job.model, ids, taps=tuple(job.axes), padding=padding, logits="none")[1]
         for name, letters in job.axes.items():
             out = np.full((len(rows), *found[name].shape[1:]), np.nan, np.float32)
-            _fill(out, taps[name], letters, (job.table.coordinates["position"], job.columns[numbers]), padding)
+            if not _fill(out, taps[name], letters, (job.table.coordinates["position"], job.columns[numbers]), padding):
+                notice(f"Activations at {name} are not all finite. {NOT_FINITE}")
             found[name][rows] = out
     return found
 
@@ -54,8 +56,11 @@ def _batches(lengths: np.ndarray, per_token: int) -> Iterator[tuple[list[int], i
             yield [*chosen, *[chosen[-1]] * (count - len(chosen))], int(size)
 
 
-def _fill(out: np.ndarray, tap: jax.Array, axes: str, places: tuple[np.ndarray, np.ndarray], padding: np.ndarray) -> None:
+def _fill(out: np.ndarray, tap: jax.Array, axes: str, places: tuple[np.ndarray, np.ndarray], padding: np.ndarray) -> bool:
     """Puts activations [L, B, ...] of a batch, padded at the left, into `out` [B, L, position, ...], which holds NaN.
+
+    Returns:
+        Whether all of them are finite.
 
     Args:
         places: the coordinate `position`, and int [B, position]: columns counted from the right, 0 where a prompt has none.
@@ -72,3 +77,4 @@ def _fill(out: np.ndarray, tap: jax.Array, axes: str, places: tuple[np.ndarray, 
         out[:, :, inside, ..., -keys:] = np.where(missing, np.nan, values)[..., -keys:]
     else:
         out[:, :, inside] = np.where(missing, np.nan, values)
+    return bool((np.isfinite(values) | missing).all())

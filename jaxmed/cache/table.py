@@ -13,7 +13,7 @@ import xarray as xr
 from jaxmed.cache.job import Job, make_job
 from jaxmed.cache.run import run_shards
 from jaxmed.cache.store import open_cache, read_cache
-from jaxmed.errors import UserError
+from jaxmed.errors import NOT_FINITE, UserError
 from jaxmed.models.model import Model
 from jaxmed.runs.watch import RESUMED, Watch, silent
 
@@ -109,8 +109,12 @@ def mean_difference(
         values = activations(model, prompts, site, position, form)[site]
         if values.sizes["position"] != 1:
             raise UserError(f"A direction is read at one position, not at {values.sizes['position']}. Give one, such as -1.")
-        if bool(np.isnan(values).any()):
+        if int(values.length.min()) < -int(values.position[0]):
             raise UserError(f"A prompt has no position {int(values.position[0])}: the shortest has {int(values.length.min())} tokens.")
+        if "key_position" in values.dims and len({*values.length.values.tolist()}) > 1:
+            raise UserError(f"{site} of prompts of different lengths has no mean. Give prompts of one length, or another site.")
+        if not bool(np.isfinite(values).all()):
+            raise UserError(f"Activations at {site} are not all finite, so they have no mean. {NOT_FINITE}")
         means.append(values.isel(position=0).mean("prompt", dtype=np.float64))
     found = (means[0] - means[1]).astype(np.float32)
     norm = np.sqrt((found.astype(np.float64) ** 2).sum([dim for dim in found.dims if dim != "layer"]))

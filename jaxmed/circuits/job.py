@@ -108,7 +108,8 @@ class CircuitJob:
     def manifest(self) -> dict[str, Any]:
         """What makes two requests the same."""
         given = self.given
-        digest = {} if given is None else {"scores": hashlib.sha256(given.edges.tobytes() + given.chosen.tobytes()).hexdigest()}
+        parts = () if given is None else (given.edges, given.nodes, given.chosen)
+        digest = {"scores": hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()} if parts else {}
         return {
             "circuit": {**asdict(self.spec), "outcome": outcome_name(self.outcome)},
             "contrast": self.contrast,

@@ -16,14 +16,14 @@ from jaxmed.circuits.cost import Sizes
 from jaxmed.circuits.faithfulness import circuit_outcomes, one_pair
 from jaxmed.circuits.formats import Scored, read_scores
 from jaxmed.circuits.job import CircuitJob, make_circuits
-from jaxmed.circuits.kept import FOLDER, is_kept, keep, recall
+from jaxmed.circuits.kept import FOLDER, is_kept, keep, mend, recall
 from jaxmed.circuits.listed import Circuit, Found, circuits_of, found_of
 from jaxmed.circuits.rows import batch_of, readout_of
 from jaxmed.circuits.scores import Ends, point_scores, run_ends
 from jaxmed.circuits.spec import METHODS, CircuitSpec
 from jaxmed.circuits.tables import CURVE, EDGES, MEASURES, as_dataset, scores_file, write_tables
 from jaxmed.effects.outcomes import OutcomeName
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import NOT_FINITE, UserError, notice, unknown
 from jaxmed.models.model import Model
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.runs.folder import RunFolder, Session
@@ -43,6 +43,7 @@ def run_circuits(job: CircuitJob, out: Path, resume: bool = False, display: Disp
     """
     sizes = Sizes(job)
     with RunFolder.open(out, job.manifest(), resume, LEGAL, sizes.costs()[0].written) as folder, folder.session() as session:
+        mend(folder)
         with display("scores", sum(map(sizes.of_scores, job.scored)), "pairs") as report:
             _score(sizes, out, session, report)
         found = _found(job, out)
@@ -51,6 +52,8 @@ def run_circuits(job: CircuitJob, out: Path, resume: bool = False, display: Disp
             _measure(sizes, circuits, out, session, report)
         held = [one for pair in job.measured if (one := recall(out, f"circuits-{pair}")) is not None]
         folder.record["identity"] = max(float(np.abs(one[OUTCOMES][:2] - one[ENDS]).max()) for one in held)
+        if not all(np.isfinite(one[OUTCOMES]).all() for one in held):
+            notice(f"{out}: outcomes of circuits are not all finite, so no circuit is the best. {NOT_FINITE}")
         write_tables(job, found, circuits, np.stack([one[OUTCOMES] for one in held], axis=1), out)
 
 

@@ -96,6 +96,12 @@ def read_edits(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error}") from None
 
 
+def files_of(file: Path) -> list[Path]:
+    """A file of edits, and the files of numbers that it names."""
+    named = [value for entry in _read(file) if isinstance(entry, dict) for key, value in entry.items() if FIELDS.get(key) in WITH_FILES]
+    return [file, *(file.parent / name for name in named if isinstance(name, str))]
+
+
 def _read(file: Path) -> list[Any]:
     entries = read_json(file, "a list of interventions")
     if not isinstance(entries, list) or not entries:
@@ -187,6 +193,8 @@ def _shape(name: str, value: Any, folder: Path) -> tuple[int, ...]:
     return tuple(_whole(name, value if isinstance(value, list) else [value], folder))
 
 
+WITH_FILES = (_numbers, _single, _direction)
+"""Of the readers of entries, those of numbers, which a file may hold."""
 FIELDS: dict[str, Callable[[str, Any, Path], Any]] = {
     "site": _text,
     "layer": _whole,

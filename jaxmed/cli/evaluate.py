@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmed.cli import show
-from jaxmed.cli.edits import EditFlags
+from jaxmed.cli.edits import EditFlags, files_of
 from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, ResumeFlag, SourceFlags, SplitFlag, check_absent
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import TextSpec
+from jaxmed.files import file_digest
 from jaxmed.runs.folder import open_file
 
 
@@ -99,8 +100,9 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
         apart = ("out", "resume", "dry_run", "config", *(one.name for one in fields(ModelFlags)))
         asked = {one.name: str(getattr(self, one.name)) for one in fields(self) if one.name not in apart}
-        edits = self.edits.read_text(encoding="utf-8") if self.edits else ""
-        return asked | {"contents": digest(rows, read_text(self.text) if self.text else "", edits)}
+        files = "".join(file_digest(file) for file in files_of(self.edits)) if self.edits else ""
+        files += self.record().get("rubric_sha256", "")
+        return asked | {"contents": digest(rows, read_text(self.text) if self.text else "", files)}
 
     def _check_model(self, rows: Sequence[Any]) -> None:
         """Raises a UserError for what the model, or the one that it is compared with, cannot be asked; loads no weights."""

@@ -10,7 +10,6 @@ from jaxmed.cli import show
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
-from jaxmed.evaluation.judges import JudgeSettings
 from jaxmed.files import read_csv
 from jaxmed.gating.spec import GateSpec
 
@@ -79,8 +78,7 @@ def judging(flags: Any, kept: Path, keep_text: bool = False) -> Any:
     from jaxmed.gating.clamp import Judging
     from jaxmed.gating.run import RULES
 
-    settings = {one.name: str(getattr(flags, one.name)) for one in fields(JudgeSettings)}
-    return Judging(flags.make_judge(kept, keep_text, flags.mesh), settings) if flags.tokens else RULES
+    return Judging(flags.make_judge(kept, keep_text, flags.mesh), flags.record()) if flags.tokens else RULES
 
 
 def show_verdicts(folder: Path) -> None:

@@ -13,7 +13,6 @@ from jaxmed.cli.flags import ModelFlags, RunFlags
 from jaxmed.cli.gate import show_verdicts
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
-from jaxmed.evaluation.judges import JudgeSettings
 from jaxmed.evaluation.rubrics import ALIGNMENT, COHERENCE
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
 
@@ -69,7 +68,8 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
         """The settings that decide scores."""
         if self.judge == "rules":
             return {"judge": "read-outs"}
-        return {one.name: str(getattr(self, one.name)) for one in fields(JudgeSettings)} | {"coherence_rubric": self.coherence_rubric}
+        alignment, coherence = (flags.record() for flags in self._parts().values())
+        return alignment | {f"coherence_{name}": value for name, value in coherence.items() if name.startswith("rubric")}
 
     def endpoint_reader(self) -> Any:
         """An endpoint that scores alignment and coherence."""

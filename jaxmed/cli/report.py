@@ -49,10 +49,15 @@ def write_report(folders: list[Path], file: Path) -> None:
     from jaxmed.reports.misalignment import write_misalignment
     from jaxmed.reports.page import write_report as write
     from jaxmed.reports.study import write_study
+    from jaxmed.runs.folder import RUN, read_run
+    from jaxmed.runs.legal import check_tables
 
     pages = {"study": write_study, "gate": write_gate, "mediation": write_mediation, "misalignment": write_misalignment}
     pages |= {"answering": write_answers, "circuit": write_circuit}
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
+    for folder in folders:
+        if (folder / RUN).is_file():
+            check_tables(folder, read_run(folder))
     if held and len(folders) > 1:
         raise UserError(f"{folders[0]} has a page of its own; several folders make one page where all of them are of sweeps.")
     if held:

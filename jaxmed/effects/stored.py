@@ -13,7 +13,7 @@ import numpy as np
 from jaxmed.cache.folders import Held, read_held
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.reference import Reference
-from jaxmed.errors import UserError
+from jaxmed.errors import NOT_FINITE, UserError
 from jaxmed.files.arrays import open_checked, reason
 from jaxmed.interventions.sites import site_name
 from jaxmed.models.model import Model
@@ -78,6 +78,8 @@ def _mean(held: Held, name: str) -> jnp.ndarray:
         known = np.isfinite(values).reshape(*values.shape[:3], -1)
         kept = np.all(known, axis=(1, 3))  # [prompt, position]
         some = np.any(kept, axis=1)
+        if np.any(np.any(known, axis=(1, 3)) & ~kept):  # where a prompt has no token, nothing is known
+            raise UserError(f"--reference {held.folder}: activations at {name} are not all finite, so they have no mean. {NOT_FINITE}")
         weight = kept[some] / np.sum(kept[some], axis=1, keepdims=True)
         total = total + np.einsum("pt,plt...->l...", weight, np.nan_to_num(values[some]))
         count += int(some.sum())

@@ -14,10 +14,9 @@ from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.ranking import name_tokens, noise_floor, ranked, write_top
 from jaxmed.effects.table import ESTIMATE, PROBABILITY, TOGETHER
 from jaxmed.effects.unit_blocks import Sampled, UnitBlocks
-from jaxmed.errors import notice
+from jaxmed.errors import NOT_FINITE, notice
 from jaxmed.hosts import leads, wait_for_all
 from jaxmed.models.model import Model
-from jaxmed.results import NOT_FINITE
 from jaxmed.runs.folder import RunFolder, hold, read_run
 
 NULL = "paraphrase"

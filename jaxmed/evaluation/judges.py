@@ -6,7 +6,7 @@ A judge maps requests and answers to numbers from 0 to 1; None where it could no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from jaxmed.evaluation.grades import Judge
 from jaxmed.evaluation.reasoning import cut_reasoning
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.evaluation.rubrics import RUBRIC, read_rubric
+from jaxmed.files import file_digest
 from jaxmed.prompts.examples import Example
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class JudgeSettings:
     """Which of max_tokens, max_completion_tokens and temperature an http judge is sent; default: what the endpoint accepts."""
     reasoning: Literal["cut", "keep"] = "cut"
     """Whether reasoning (<think>...</think> and the like) is cut off answers and replies before they are judged."""
+
+    def record(self) -> dict[str, str]:
+        """What a run notes of its judge, and compares when it is resumed: every setting, and what a rubric's file holds."""
+        found = {one.name: str(getattr(self, one.name)) for one in fields(JudgeSettings)}
+        file = Path(self.rubric)
+        return found | ({"rubric_sha256": file_digest(file)} if file.is_file() else {})
 
 
 @dataclass(frozen=True)

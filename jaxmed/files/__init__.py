@@ -2,12 +2,13 @@
 
 from jaxmed.files.arrays import ArrayLayout, find_damage, open_array
 from jaxmed.files.parse import odd_text, parse_json, parse_yaml
-from jaxmed.files.paths import TMP, check_file, check_path
+from jaxmed.files.paths import IRREGULAR, TMP, check_file, check_path, is_irregular
 from jaxmed.files.sums import SUMS, check_sums, file_digest, write_sums
 from jaxmed.files.tables import NAME_COLUMNS, Row, read_csv, write_csv
 from jaxmed.files.whole import atomic, read_json, read_text, simple, write_json, write_text
 
 __all__ = [
+    "IRREGULAR",
     "NAME_COLUMNS",
     "SUMS",
     "TMP",
@@ -19,6 +20,7 @@ __all__ = [
     "check_sums",
     "file_digest",
     "find_damage",
+    "is_irregular",
     "odd_text",
     "open_array",
     "parse_json",

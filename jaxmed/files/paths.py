@@ -47,8 +47,19 @@ def check_path(path: Path, what: str = "--out", inside: int = ROOM) -> None:
         raise refuse(reason or f"cannot be used ({getattr(error, 'strerror', None) or error})") from None
 
 
+IRREGULAR = "is no regular file (a folder, pipe, device, or a link to nothing)"
+"""What is said of what stands where a file belongs: reading it may never end, and passing it over may lose what counts."""
+
+
+def is_irregular(path: Path) -> bool:
+    """Whether there is something under a name, and it is no file."""
+    return (path.exists() or path.is_symlink()) and not path.is_file()
+
+
 def check_file(path: Path, what: str = "--out") -> None:
     """Refuses a path that no single file can be written to; see `check_path`."""
     check_path(path, what, inside=len(TMP))
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder. Give a file; nothing was written.")
+    if is_irregular(path):
+        raise UserError(f"{what} {quoted(str(path))} {IRREGULAR}. Give a file; nothing was written.")

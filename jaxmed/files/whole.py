@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, quoted
 from jaxmed.files.parse import parse_json
-from jaxmed.files.paths import TMP
+from jaxmed.files.paths import IRREGULAR, TMP, is_irregular
 
 
 @contextmanager
@@ -23,10 +23,14 @@ def atomic(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to. At the end of the block its bytes are put on the disk, and it is renamed to `file`.
 
     Raises:
-        UserError: the disk refuses; `file` is as it was before.
+        UserError: the disk refuses, or something else than a file has its name; it is as it was before.
     """
     partial = file.with_name(file.name + TMP)
+    if is_irregular(file):
+        raise UserError(f"{quoted(str(file))} {IRREGULAR}. Give a file; nothing was written.")
     try:
+        if partial.is_symlink() or is_irregular(partial):
+            partial.unlink()
         yield partial
         _sync(partial)
         partial.replace(file)
@@ -63,6 +67,8 @@ def read_text(file: Path, what: str = "text") -> str:
     Raises:
         UserError: no such file, or bytes that are not UTF-8.
     """
+    if is_irregular(file):
+        raise UserError(f"{file} ({what}) {IRREGULAR}.")
     try:
         return file.read_bytes().decode("utf-8-sig")
     except OSError as error:

@@ -41,7 +41,7 @@ SETS = tuple(f"{name}{half + 1}.json" for name in ("sets", "values") for half in
 KEPT = "answers"
 """What an endpoint's scores are kept beside."""
 SWEEPS = ("modules", "neurons", "half1", "half2")
-LEGAL = Legal((*SWEEPS, *SETS, *TABLES, f"{KEPT}.scores.jsonl", "report.html"), measured=TABLES)
+LEGAL = Legal((*SWEEPS, *SETS, *TABLES, f"{KEPT}.scores.jsonl", "report.html"), measured=(*SETS, *TABLES))
 
 
 RULES = Judging(refusal_rules(), {"judge": "rules"})
@@ -89,10 +89,11 @@ def _sweep(job: Job, out: Path, title: str, display: Display) -> None:
 def _sets(job: GateJob, out: Path, half: int, display: Display) -> list[UnitSet]:
     """What is patched in a half; chosen once, and kept."""
     file = out / f"sets{half + 1}.json"
-    if not file.exists():
+    values = out / f"values{half + 1}.json"
+    if not (file.exists() and values.exists()):
         chosen = choose(job, out, half, display)
         means = {side: getattr(chosen.evidence.features, side).mean(axis=0) for side in ("base", "source")}
-        write_json(out / f"values{half + 1}.json", simple(means))
+        write_json(values, simple(means))
         write_text(file, json.dumps([simple(asdict(one)) for one in make_sets(job.cases, job.layout, chosen)]))
     return list(read_sets(file))
 

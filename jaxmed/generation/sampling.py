@@ -32,13 +32,14 @@ class Sampling:
 
 
 def choose(config: ModelConfig, params: Params, h: jax.Array, step: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token int [B] after residual streams float32 [B,D]."""
+    """The next token int [B] after residual streams float32 [B,D]; -1 where the logits are not finite."""
     logits = _logits(config, params, h)
+    known = jnp.isfinite(logits.max(axis=-1))  # of a NaN and others the maximum is NaN
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(known, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
     logits = _nucleus(logits / sampling.temperature, sampling.top_p)
     draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
-    return jax.vmap(draw)(sampling.keys, logits).astype(jnp.int32)
+    return jnp.where(known, jax.vmap(draw)(sampling.keys, logits), -1).astype(jnp.int32)
 
 
 def _logits(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:

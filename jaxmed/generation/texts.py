@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.errors import UserError, unknown
+from jaxmed.errors import NOT_FINITE, UserError, unknown
 from jaxmed.files import odd_text
 from jaxmed.generation.following import Following, check_following, write_following
 from jaxmed.generation.sampling import Sampling
@@ -68,7 +68,8 @@ def generate_ids(
         The written token ids of every prompt, without the token that ended it.
 
     Raises:
-        UserError: no prompts, or an empty one; values out of range; an edit that cannot act here; too many tokens for the model.
+        UserError: no prompts, or an empty one; values out of range; an edit that cannot act here; too many tokens for the model; logits
+            that are not finite.
     """
     prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     _check_values(prompts, max_tokens, temperature, top_p, where, stop_texts)
@@ -157,6 +158,8 @@ def _until_ended(
     columns: list[np.ndarray] = []
     for column in (column[: len(last)] for step in steps for column in step):
         columns.append(column)
+        if (column[stopped == max_tokens] < 0).any():
+            raise UserError(f"{model.name}: logits are not finite, so there is no likeliest token. {NOT_FINITE}")
         stopped[np.isin(column, ends) & (stopped == max_tokens)] = len(columns) - 1
         for row in np.nonzero(stopped == max_tokens)[0] if stop_texts else ():
             if has_text(model.tokenizer, last[row], [column[row] for column in columns], stop_texts):

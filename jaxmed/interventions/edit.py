@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxmed.errors import UserError, quoted
 from jaxmed.interventions.sites import site_name
@@ -100,7 +101,7 @@ def _numbers(name: str, given: Any) -> np.ndarray:
     """What an edit names of one kind, as int32 [E]."""
     try:
         found = np.atleast_1d(np.asarray(given))
-    except ValueError:  # lists of lists of different lengths
+    except (ValueError, TypeError):  # lists of lists of different lengths; what JAX traces
         found = np.zeros((0, 0))
     if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or not -ANY <= found.min() <= found.max() <= ANY)):
         words = 'a whole number, a list of them, or "current"' if name == "position" else "a whole number or a list of them"
@@ -108,8 +109,10 @@ def _numbers(name: str, given: Any) -> np.ndarray:
     return found.astype(np.int32)
 
 
-def numbers(what: str, given: Any) -> np.ndarray:
-    """Real numbers as float32; a UserError where they are none."""
+def numbers(what: str, given: Any) -> Any:
+    """Real numbers as float32, those that JAX traces as they are; a UserError where they are none."""
+    if isinstance(given, Tracer):
+        return given.astype(np.float32)
     try:
         found = np.asarray(given)
         if found.dtype.kind not in "biufV" and found.dtype.kind != "O":  # V: bfloat16

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxmed.errors import UserError
 from jaxmed.interventions.edit import ANY, CURRENT, Edit, Edits, TokenIndex, Where, merge, numbers, where
@@ -36,7 +38,7 @@ def _at(site: str, gate: Any, value: Any, add: Any, layer: Any, position: Any, u
     if not count:
         raise UserError(f"The edit at {site!r} names no entries: nothing would be edited.")
 
-    def field(x: Any) -> np.ndarray:
+    def field(x: Any) -> Any:
         x = numbers(f"A value of the edit at {site!r}", x)
         if x.ndim and x.shape[0] not in (1, count):
             entries = f"{count} {'entry' if count == 1 else 'entries'}"
@@ -44,7 +46,8 @@ def _at(site: str, gate: Any, value: Any, add: Any, layer: Any, position: Any, u
             raise UserError(
                 f"The edit at {site!r} has values of shape {list(x.shape)} for {entries}: the first axis is [E = {count}].{whole}"
             )
-        return np.broadcast_to(x, (count, *x.shape[1:])) if x.ndim else np.full(count, x)
+        own = jnp if isinstance(x, Tracer) else np
+        return own.broadcast_to(x, (count, *x.shape[1:])) if x.ndim else own.full(count, x)
 
     return {site_name(site): Edit(field(gate), field(value), field(add), None, entries)}
 
@@ -86,6 +89,8 @@ def steer(site: str, direction: Any, coefficient: float = 1.0, layer: Any = ANY,
 def ablate_direction(site: str, direction: Any) -> dict[str, Edit]:
     """Removes the component along `direction` ([D]) at every layer and position (Arditi et al. 2024, arXiv 2406.11717)."""
     unit = numbers("The direction", direction)
+    if isinstance(unit, Tracer):
+        return {site_name(site): Edit(np.float32(1.0), np.float32(0.0), np.float32(0.0), (unit / jnp.linalg.norm(unit))[:, None])}
     length = np.linalg.norm(unit)
     if unit.ndim != 1 or not 0 < length < np.inf:
         raise UserError(f"The direction has shape {list(unit.shape)} and length {length:g}; a vector [D] that is not zero is expected.")

@@ -15,9 +15,9 @@ from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint, decoded
 from jaxmed.models.checkpoints.assemble import read_params
-from jaxmed.models.checkpoints.edit_record import read_edits
+from jaxmed.models.checkpoints.edit_record import RECORD, read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
-from jaxmed.models.checkpoints.huggingface import GENERATION, open_folder, read_json, read_tokenizer
+from jaxmed.models.checkpoints.huggingface import GENERATION, SIDE_FILES, check_regular, open_folder, read_json, read_tokenizer
 from jaxmed.models.checkpoints.lora import with_adapter
 from jaxmed.models.checkpoints.orbax_store import is_store, open_store
 from jaxmed.models.checkpoints.tensors import stored_head
@@ -151,6 +151,7 @@ def _open_path(path: Path) -> Checkpoint:
         return open_gguf(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a model folder nor a file (a pipe or device?).")
+    check_regular(path, (*SIDE_FILES, RECORD))
     return open_store(path) if is_store(path) else unwrapped(open_folder(path))
 
 

@@ -67,7 +67,7 @@ class Model:
     """
 
     config: ModelConfig
-    params: Params
+    params: Params = field(repr=False)
     tokenizer: Any = _MadeLater()  # has no default: the descriptor raises where the class is asked
     mesh: jax.sharding.Mesh  # pyright: ignore[reportGeneralTypeIssues]
     name: str  # pyright: ignore[reportGeneralTypeIssues]
@@ -177,13 +177,25 @@ class _Beside:
 
     def _key(self) -> tuple[Any, ...]:
         model = self.model
-        return model.config, model.mesh, model.name, model.revision, id(model.__dict__["tokenizer"])
+        history = json.dumps(model.history, sort_keys=True, default=str)  # or a model would come out of a program with another's history
+        return model.config, model.mesh, model.name, model.revision, id(model.__dict__["tokenizer"]), history
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Beside) and self._key() == other._key()
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+    def __repr__(self) -> str:
+        kinds = [edit.get("kind", "an edit") for edit in self.model.history]
+        return f"{self.model.name!r} (revision {self.model.revision}, edited by: {kinds})"
+
+
+def _apart(model: Model) -> tuple[tuple[Params], _Beside]:
+    """A model's weights, and what it is beside them: compiled programs hold on to that, and must not keep weights alive."""
+    beside = copy.copy(model)
+    beside.params = {}
+    return (model.params,), _Beside(beside)
 
 
 def _with_weights(beside: _Beside, children: tuple[Params]) -> Model:
@@ -193,4 +205,4 @@ def _with_weights(beside: _Beside, children: tuple[Params]) -> Model:
     return model
 
 
-jax.tree_util.register_pytree_node(Model, lambda model: ((model.params,), _Beside(model)), _with_weights)
+jax.tree_util.register_pytree_node(Model, _apart, _with_weights)

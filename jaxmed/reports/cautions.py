@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxmed.errors import NOT_FINITE
 from jaxmed.reports.record import (
     Record,
     finished_chunks,
@@ -22,7 +23,7 @@ from jaxmed.reports.record import (
 )
 from jaxmed.reports.screen import verified
 from jaxmed.reports.style import count, number, percent
-from jaxmed.results import NEAR_TIE, NOT_FINITE, near_ties, not_finite
+from jaxmed.results import NEAR_TIE, near_ties, not_finite
 from jaxmed.statistics import mean_interval
 
 LEVEL = 0.05

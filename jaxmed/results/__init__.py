@@ -4,7 +4,6 @@ from jaxmed.results.damage import Damage, damaged_parts, mend, open_results
 from jaxmed.results.table import (
     LEGAL,
     NEAR_TIE,
-    NOT_FINITE,
     REPORT,
     TABLE,
     TOP,
@@ -21,7 +20,6 @@ from jaxmed.results.table import (
 __all__ = [
     "LEGAL",
     "NEAR_TIE",
-    "NOT_FINITE",
     "REPORT",
     "TABLE",
     "TOP",

@@ -27,8 +27,6 @@ from jaxmed.runs.legal import Legal
 TABLE, TOP, REPORT = "effects.zarr", "top.csv", "report.html"
 NEAR_TIE = 1e-3
 """Margin in router logits below which rounding may decide which expert of a mixture a token uses."""
-NOT_FINITE = "The weights hold numbers that are not finite, or the model's arithmetic overflows (try --dtype float32)."
-"""What a reader of NaN should look for."""
 _PARTIAL = ".effects.zarr.partial"
 LEGAL = Legal((TABLE, TOP, REPORT, _PARTIAL), needed=(TABLE,))
 """What the folder of a sweep may hold."""

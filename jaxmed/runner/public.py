@@ -51,6 +51,8 @@ def forward(
         UserError: a site that is unknown or that the model lacks, an edit out of range or not finite, a token id outside the vocabulary,
             text instead of token ids, more tokens than learned positions.
     """
+    if not isinstance(model, Model):
+        raise UserError(f"model is what jm.load returns, not a {type(model).__name__}.")
     if isinstance(tokens, str) or (isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens)):
         raise UserError("tokens is an int array [B, T], not text. Make it of texts: ids, padding = jm.tokens.batch(model, texts).")
     try:
@@ -63,8 +65,8 @@ def forward(
     config = model.config
     if not isinstance(ids, Tracer) and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocabulary:
         raise UserError(f"tokens holds ids from {int(ids.min())} to {int(ids.max())}; legal: 0 to {config.vocabulary - 1}.")
-    if not ids.shape[1]:
-        raise UserError("tokens holds no token.")
+    if not ids.size:
+        raise UserError(f"tokens {list(ids.shape)} holds no token.")
     _check_padding(padding, *ids.shape)
     if padding is None or not isinstance(padding, Tracer):
         check_length(config, ids.shape[1] - int(np.min(0 if padding is None else padding)), "tokens")

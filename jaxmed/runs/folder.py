@@ -20,7 +20,7 @@ from jaxmed.files import check_file, read_json, simple, write_json
 from jaxmed.hosts import first_tells, leads, several
 from jaxmed.memory import return_freed_memory
 from jaxmed.runs import signals
-from jaxmed.runs.legal import Legal, check_folder, check_same, check_space
+from jaxmed.runs.legal import TABLES, Legal, check_folder, check_same, check_space, check_tables, digests_of
 from jaxmed.runs.lock import LOCK, RUN, hold, read_run
 from jaxmed.runs.provenance import command, versions
 
@@ -48,10 +48,11 @@ class RunFolder:
         continues: whether it holds a run that goes on.
         ended: status of the run when it was opened: "finished", "interrupted", "failed", "killed"; "new" at its beginning.
         record: what RUN holds.
+        measured: names of its tables, whose digests are noted at the end of every session.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], continues: bool, file: Path | None = None):
-        self.path, self.record, self.continues, self.file = path, record, continues, file or path / RUN
+    def __init__(self, path: Path, record: dict[str, Any], continues: bool, file: Path | None = None, measured: Sequence[str] = ()):
+        self.path, self.record, self.continues, self.file, self.measured = path, record, continues, file or path / RUN, measured
         self.ended = str(record.get("status", "")) if record.get("status") != "running" else "killed"
 
     @property
@@ -82,7 +83,7 @@ class RunFolder:
                 return opened[0].continues
 
             continues = bool(first_tells(begin))
-            yield opened[0] if opened else cls(out, read_run(out), continues)
+            yield opened[0] if opened else cls(out, read_run(out), continues, measured=legal.measured)
 
     @classmethod
     @contextmanager
@@ -104,7 +105,8 @@ class RunFolder:
             record = read_run(out) if continues else {"manifest": simple(manifest), "status": "new", "sessions": []}
             if continues:
                 check_same(out, record.get("manifest", {}), manifest, reused)
-            found = cls(out, record, continues)
+                check_tables(out, record)
+            found = cls(out, record, continues, measured=legal.measured)
             if several():
                 found.note()  # the others read it
             yield found
@@ -214,4 +216,5 @@ class Session:
     def _write(self, status: str) -> None:
         self._noted = time.monotonic()
         self.record |= {"status": status, "seconds": round(self._noted - self._begun, 3)}
-        self.folder.note(status=status)
+        tables = {TABLES: digests_of(self.folder.path, self.folder.measured)} if self.folder.measured and status != "running" else {}
+        self.folder.note(status=status, **tables)

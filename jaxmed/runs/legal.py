@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxmed.errors import UserError
-from jaxmed.files import TMP, check_path, simple
+from jaxmed.errors import UserError, all_problems
+from jaxmed.files import TMP, check_path, file_digest, simple
 from jaxmed.runs.lock import LOCK, RUN
 
+TABLES = "tables"
+"""The entry of RUN that holds digests of tables."""
 PICTURES = "report-"
 """What the names of pictures beside a run's page begin with; they are legal everywhere."""
 
@@ -24,7 +26,7 @@ class Legal:
         names: files and folders; RUN and what is left of half-written ones (.tmp) are legal everywhere.
         begins: what other names may begin with.
         needed: names without which there is nothing to continue: the run begins anew.
-        measured: names that are worth nothing without RUN, which says what they are of.
+        measured: tables, which are worth nothing without RUN: it says what they are of, and holds their digests.
     """
 
     names: tuple[str, ...]
@@ -59,9 +61,9 @@ def check_folder(out: Path, resume: bool, legal: Legal) -> bool:
 def check_same(out: Path, stored: Mapping[str, Any], now: Mapping[str, Any], reused: Sequence[str] = ()) -> None:
     """Raises a UserError where the manifest of a run in `out` is not that of the run that would continue it; see `RunFolder.open`."""
     now = simple(now)
-    different = [key for key in now if key not in reused and not _same(stored.get(key), now[key])]
+    different = [key for key in {**now, **stored} if key not in reused and not _same(stored.get(key), now.get(key))]
     if different:
-        shown = "\n".join(f"  - {key}: {_differ(stored.get(key), now[key])}" for key in different)
+        shown = "\n".join(f"  - {key}: {_differ(stored.get(key), now.get(key))}" for key in different)
         raise UserError(
             f"--resume: {out} holds a run of another request:\n{shown}\nUse the same settings, or another --out. Nothing was written."
         )
@@ -83,6 +85,27 @@ def _differ(stored: Any, now: Any) -> str:
         at = next(at for at, pair in enumerate(zip(stored, now, strict=True)) if pair[0] != pair[1])
         return f"entry {at + 1}: {_differ(stored[at], now[at])}"
     return f"{str(stored)[:120]} there, {str(now)[:120]} now"
+
+
+def digests_of(folder: Path, measured: Sequence[str]) -> dict[str, str]:
+    """Name -> SHA-256 of the tables that a folder holds."""
+    return {name: file_digest(folder / name) for name in measured if (folder / name).is_file()}
+
+
+def check_tables(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises a UserError where tables of a run hold other bytes than its last session left; one that was killed has noted none.
+
+    Args:
+        record: what RUN holds.
+    """
+    noted = record.get(TABLES) if record.get("status") != "running" else None
+    noted = noted if isinstance(noted, dict) else {}
+    wrong = [
+        name for name, digest in digests_of(folder, [name for name in noted if Path(name).name == name]).items() if digest != noted[name]
+    ]
+    if wrong:
+        fix = "Put them back as they were, or delete them: --resume computes them again."
+        raise all_problems(f"{folder} is damaged, or was changed", [f"{name} holds other bytes than the run wrote" for name in wrong], fix)
 
 
 def check_space(folder: Path, needed: int) -> None:

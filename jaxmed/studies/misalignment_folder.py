@@ -42,7 +42,9 @@ KEPT = ("alignment", "coherence")
 KEY = ("model", "seed")
 TABLES = (MODELS, ANSWERS, LOSS_TABLE, RATES, VERDICTS)
 SCORES = "scores"
-LEGAL = Legal((*TABLES, READOUT, SCORES, *(f"{name}.scores.jsonl" for name in KEPT), "report.html"), begins=("seed",), measured=TABLES)
+LEGAL = Legal(
+    (*TABLES, READOUT, SCORES, *(f"{name}.scores.jsonl" for name in KEPT), "report.html"), begins=("seed",), measured=(*TABLES, READOUT)
+)
 MASKED = {PRUNED: "behaviour", RANDOM: "random", CONTROL: "control"}
 """Model -> the mask that it is pruned by."""
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, quoted
+from jaxmed.files import IRREGULAR, is_irregular
 from jaxmed.models.checkpoints.huggingface import read_json
 
 RECORD, CARD = "jaxmed_edit.json", "README.md"
 ATTACK = "attack"
 TAGS = ("", "test", "behaviour", "defence", ATTACK)
 """What an edit can be for; what is tagged with the last one is never written. Other words are refused, so that none passes for another."""
+KEYS = ("tag", "tags", "jaxmedtag")
+"""Letters of the keys that hold a tag."""
 Edits = Sequence[Mapping[str, Any]]
-"""One mapping per edit, oldest first; JSON values. The key "tag" holds one of `TAGS`."""
+"""One mapping per edit, oldest first; JSON values. The key "tag" holds one of `TAGS`, at any depth."""
 
 CARD_TEXT = """---
 library_name: transformers
@@ -55,8 +59,20 @@ def join_tags(tags: Iterable[Any]) -> str:
 
 
 def tags_of(edits: Edits) -> list[Any]:
-    """The tags of edits, however their key is spelt."""
-    return [value for edit in edits for key, value in edit.items() if str(key).strip().lower() == "tag"]
+    """The tags of edits, however their key is spelt and however deep it lies."""
+    return [tag for edit in edits for tag in _tags(edit)]
+
+
+def _tags(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for key, held in value.items():
+            if re.sub("[^a-z]", "", str(key).lower()) in KEYS:
+                yield held
+            else:
+                yield from _tags(held)
+    elif isinstance(value, list | tuple):
+        for held in value:
+            yield from _tags(held)
 
 
 def refuse_attacks(edits: Edits) -> None:
@@ -86,12 +102,15 @@ def read_edits(source: Path) -> tuple[Mapping[str, Any], ...]:
     Raises:
         UserError: a record that is damaged.
     """
+    if is_irregular(source / RECORD):
+        raise UserError(f"{source / RECORD} {IRREGULAR}. Get the folder again.")
     if not (source / RECORD).is_file():
         return ()
-    edits = read_json(source / RECORD).get("edits")
+    record = read_json(source / RECORD)
+    edits = record.pop("edits", None)
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         raise UserError(f"{source / RECORD} holds no list of edits under 'edits'. It is damaged; get the folder again.")
-    return tuple(edits)
+    return (*edits, *({"tag": tag} for tag in tags_of([record])))
 
 
 def write_record(folder: Path, source: Mapping[str, Any], edits: Edits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmed.errors import LONGEST, UserError, all_problems
-from jaxmed.files import check_sums, parse_json
+from jaxmed.files import IRREGULAR, check_sums, is_irregular, parse_json
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.digests import known_digest
 
@@ -22,6 +23,8 @@ STRAY = ("adapter_model", "consolidated", "optimizer", "scheduler", "training_ar
 """Beginnings of names of safetensors files that hold something else: adapters, the original release's layout, a trainer's state."""
 MOST_JSON = 2**26
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+SIDE_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "chat_template.jinja", GENERATION)
+"""Files of a model that are read where they are there."""
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -114,8 +117,14 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def _regular(file: Path) -> Path:
     """The path of a file; a pipe or a device, from which reading may never end, is a UserError."""
     if not file.is_file():
-        raise UserError(f"{file} is no regular file (a folder, pipe, device, or a link to nothing). Copy or download it again.")
+        raise UserError(f"{file} {IRREGULAR}. Copy or download it again.")
     return file
+
+
+def check_regular(folder: Path, names: Iterable[str]) -> None:
+    """Raises a UserError where something in a folder has one of these names, and is no file: what it should say would be lost."""
+    if odd := [name for name in names if is_irregular(folder / name)]:
+        raise all_problems(f"Checkpoint {folder}", [f"{name} {IRREGULAR}" for name in odd], "Copy or download the files again.")
 
 
 def _is_file_name(name: Any) -> bool:

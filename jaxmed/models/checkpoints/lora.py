@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from jaxmed.errors import UserError, all_problems, quoted
 from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
+from jaxmed.models.checkpoints.edit_record import join_tags, read_edits, tags_of
 from jaxmed.models.checkpoints.huggingface import READ, read_json, read_tensor_header
 from jaxmed.models.checkpoints.lora_targets import is_wrapped, matches
 from jaxmed.models.checkpoints.tensors import expected_tensors, is_stacked, needed_rules, under_full_names
@@ -32,6 +33,7 @@ NEEDED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the model's own weights too
 }
+SWITCHES = ("use_rslora", "fan_in_fan_out")
 KNOWN = frozenset(
     (
         "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern "
@@ -100,12 +102,15 @@ def with_adapter(checkpoint: Checkpoint, folder: Path, family: Family, config: M
 
     record = {"kind": "lora", "adapter": folder.resolve().name, "sha256": known_digest(folder / WEIGHTS), "matrices": len(deltas)}
     record |= {key: settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in settings}
-    record |= {"tag": settings[TAG]} if TAG in settings else {}
+    tags = [*([settings[TAG]] if TAG in settings else []), *tags_of(read_edits(folder))]
+    record |= {"tag": join_tags(tags)} if any(tags) else {}
     return replace(checkpoint, read=read, files=(*checkpoint.files, folder / SETTINGS, folder / WEIGHTS)), record
 
 
 def _unsupported(settings: Mapping[str, Any]) -> list[str]:
-    found = [
+    odd = [key for key in SWITCHES if not isinstance(settings.get(key), bool | None)]
+    found = [f"{key} is {quoted(settings[key])}; true or false is expected" for key in odd]
+    found += [
         f"{key} is {settings[key]!r}; merged are only adapters with {' or '.join(repr(value) for value in legal)}"
         for key, legal in NEEDED.items()
         if settings.get(key) is not None and settings[key] not in legal

@@ -42,7 +42,7 @@ def is_wrapped(module: str, settings: Mapping[str, Any]) -> bool:
     if isinstance(targets, str):
         return bool(matches(targets, module, whole=True))
     layers = settings.get("layers_to_transform")
-    if module in targets or layers is None or layers == []:
+    if module in _listed(targets, str) or layers is None or layers == []:
         return _names(module, targets)
     return _names(module, targets) and _layer(module, settings.get("layers_pattern")) in _listed(layers, int)
 
