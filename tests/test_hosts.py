@@ -19,8 +19,10 @@ import pytest
 import jaxmed as jm
 from jaxmed import hosts
 from jaxmed.cli.main import main
+from jaxmed.hosts.exchange import Joined
 from jaxmed.hosts.found import find_cluster, idle_gpus
 from jaxmed.results.table import Table
+from jaxmed.runs import signals
 from tests import tiny
 from tests.conftest import QUICK_COMPILES
 from tests.processes import environment
@@ -99,12 +101,35 @@ def test_two_processes_come_to_the_bits_of_one(command: list[str], alone: Path, 
     assert len(record["sessions"]) == 1
 
 
+def _wait_for_an_item(run: Path, child: subprocess.Popen[str]) -> None:
+    markers, deadline = run / "effects.zarr" / "done" / "c", time.monotonic() + 300
+    while not markers.exists() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_in_order(command: list[str], alone: Path, tmp_path: Path) -> None:
+    children = _start(command, tmp_path / "run", 2)
+    _wait_for_an_item(tmp_path / "run", children[0])
+    children[1].send_signal(signal.SIGTERM)
+    said = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [143, 143], said
+    assert "interrupted by SIGTERM. What was finished is kept" in said[0][1]
+    assert "continue with, in every process: jaxmed sweep" in said[0][1]
+    assert "interrupted" not in said[1][1]
+    done = Table(tmp_path / "run").done()
+    assert done.any()
+    assert not done.all()
+    (session,) = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+    assert (session["status"], session["layers"]) == ("interrupted", done.sum())
+    _finish(_start([*command, "--resume"], tmp_path / "run", 2))
+    _same(tmp_path / "run", alone)
+
+
 @pytest.mark.slow
 def test_where_a_process_is_killed_all_end_and_the_run_goes_on(command: list[str], alone: Path, tmp_path: Path) -> None:
     children = _start(command, tmp_path / "run", 2)
-    markers, deadline = tmp_path / "run" / "effects.zarr" / "done" / "c", time.monotonic() + 300
-    while not markers.exists() and time.monotonic() < deadline and children[0].poll() is None:
-        time.sleep(0.01)
+    _wait_for_an_item(tmp_path / "run", children[0])
     os.kill(children[1].pid, signal.SIGKILL)
     for child in children:
         child.communicate(timeout=300)
@@ -296,6 +321,54 @@ def test_hosts_that_make_no_sense_are_refused_first(hosts: str, capsys: pytest.C
     assert main(["sweep", "--hosts", hosts, "--out", str(tmp_path / "run")]) == 2
     assert "give auto, or HOST:PORT,COUNT,NUMBER" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+class _Service:
+    """Keys and values in memory, in place of the service that holds processes together."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        assert allow_overwrite or key not in self.kept
+        self.kept[key] = value
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        return [(name, value) for name, value in self.kept.items() if name.startswith(f"{key}/")]
+
+    def key_value_delete(self, key: str) -> None:
+        del self.kept[key]
+
+    def blocking_key_value_get(self, key: str, limit: int) -> str:
+        assert limit > 0
+        return self.kept[key]
+
+
+@pytest.mark.parametrize("sent", [(15, 0, 0), (0, 0, 2), (0, 2, 15), (0, 0, 0)])
+def test_all_processes_hear_of_a_signal_after_the_same_item(sent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process other than the first may tell it when it has decided of this item already: then all hear of it after the next."""
+    service, turn = _Service(), [0]
+    monkeypatch.setattr("jaxmed.hosts.exchange.KEPT_ITEMS", 1)
+    monkeypatch.setattr("jaxmed.hosts.state.client", lambda: service)
+    monkeypatch.setattr("jaxmed.hosts.exchange.leads", lambda: turn[0] == 0)
+    heard = []
+    for item in range(3):
+        heard.append([])
+        for turn[0], number in enumerate(sent):
+            monkeypatch.setattr(Joined, "items", item)
+            heard[-1].append(hosts.told_to_end(number if item else 0))
+    assert all(len(set(one)) == 1 for one in heard)
+    assert [one[0] for one in heard] == [0, sent[0], max(sent)]
+    assert len([key for key in service.kept if key.startswith("jaxmed/item")]) == 1
+
+
+def test_a_signal_that_others_heard_of_is_no_second_one() -> None:
+    with signals.handled():
+        with pytest.raises(signals.Interrupted) as caught:
+            signals.end_together(signal.SIGTERM)
+        assert (caught.value.together, signals.exit_code(caught.value)) == (True, 143)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one would end this process at once
+        assert signals.asked() == signal.SIGTERM
 
 
 def test_a_process_alone_decides_alone() -> None:

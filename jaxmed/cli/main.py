@@ -44,7 +44,7 @@ from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.cli.trace import Trace
 from jaxmed.errors import Notice, UserError
-from jaxmed.hosts import leads
+from jaxmed.hosts import leads, several
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RUN
@@ -140,8 +140,12 @@ def _run(arguments: Sequence[str]) -> int:
         kept = ""
         if getattr(command, "out", None) and hasattr(command, "resume") and (command.out.is_file() or (command.out / RUN).is_file()):
             again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-            kept = f" What was finished is kept in {command.out}; continue with: jaxmed {shlex.join(again)}"
-        print(f"\njaxmed: interrupted{f' by {error}' if str(error) else ''}.{kept}", file=sys.stderr)
+            where = ", in every process" if several() else ""
+            kept = f" What was finished is kept in {command.out}; continue with{where}: jaxmed {shlex.join(again)}"
+        if leads():
+            print(f"\njaxmed: interrupted{f' by {error}' if str(error) else ''}.{kept}", file=sys.stderr, flush=True)
+        if several() and not getattr(error, "together", False):
+            os._exit(signals.exit_code(error))  # the others do not come to an orderly end that would wait for them
         return signals.exit_code(error)
     except BrokenPipeError:
         show.close_pipe()

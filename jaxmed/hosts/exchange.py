@@ -14,6 +14,7 @@ class Joined:
     """Whether this process is one of several; a process alone never asks its backend."""
 
     many = False
+    items = 0
 
 
 def several() -> bool:
@@ -59,6 +60,38 @@ def first_tells(work: Callable[[], float]) -> float:
     if np.isnan(found := agree(REFUSED)):
         raise UserError("The first process has refused to go on, and says why.")
     return found
+
+
+ITEM, END = "jaxmed/item", "jaxmed/end"
+"""Keys of what processes tell each other beside their devices: what the first decided after an item; who was asked to end."""
+KEPT_ITEMS = 1000
+LONGEST_ITEM = 7 * 24 * 3600 * 1000
+"""Milliseconds. A process that is gone is noticed by its silence, long before."""
+
+
+def told_to_end(number: int) -> int:
+    """After an item: the signal that any process was sent, the same in all of them, so that all end after the same item; 0: go on.
+
+    Processes tell the first one, and it decides. The messages go through the service that holds the processes together, so they wait for
+    no device; a process goes on when the first one is as far.
+
+    Args:
+        number: the signal that this process was sent, or 0.
+    """
+    from jaxmed.hosts.state import client
+
+    Joined.items += 1
+    shared, item = client(), f"{ITEM}/{Joined.items}"
+    if not leads():
+        if number:
+            shared.key_value_set(f"{END}/{number}", str(number), allow_overwrite=True)
+        return int(shared.blocking_key_value_get(item, LONGEST_ITEM))
+    asked = [int(value) for _, value in shared.key_value_dir_get(END)]
+    decided = number or max(asked, default=0)
+    shared.key_value_set(item, str(decided))
+    if Joined.items > KEPT_ITEMS:
+        shared.key_value_delete(f"{ITEM}/{Joined.items - KEPT_ITEMS}")
+    return decided
 
 
 def wait_for_all(name: str) -> None:

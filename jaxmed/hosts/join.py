@@ -9,6 +9,7 @@ from typing import Any
 from jaxmed.errors import UserError, notice
 from jaxmed.hosts.exchange import Joined
 from jaxmed.hosts.found import find_cluster, idle_gpus, why_none
+from jaxmed.hosts.state import state
 from jaxmed.hosts.watch import answers, connections, limited
 
 AUTO = "auto"
@@ -44,6 +45,7 @@ def join(hosts: str, seconds: int = SECONDS_TO_JOIN) -> str:
     use_all_cores()
     if jax.config.values.get("jax_cpu_collectives_implementation") is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
     try:
         came = [0]
         with limited(seconds, lambda: _count(came), lambda: _missing(hosts, seconds, max(came))), warnings.catch_warnings():
@@ -67,26 +69,19 @@ def _given(hosts: str) -> dict[str, Any]:
     return {**given, "cluster_detection_method": "deactivate"}
 
 
-def _state() -> Any:
-    """What jax.distributed knows of the processes; it has no public name."""
-    from jax._src.distributed import global_state
-
-    return global_state
-
-
 def _told(hosts: str) -> str:
     """Which processes came together, and who said so."""
-    state = _state()
+    known = state()
     if hosts == AUTO and (told := idle_gpus(os.environ)):
         notice(told)
     who = find_cluster(os.environ) or "the metadata server of Cloud TPU"
     said = f"--hosts auto: {who} says who takes part. " if hosts == AUTO else ""
-    return f"{said}This is process {state.process_id} of {state.num_processes}; process 0 is at {state.coordinator_address}."
+    return f"{said}This is process {known.process_id} of {known.num_processes}; process 0 is at {known.coordinator_address}."
 
 
 def _failed(hosts: str, error: Exception) -> UserError:
     """The error of processes that do not come together."""
-    if hosts == AUTO and _state().coordinator_address is None and isinstance(error, ValueError):
+    if hosts == AUTO and state().coordinator_address is None and isinstance(error, ValueError):
         return UserError(f"--hosts auto: {why_none(os.environ)}")
     told = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return UserError(f"--hosts {hosts}: the processes did not come together ({told}). Start all of them, each with its number.")
@@ -94,22 +89,19 @@ def _failed(hosts: str, error: Exception) -> UserError:
 
 def _count(came: list[int]) -> None:
     """Counts, in process 0, who is here: each holds a connection to it until it gives up."""
-    state = _state()
-    if state.coordinator_address is not None and state.process_id == 0:
-        came.append(min(connections(int(state.coordinator_address.rpartition(":")[2])), state.num_processes - 1))
+    known = state()
+    if known.coordinator_address is not None and known.process_id == 0:
+        came.append(min(connections(int(known.coordinator_address.rpartition(":")[2])), known.num_processes - 1))
 
 
 def _missing(hosts: str, seconds: int, came: int) -> str:
     """The message of a process that has waited in vain."""
-    state = _state()
-    address, count, fix = (
-        state.coordinator_address,
-        state.num_processes,
-        "Nothing was written. Start all of them within --hosts-wait seconds.",
-    )
+    known = state()
+    address, count = known.coordinator_address, known.num_processes
+    fix = "Nothing was written. Start all of them within --hosts-wait seconds."
     if address is None:
         return f"--hosts {hosts}: {find_cluster(os.environ) or 'the cluster'} did not say within {seconds} s where process 0 is. {fix}"
-    if state.process_id:
+    if known.process_id:
         told = f"is at {address}, and says how many came" if answers(address) else f"does not answer at {address}"
         return f"--hosts {hosts}: not all of {count} processes came within {seconds} s. Process 0 {told}. {fix}"
     told = f"{came or 'not all'} of {count} processes came to {address} within {seconds} s"

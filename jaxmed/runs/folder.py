@@ -11,13 +11,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, all_problems, notice
 from jaxmed.files import check_file, read_json, simple, write_json
-from jaxmed.hosts import first_tells, leads, several
+from jaxmed.hosts import first_tells, leads, several, told_to_end
 from jaxmed.memory import return_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.legal import TABLES, Legal, check_folder, check_same, check_space, check_tables, digests_of
@@ -147,7 +147,8 @@ class RunFolder:
         earlier.append(session.record)
         self.note(status="running")
         try:
-            yield session
+            with signals.delayed() if several() else nullcontext():  # one that ends alone leaves the others waiting
+                yield session
         except BaseException as error:
             ended = "failed" if isinstance(error, Exception) else "interrupted"
             told = str(error).splitlines()[:1] if isinstance(error, Exception) else []
@@ -196,7 +197,7 @@ class Session:
         self._begun = self._noted = time.monotonic()
 
     def count(self, **done: float) -> None:
-        """Adds to the counts of this session after an item was finished, and ends the run where a signal has come.
+        """Adds to the counts of this session after an item was finished, and ends the run where a signal has come to any of its processes.
 
         Raises:
             Interrupted: see `signals`.
@@ -205,7 +206,10 @@ class Session:
             self.record[name] = self.record.get(name, 0) + number
         if time.monotonic() - self._noted > NOTED_EVERY:
             self._write("running")
-        signals.check()
+        if not several():
+            signals.check()
+        elif number := told_to_end(signals.asked()):
+            signals.end_together(number)
 
     def close(self, status: str, **entries: Any) -> None:
         """Writes how the session ended."""

@@ -21,11 +21,12 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         number: of the signal.
+        together: whether all of several processes end at this place.
     """
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, together: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.together = number, together
 
 
 class _Signals:
@@ -33,9 +34,13 @@ class _Signals:
 
     received: int | None = None
     delays: int = 0
+    expected: bool = False
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    if _Signals.expected:
+        _Signals.expected = False
+        return
     if _Signals.received is not None:
         if sys.stderr is not None and sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
@@ -49,7 +54,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def handled() -> Iterator[None]:
     """Handles both signals inside the block. One that the process was started to ignore (`nohup`, `&` in scripts) stays ignored."""
     before = {}
-    _Signals.received = None
+    _Signals.received, _Signals.expected = None, False
     try:
         for number in HANDLED:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -68,6 +73,21 @@ def check() -> None:
     """Raises `Interrupted` where a signal has come, whoever swallowed it before."""
     if _Signals.received is not None and not _Signals.delays:
         raise Interrupted(_Signals.received)
+
+
+def asked() -> int:
+    """The signal that has come, or 0."""
+    return _Signals.received or 0
+
+
+def end_together(number: int) -> None:
+    """Raises `Interrupted` in all of several processes, for a signal that one of them was sent.
+
+    Where the same signal is still on its way to this process, it is no second one, and changes nothing.
+    """
+    _Signals.expected = _Signals.received is None
+    _Signals.received = _Signals.received or number
+    raise Interrupted(number, together=True)
 
 
 @contextmanager
