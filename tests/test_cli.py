@@ -227,7 +227,7 @@ def test_help_does_not_wait_for_jax() -> None:
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_plans(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = yaml.safe_load(config.read_text()).get("command", "sweep")
-    needs_files = config.stem.endswith(("llama31_8b", "olmo3_stages"))  # the published sets are the user's
+    needs_files = config.stem.endswith(("llama31_8b", "qwen25_14b", "olmo3_stages"))  # the published sets are the user's
     assert main([*command.split(), "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 2 * needs_files
     said = {"sweep": "exact effects", "finetune": "numbers trained", "prune score": "TFLOP"}
     said |= dict.fromkeys(("study mediation", "study pruning", "study misalignment"), "in all")
