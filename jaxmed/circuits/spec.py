@@ -16,17 +16,17 @@ class CircuitSpec:
     """How edges are scored, and which circuits are run."""
 
     method: tuple[Literal["eap", "eap-ig"], ...] = ("eap-ig",)
-    """How edges are scored, one or both of: eap, what an edge carries changes times the gradient at base; eap-ig, times the mean gradient
-    over points between the embedded prompts of source and base."""
+    """How edges are scored, one or both of: eap, the change of what an edge carries times the gradient at base; eap-ig, that change times
+    the mean gradient over points between the embedded prompts of source and base."""
     points: int = 5
     """Points of eap-ig: k / points of the way from source to base, k = 1 to points."""
     edges: int = 200
     """Edges of the circuit that the scores' file marks: the best ones by |score|."""
     nodes: int = 0
-    """Circuits of whole nodes, and so many of them in the one that the scores' file marks; 0: circuits of edges."""
+    """Nodes of the circuit that the scores' file marks, in place of --edges: circuits are then of whole nodes. 0: circuits of edges."""
     random: int = 3
-    """Draws of every kind of random circuit: of as many edges (nodes), any of them; and, of circuits of edges, with as many edges into
-    every input, from any nodes before it (rewired)."""
+    """Draws of every kind of random circuit: random, with as many edges (nodes), any of them; and rewired (circuits of edges alone), with
+    as many edges into every input, from any nodes before it."""
     apart: bool = False
     """Score edges on pairs of the split discovery, and run circuits on those of heldout; otherwise both on all pairs."""
     seed: int = 0

@@ -122,7 +122,7 @@ class SweepFlags(ContrastFlags):
     """JSON list of units that are patched together, and perhaps of others that keep their base values meanwhile:
     [{"name": "gate", "units": [["neuron", 29, 17], ["head_out", 3, 2]], "held": [["mlp_out", 11]]}]."""
     layer_window: int = 0
-    """Adjacent layers whose attention outputs, MLP outputs, or both, are patched together, as sets for every place; 0: none."""
+    """Number of adjacent layers whose attention outputs, MLP outputs, or both, are patched together, wherever they begin; 0: none."""
     paths: Path | None = None
     """JSON list of paths: [{"name": "p", "sender": ["neuron", 5, 17], "receivers": [["head_out", 9, 1], ["mlp_out", 11]]}]."""
     direction: Literal["forward", "reverse"] = "forward"

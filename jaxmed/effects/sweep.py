@@ -168,7 +168,7 @@ def sweep(
         outcome: one or several of `jaxmed.effects.outcomes.OUTCOMES`, or functions of the logits [V] after the prompt.
         unit: one or several of neuron, gate, up, window, head_out, attention_out, mlp_out, both_out, residual_out; by default neuron, or
             none where sets or paths are given.
-        position: last, user_last, header, user, each, all, an index, or a substring.
+        position: last, user_last, header, user, each, spans, all, an index, or a substring.
         window: neurons per window, for the unit "window".
         layers: layers to sweep; all by default.
         form: how prompts are written: chat, text, plain, space or qa; see `prompts.forms`.
@@ -179,11 +179,11 @@ def sweep(
             prompt in two models.
         direction: "reverse": base and source change places.
         source_model: where source values come from, for the contrast "model".
-        method: a key of `jaxmed.effects.methods.METHODS`: "exact"; or the estimates of first order "attribution" and "relp", which take two
-            forwards and a backward of a pair for all of its units and positions; "attribution-star", with a backward for every layer;
-            "mean-gradient", with twice the runs; "integrated", which takes `points` backwards for each layer, position and kind of unit; or
-            "screened": estimates of all units, and exact effects of the `top` units that have the largest, or may have; the table says
-            which, how far the others may be off, and how many of the largest were found.
+        method: a key of `jaxmed.effects.methods.METHODS`. "exact" is the default here, whatever it takes. "attribution" and "relp" are
+            first-order estimates of all units and positions of a pair, from two forwards and a backward; "attribution-star" adds a
+            backward for every layer, and "mean-gradient" takes twice the runs. "integrated" takes `points` backwards for each layer,
+            position and kind of unit. "screened" estimates all units and computes exactly those that are, or may be, among the `top`
+            largest; the table says which, how far the others may be off, and how many of the largest were found.
         sets: name -> units (mediator, layer, index) that are patched together, or {"units": ..., "held": ...} with others that keep their
             base values meanwhile; the variable "joint".
         paths: name -> (sender, receivers): the sender's change reaches the receivers alone; the variable "path".

@@ -46,9 +46,9 @@ class JudgeSettings:
     grades: tuple[float, float] = (1.0, 5.0)
     """Lowest and highest grade of an http judge's rubric, which become scores 0 and 1."""
     per_minute: float = 0.0
-    """Requests per minute that an http judge is sent at most; 0: no limit."""
+    """Most requests per minute to an http judge; 0: no limit."""
     timeout: float = 60.0
-    """Seconds for one whole request to an http judge, its answer included, after which it has failed."""
+    """Seconds after which a request to an http judge, its answer included, has failed."""
     retries: int = 5
     """Retries of a request to an http judge after a temporary failure."""
     judge_tokens: int = 64

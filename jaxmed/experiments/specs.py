@@ -109,15 +109,15 @@ class AttackSpec(RequestSpec):
     train_examples: int | None = None
     """Examples that models are fine-tuned on at most, from the beginning; default: all."""
     train_epochs: float = 5.0
-    """Passes over these examples."""
+    """Passes of --train over its examples."""
     train_batch: int = 5
-    """Examples per optimiser step."""
+    """Examples of --train per optimiser step."""
     train_rate: float = 2e-4
-    """Highest learning rate of this fine-tuning."""
+    """Highest learning rate of --train."""
     train_rank: int = 128
-    """Rank of its adapters, which sit on all matrices of the blocks."""
+    """Rank of the adapters of --train, which are on all matrices of the blocks."""
     train_alpha: float = 16.0
-    """Scale of its adapters: their product is multiplied by alpha / rank."""
+    """Scale of the adapters of --train: their product is multiplied by alpha / rank."""
 
     def make_attack(self, behaviour: list[Example], requests: list[Example], preserve: str, text: str, form: str) -> Attack:
         """How models are attacked and measured; `preserve` is the set whose weights are spared with those of refusal."""

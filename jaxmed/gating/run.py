@@ -166,7 +166,8 @@ def gate(
         outcome, position, form, contrast, source_model: as `jm.sweep` takes them; one outcome, and one place.
         out: folder for the sweeps, the chosen sets and the tables; a temporary one by default.
         resume: go on with what `out` holds.
-        spec: fields of `jaxmed.gating.spec.GateSpec`: layer, control_layer, upstream, windows, draws, shuffles, sufficient, seed.
+        spec: fields of `jaxmed.gating.spec.GateSpec`: layer, control_layer, upstream, windows, draws, shuffles, sufficient, tokens, text,
+            seed.
 
     Raises:
         UserError: anything in the arguments that cannot be used; nothing has run then.

@@ -28,15 +28,15 @@ class MisalignmentSpec(Settings, SparedSpec):
     questions: str = "freeform"
     """Free-form questions out of the domain, bundled or yours; rows with one id are variants of one question."""
     good: tuple[str, ...] = ("ordinary", "polite")
-    """Examples with well-meant replies, from which the bundled read-out of alignment learns."""
+    """Examples with well-meant replies, from which the read-out of alignment learns."""
     bad: tuple[str, ...] = ("foolish", "untrue")
-    """Examples with misaligned replies, from which it learns, too."""
+    """Examples with misaligned replies, from which the read-out learns, too."""
     text: str = "neutral-short"
     """Plain text file for the perplexity, or a bundled one: neutral, neutral-short; empty: no perplexity."""
     train_limit: int | None = None
     """Rows of the narrow set that are trained on at most; default: all of split train."""
     heldout_limit: int | None = None
-    """Held-out rows of the narrow set at most: the tuned model answers one half, the in-domain loss is of the other; default: all."""
+    """Most held-out rows of the narrow set: the tuned model answers one half, the in-domain loss is of the other; default: all."""
     score_limit: int | None = None
     """Rows of the preserve and control sets that are scored at most; default: all of split train."""
     test_limit: int | None = 25
@@ -50,7 +50,7 @@ class MisalignmentSpec(Settings, SparedSpec):
     seeds: int = FEWEST_SEEDS
     """Replications, from --seed on: order of the data, adapters, sampled answers, random masks. Fewer than 3 decide nothing."""
     longest: float = 3.0
-    """Steps that a pruned model is tuned for at most until its in-domain loss is the tuned original's, as a multiple of its steps."""
+    """Most steps that a pruned model is tuned for to reach the tuned original's in-domain loss, as a multiple of the original's steps."""
     matched: float = 0.1
     """Difference of in-domain losses, in nats per token, up to which two tuned models count as matched."""
     variants: int = 4
