@@ -321,6 +321,8 @@ def test_answers_are_judged_once_and_compared_prompt_by_prompt(study: tuple[str,
 
     run_gate(job, out, resume=True, judging=Judging(never, RULES.settings))
     assert (out / "answers.csv").read_bytes() == kept
+    contrasts = job.singles["neurons"].with_weights(job.model, None).contrasts
+    assert [(one.base.asked, one.source.asked) for one in contrasts] == [(one.base, one.source) for one in job.pairs]  # what judges read
     with pytest.raises(UserError, match="judging"):
         run_gate(job, out, resume=True, judging=Judging(never, {"judge": "http"}))
 

@@ -89,7 +89,7 @@ class AnswersJob:
         """The job on models that have weights."""
 
         def loaded(side: Side) -> Side:
-            return Side(model if side.model is self.model else source_model or model, side.ids)
+            return replace(side, model=model if side.model is self.model else source_model or model)
 
         contrasts = tuple(replace(one, base=loaded(one.base), source=loaded(one.source)) for one in self.contrasts)
         return replace(self, model=model, source_model=source_model, contrasts=contrasts)

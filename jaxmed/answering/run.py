@@ -159,8 +159,7 @@ def _row(key: tuple[str, ...], score: float | None, answer: str) -> dict[str, An
 
 def _asked(job: AnswersJob, condition: Condition, pair: int) -> str:
     """What a judge is told was asked."""
-    chat = job.pairs[pair].chat(condition.prompts if job.contrast == "pair" else "base")
-    return next((message["content"] for message in reversed(chat) if message["role"] == "user"), "")
+    return job.pairs[pair].asked(condition.prompts if job.contrast == "pair" else "base")
 
 
 def answers(

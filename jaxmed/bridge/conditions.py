@@ -117,9 +117,8 @@ def _scores(sides: Sequence[Any], tokens: int, judge: Judge) -> list[float | Non
     """What a judge says of a model's answers to prompts."""
     model = sides[0].model
     written = generate_ids(model, [side.ids for side in sides], tokens)
-    decode = model.tokenizer.decode
-    texts = [decode(ids, skip_special_tokens=True) for ids in written]
-    return judge([Example(decode(side.ids, skip_special_tokens=True)) for side in sides], texts, lambda count: None)
+    texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    return judge([Example(side.asked) for side in sides], texts, lambda count: None)
 
 
 def read_pairs(out: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from jaxmed.circuits.formats import Scored
 from jaxmed.circuits.graph import Graph, graph_of
 from jaxmed.circuits.rows import RowShape, check_equal, shape_of
 from jaxmed.circuits.spec import CircuitSpec
-from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
+from jaxmed.effects.contrast import Contrast, Reading, make_contrasts
 from jaxmed.effects.job import manifest_of
 from jaxmed.effects.outcomes import OUTCOMES, OutcomeName, check_outcomes, outcome_name
 from jaxmed.errors import UserError, all_problems
@@ -102,7 +102,9 @@ class CircuitJob:
 
     def with_weights(self, model: Model) -> CircuitJob:
         """The job on a model that has weights."""
-        contrasts = tuple(replace(one, base=Side(model, one.base.ids), source=Side(model, one.source.ids)) for one in self.contrasts)
+        contrasts = tuple(
+            replace(one, base=replace(one.base, model=model), source=replace(one.source, model=model)) for one in self.contrasts
+        )
         return replace(self, model=model, contrasts=contrasts)
 
     def manifest(self) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from jaxmed.tokens import OTHERWISE, PackedPrompt, Patch, align, check_tokens, p
 
 @dataclass(frozen=True)
 class Side:
-    """One run: a model on a prompt of token ids int [T]."""
+    """One run: a model on a prompt of token ids int [T]; `asked` is the user's last message, for judges."""
 
     model: Model
     ids: np.ndarray
+    asked: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def make_contrast(model: Model, pair: PromptPair, reading: Reading, source_model
     for used in {id(one): one for one in (model, source_model or model)}.values():
         check_tokens(used.config, (base.ids, source.ids), "the prompt", used.tokenizer, more)
         check_tokens(used.config, answers.ids, "an answer", used.tokenizer)
-    return Contrast(pair, Side(model, base.ids), Side(source_model or model, source.ids), patches, answers)
+    sides = Side(model, base.ids, read.asked("base")), Side(source_model or model, source.ids, read.asked("source"))
+    return Contrast(pair, *sides, patches, answers)
 
 
 def make_contrasts(model: Model, pairs: Sequence[PromptPair], reading: Reading, source_model: Model | None = None) -> tuple[Contrast, ...]:

@@ -128,7 +128,7 @@ def _scores(job: GateJob, group: Group, clamp: Clamp, tested: np.ndarray, judge:
     model = sides[0].model
     written = generate_ids(model, [side.ids for side in sides], job.request.spec.tokens, edits=edits)
     texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-    return judge([Example(model.tokenizer.decode(side.ids, skip_special_tokens=True)) for side in sides], texts, lambda count: None)
+    return judge([Example(side.asked) for side in sides], texts, lambda count: None)
 
 
 def clamp_perplexity(job: GateJob, groups: Sequence[Group], out: Path) -> list[Perplexity]:

@@ -116,6 +116,10 @@ class PromptPair:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": getattr(self, side)}]
 
+    def asked(self, side: str) -> str:
+        """The user's last message on one side; empty where a chat has none."""
+        return next((message["content"] for message in reversed(self.chat(side)) if message["role"] == "user"), "")
+
     def prefill(self, side: str) -> str:
         """The opening of the assistant's turn on one side."""
         return self.base_prefill if side == "base" else self.source_prefill
