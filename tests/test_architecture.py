@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {"errors", "files", "prompts", "tokens", "interventions", "models", "runner"},
     "runs": {"errors", "files", "hosts", "memory", "models"},
     "results": {"errors", "files", "hosts", "runs"},
-    "cache": {"errors", "files", "tokens", "interventions", "models", "runner", "runs", "results"},
+    "cache": {"errors", "files", "hosts", "tokens", "interventions", "models", "runner", "runs", "results"},
     "parity": {"errors", "hosts", "prompts", "tokens", "interventions", "models", "runner"},
     "effects": {
         "errors",

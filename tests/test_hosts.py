@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import jaxmed as jm
 from jaxmed import hosts
@@ -56,13 +59,15 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def _start(command: list[str], out: Path, count: int) -> list[subprocess.Popen[str]]:
-    """`count` processes that share four devices."""
+def _start(
+    command: list[str], out: Path, count: int, run: Sequence[str] = (sys.executable, "-m", "jaxmed.cli.main"), devices: int = 0
+) -> list[subprocess.Popen[str]]:
+    """`count` processes that share four devices, or have `devices` each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={DEVICES // count}{QUICK_COMPILES}"
-    run = [sys.executable, "-m", "jaxmed.cli.main", *command, "--out", str(out)]
+    flags = f"--xla_force_host_platform_device_count={devices or DEVICES // count}{QUICK_COMPILES}"
+    run = [*run, *command, "--out", str(out)]
     hosts = [["--hosts", f"localhost:{port},{count},{number}"] if count > 1 else [] for number in range(count)]
     shown: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen([*run, *one], env={**environment(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **shown) for one in hosts]
@@ -138,6 +143,37 @@ def test_where_a_process_is_killed_all_end_and_the_run_goes_on(command: list[str
     assert done.any()
     _finish(_start([*command, "--resume"], tmp_path / "run", 2))
     _same(tmp_path / "run", alone)
+
+
+SHARDS = """
+import sys
+from jaxmed.cache import job, run
+from jaxmed.cli.main import main
+job.SHARD_BYTES = 1
+computed = run._run_shard
+run._run_shard = lambda job, prompts: print("shard", prompts.start, file=sys.stderr) or computed(job, prompts)
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command whose shards hold a prompt each, and which says which it computes."""
+
+
+@pytest.mark.slow
+def test_processes_write_shards_of_their_own(command: list[str], tmp_path: Path) -> None:
+    """Against one process with as many devices as each of two has."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": pair.base}) + "\n" for pair in tiny.PAIRS[:3]))
+    write = ["cache", "write", "--model", command[2], "--data", str(prompts), "--sites", "residual_out", "neuron"]
+    alone = _start(write, tmp_path / "one", 1, [sys.executable, "-c", SHARDS], devices=1)
+    _finish(alone)
+    both = _start(write, tmp_path / "two", 2, [sys.executable, "-c", SHARDS], devices=1)
+    said = [child.communicate(timeout=600)[1] for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    assert [re.findall(r"^shard (\d)$", text, re.M) for text in said] == [["0", "2"], ["1"]]
+    ours, theirs = (xr.open_zarr(tmp_path / name, consolidated=False).load() for name in ("two", "one"))
+    xr.testing.assert_identical(ours, theirs)
+    (session,) = json.loads((tmp_path / "two" / "run.json").read_text())["sessions"]
+    assert (session["status"], session["prompts"]) == ("finished", 3)
+    assert main(["cache", "verify", str(tmp_path / "two")]) == 0
 
 
 def _launch(command: list[str], out: Path, folder: Path, first: str) -> subprocess.CompletedProcess[str]:
@@ -369,6 +405,15 @@ def test_a_signal_that_others_heard_of_is_no_second_one() -> None:
         assert (caught.value.together, signals.exit_code(caught.value)) == (True, 143)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one would end this process at once
         assert signals.asked() == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("items", "parts"), [(5, [[0, 3], [1, 4], [2, None]]), (0, [[], [], []]), (3, [[0], [1], [2]])])
+def test_parts_are_of_one_length(items: int, parts: list[list[int | None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Joined, "many", True)
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    for number, part in enumerate(parts):
+        monkeypatch.setattr("jax.process_index", lambda number=number: number)
+        assert hosts.own_part(range(items)) == part
 
 
 def test_a_process_alone_decides_alone() -> None:

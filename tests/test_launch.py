@@ -62,7 +62,7 @@ REMOTE = (
 REFUSED = {
     SSH: "give the jaxmed command after `--`",
     f"{SSH} -- ls": "give the jaxmed command after `--`",
-    f"{SSH} -- jaxmed models": "jaxmed models runs as one process. Those of several: sweep, trace",
+    f"{SSH} -- jaxmed models": "jaxmed models runs as one process. Those of several: sweep, trace, cache write",
     f"{SSH} -- jaxmed sweep --hosts=auto": "leave out --hosts",
     f"{SSH} -- jaxmed sweep --prefill 'a\nb'": "line break",
     f"{SSH} --env A {SWEEP}": "--env 'A': give NAME=VALUE",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.cache.job import Job, make_job
-from jaxmed.cache.run import run_shards
+from jaxmed.cache.run import open_shards, run_shards
 from jaxmed.cache.store import open_cache
 from jaxmed.distributed import device_name
 from jaxmed.files import write_text
@@ -62,7 +62,7 @@ def _rounds(job: Job, site: str, rounds: int) -> dict[str, float]:
     shards, seconds = range(0, len(job.rows), job.shard), {}
     done = np.ones(len(job.rows), bool)
     done[: job.shard] = False
-    _, held = next(run_shards(job, job.shard, done))  # compiles, too
+    _, held = next(run_shards(job, open_shards(len(job.rows), job.shard, done)))  # compiles, too
 
     def timed(what: str, work: Callable[[], Any]) -> None:
         begun = time.perf_counter()
@@ -73,7 +73,7 @@ def _rounds(job: Job, site: str, rounds: int) -> dict[str, float]:
         plain, folder = Path(scratch) / "plain", Path(scratch) / "cache"
         for _ in range(rounds):
             shutil.rmtree(folder, ignore_errors=True)
-            timed("compute a shard", lambda: next(run_shards(job, job.shard, done)))
+            timed("compute a shard", lambda: next(run_shards(job, open_shards(len(job.rows), job.shard, done))))
             timed("write plainly", lambda: _write_plainly(plain, held[site], len(shards)))
             timed("write", lambda: _write(job, folder, held))
             _forget(Path(scratch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import jax
@@ -20,12 +20,16 @@ AT_ONCE = 1 << 28
 ROWS = 32
 
 
-def run_shards(job: Job, shard: int, done: np.ndarray) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-    """(numbers of prompts, site -> float32 [prompt, L, position, ...]) of every shard of which a prompt is not done."""
-    for begin in range(0, len(job.rows), shard):
-        chosen = range(begin, min(begin + shard, len(job.rows)))
-        if not done[chosen].all():
-            yield chosen, _run_shard(job, chosen)
+def open_shards(count: int, shard: int, done: np.ndarray) -> list[range]:
+    """Numbers of the prompts of every shard of which a prompt is not done."""
+    shards = [range(begin, min(begin + shard, count)) for begin in range(0, count, shard)]
+    return [chosen for chosen in shards if not done[chosen].all()]
+
+
+def run_shards(job: Job, shards: Iterable[range | None]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+    """(numbers of prompts, site -> float32 [prompt, L, position, ...]) of every shard; of None, no prompts."""
+    for chosen in shards:
+        yield (range(0), {}) if chosen is None else (chosen, _run_shard(job, chosen))
 
 
 def _run_shard(job: Job, prompts: range) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ import xarray as xr
 
 from jaxmed.files import ArrayLayout, find_damage, open_array, write_json
 from jaxmed.files.arrays import open_checked
+from jaxmed.hosts import first_tells, leads, several, wait_for_all
 from jaxmed.interventions.sites import ALIASES, SITES
 from jaxmed.results import Table, lay_out, open_group
 from jaxmed.runs.folder import RunFolder, Session
@@ -65,14 +66,26 @@ class Cache:
     """
 
     def __init__(self, folder: Path, session: Session, names: Sequence[str]):
-        self._table, self._session, self._folder = Table(folder, "."), session, folder
+        self._table, self._session, self._folder = Table(folder, ".", apart=True), session, folder
         self._pool, self._pending = ThreadPoolExecutor(1), None
         self.names = list(names)
-        self.done = self._table.done().astype(bool)
+        self.begin()
         self.shard = shard_of(folder / self.names[0])
 
+    def begin(self) -> None:
+        """Reads what is done; what is written from here on is counted."""
+        self.done = self._table.done().astype(bool)
+        self._before = int(self.done.sum())
+
+    def finish(self) -> None:
+        """Waits until all processes have written their shards; the session's record counts the prompts of all of them then."""
+        self.flush()
+        wait_for_all("all shards are written")
+        self._session.record["prompts"] = int(self._table.done().sum()) - self._before
+
     def write(self, prompts: range, found: Mapping[str, np.ndarray]) -> None:
-        """Begins to write the activations [prompt, ...] of a whole shard, as soon as the one before is committed.
+        """Begins to write the activations [prompt, ...] of a whole shard, as soon as the one before is committed; or of no prompts, where
+        another process has one more.
 
         Raises:
             UserError: the disk is full; what was finished stays.
@@ -81,6 +94,8 @@ class Cache:
         self._pending = prompts, self._pool.submit(self._commit, prompts, found)
 
     def _commit(self, prompts: range, found: Mapping[str, np.ndarray]) -> None:
+        if not prompts:
+            return
         at = {"prompt": slice(prompts.start, prompts.stop)}
         self._table.write([(name, at, values) for name, values in found.items()])
         self._mark(at["prompt"], 1)
@@ -97,8 +112,8 @@ class Cache:
         self._table.write([(DONE, {"prompt": prompts}, np.full(count, done, np.uint8))])
         self.done[prompts] = done
 
-    def mend(self, folder: RunFolder) -> None:
-        """Marks shards that are damaged as not done, so that they are computed again, and says so.
+    def mend(self, folder: RunFolder) -> int:
+        """Marks shards that are damaged as not done, so that they are computed again, and says so; returns how many.
 
         Raises:
             UserError: the run was finished: its numbers may be in use, so they change at the next resume alone.
@@ -108,6 +123,7 @@ class Cache:
             shown.append(f"{name}, {told(prompts)}: {why}")
             self._mark(slice(prompts.start, prompts.stop), 0)
         folder.tell_damage(shown)
+        return len(shown)
 
 
 def shard_of(array: Path) -> int:
@@ -146,11 +162,13 @@ def open_cache(out: Path, manifest: Mapping[str, Any], table: Labelled, resume: 
     """
     ids = hashlib.sha256(json.dumps(manifest["tokens"]).encode()).hexdigest()
     with RunFolder.open(out, {**manifest, "tokens": ids}, resume, LEGAL, table.bytes + 1_000_000) as folder:
-        if not folder.continues:
+        if not folder.continues and leads():
             _create(out, manifest, table)
         with folder.session() as session:
+            wait_for_all("the arrays are laid out")
             cache = Cache(out, session, list(table.arrays))
-            cache.mend(folder)
+            first_tells(lambda: float(cache.mend(folder)))
+            cache.begin()
             try:
                 yield cache
             finally:
@@ -160,7 +178,8 @@ def open_cache(out: Path, manifest: Mapping[str, Any], table: Labelled, resume: 
 def _create(out: Path, manifest: Mapping[str, Any], table: Labelled) -> None:
     """Lays out empty arrays, the manifest last."""
     count = len(table.coordinates["prompt"])
-    arrays = {**table.arrays, DONE: ArrayLayout((count,), (count,), "uint8", 0, ("prompt",))}
+    together = min(layout.shards[0] for layout in table.arrays.values()) if several() else count  # processes share no chunk
+    arrays = {**table.arrays, DONE: ArrayLayout((count,), (together,), "uint8", 0, ("prompt",))}
     for name in (*table.coordinates, *arrays):
         shutil.rmtree(out / name, ignore_errors=True)
     lay_out(out, table.coordinates, table.attributes)

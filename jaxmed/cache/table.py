@@ -11,9 +11,10 @@ import numpy as np
 import xarray as xr
 
 from jaxmed.cache.job import Job, make_job
-from jaxmed.cache.run import run_shards
+from jaxmed.cache.run import open_shards, run_shards
 from jaxmed.cache.store import open_cache, read_cache
 from jaxmed.errors import NOT_FINITE, UserError
+from jaxmed.hosts import own_part
 from jaxmed.models.model import Model
 from jaxmed.runs.watch import RESUMED, Watch, silent
 
@@ -59,7 +60,7 @@ def activations(
         return write_activations(job, Path(out), resume)
     _check_memory(job.table.bytes)
     values = {name: np.full(layout.shape, np.nan, np.float32) for name, layout in job.table.arrays.items()}
-    for chosen, found in run_shards(job, job.shard, np.zeros(len(prompts), bool)):
+    for chosen, found in run_shards(job, open_shards(len(prompts), job.shard, np.zeros(len(prompts), bool))):
         for name in values:
             values[name][chosen] = found[name]
     variables = {name: (layout.dims, values[name]) for name, layout in job.table.arrays.items()}
@@ -79,9 +80,10 @@ def write_activations(job: Job, out: Path, resume: bool = False, report: Watch =
     with open_cache(out, job.manifest, job.table, resume) as cache:
         if cache.done.any():
             report(float(lengths[cache.done].sum()), 0, RESUMED)
-        for chosen, found in run_shards(job, cache.shard, cache.done):
+        for chosen, found in run_shards(job, own_part(open_shards(len(job.rows), cache.shard, cache.done))):
             cache.write(chosen, found)
-            report(float(lengths[chosen].sum()), len(chosen), "")
+            report(float(lengths[list(chosen)].sum()), len(chosen), "")
+        cache.finish()
     return read_cache(out)
 
 

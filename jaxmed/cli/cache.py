@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ConfigFlags, FormFlag, LimitFlag, ModelFlags, RunFlags
+from jaxmed.cli.flags import ConfigFlags, FormFlag, HostsFlags, LimitFlag, ModelFlags, RunFlags
 from jaxmed.errors import UserError, all_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheWrite(LimitFlag, FormFlag, ModelFlags, RunFlags):
+class CacheWrite(LimitFlag, FormFlag, ModelFlags, HostsFlags, RunFlags):
     """Writes activations of many prompts to a folder: a Zarr group with an array per site, which `xarray.open_zarr` opens."""
 
     data: str = ""
@@ -31,10 +31,12 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, RunFlags):
         from jaxmed.cache.job import make_job
         from jaxmed.cache.store import LEGAL
         from jaxmed.cache.table import write_activations
+        from jaxmed.hosts import first_tells
         from jaxmed.prompts.examples import read_examples
         from jaxmed.runs.legal import check_folder
 
-        check_folder(self.out, self.resume, LEGAL)
+        self.join()
+        first_tells(lambda: check_folder(self.out, self.resume, LEGAL))
         if not self.data:
             raise UserError("Give --data FILE: prompts whose activations are kept (column prompt).")
         prompts = self.first(read_examples(self.data, responses=False))
@@ -46,6 +48,12 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, RunFlags):
         with show.progress("activations", float(sum(map(len, job.rows))), "prompts") as report:
             write_activations(job, self.out, self.resume, report)
         show.lines("written", [f"{self.out}: jaxmed cache info {self.out}, or xarray.open_zarr({str(self.out)!r}, consolidated=False)"])
+
+    def _mesh(self) -> Any:
+        """Each process computes shards of its own, on its own devices."""
+        from jaxmed.hosts import own_mesh
+
+        return own_mesh(self.mesh)
 
     def _plan(self, job: Any) -> None:
         from jaxmed.runs.cost import matmul_rate, show_bytes

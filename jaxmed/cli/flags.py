@@ -67,6 +67,30 @@ class LoadFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostsFlags:
+    """Whether this is one of several processes."""
+
+    hosts: str = ""
+    """Several processes: auto (Slurm, Kubernetes, Open MPI or Cloud TPU say who takes part), or HOST:PORT,COUNT,NUMBER with the address of
+    process 0. All are given the same other flags and see the same --out."""
+    hosts_wait: int = 300
+    """Seconds that processes wait for each other at the beginning."""
+
+    def join(self) -> None:
+        """Joins the others, and says what was found; from then on the first process alone prints.
+
+        Raises:
+            UserError: see `jaxmed.hosts.join`.
+        """
+        from jaxmed.hosts import join, leads
+
+        told = join(self.hosts, self.hosts_wait)
+        show.out.quiet = show.err.quiet = not leads()
+        if told:
+            show.err.print(told, markup=False, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceFlags(LoadFlags):
     """Which weights are loaded, and how."""
 

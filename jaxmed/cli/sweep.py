@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, RunFlags
+from jaxmed.cli.flags import FormFlag, HostsFlags, LimitFlag, ModelFlags, RunFlags
 from jaxmed.cli.method import choose_method
 from jaxmed.cli.report import write_report
 from jaxmed.errors import UserError
@@ -166,7 +166,7 @@ class SweepFlags(ContrastFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(PairsFlag, SweepFlags, RunFlags):
+class Sweep(PairsFlag, SweepFlags, HostsFlags, RunFlags):
     """Effects of every unit on an outcome, exact or estimated: effect = y(base; unit := its value in source) - y(base)."""
 
     out: Path = Path("jaxmed-sweep")
@@ -188,22 +188,14 @@ class Sweep(PairsFlag, SweepFlags, RunFlags):
     """category: statistics, rows of top.csv and tables for every category of pairs, too."""
     seed: int = 0
     """Seed of resamples and sign flips, and of --patch noise."""
-    hosts: str = ""
-    """Several processes, one mesh: auto (Slurm, Kubernetes, Open MPI or Cloud TPU say who takes part), or HOST:PORT,COUNT,NUMBER with the
-    address of process 0. All are given the same other flags and see the same --out."""
-    hosts_wait: int = 300
-    """Seconds that processes wait for each other at the beginning."""
 
     def run(self) -> None:
         """Checks, plans, sweeps, summarises, reports."""
-        from jaxmed.hosts import first_tells, join, leads
+        from jaxmed.hosts import first_tells, leads
         from jaxmed.results import LEGAL
         from jaxmed.runs.legal import check_folder
 
-        told = join(self.hosts, self.hosts_wait)
-        show.out.quiet = show.err.quiet = not leads()
-        if told:
-            show.err.print(told, markup=False, highlight=False)
+        self.join()
         first_tells(lambda: check_folder(self.out, self.resume, LEGAL))
         summary = {"seed": self.seed, "top": self.top, "by": self.by, "budget": self.budget, "points": self.points}
         summary["method"] = "exact" if self.method == "auto" else self.method

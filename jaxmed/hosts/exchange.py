@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxmed.errors import UserError
+
+T = TypeVar("T")
 
 
 class Joined:
@@ -100,6 +102,38 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def own_part(items: Sequence[T]) -> list[T | None]:
+    """Of items that no two processes do together, those of this process; filled up with None, so that all have equally many."""
+    if not Joined.many:
+        return list(items)
+    import jax
+
+    count, own = jax.process_count(), list(items[jax.process_index() :: jax.process_count()])
+    return [*own, *[None] * (-(-len(items) // count) - len(own))]
+
+
+def own_mesh(spec: str | None = None) -> Any:
+    """A mesh over this process's own devices, for work that processes do apart.
+
+    Args:
+        spec: as `make_mesh` takes it; by default all of these devices share the work.
+
+    Raises:
+        UserError: another spec; more devices than this process has.
+    """
+    import jax
+
+    from jaxmed.distributed import make_mesh
+
+    if not Joined.many:
+        return make_mesh(spec)
+    own = jax.local_devices()
+    mesh = make_mesh(spec or f"data={len(own)}")
+    if mesh.size > len(own):
+        raise UserError(f"--mesh {spec!r} needs {mesh.size} devices; each process has {len(own)} of its own here.")
+    return jax.sharding.Mesh(np.asarray(own[: mesh.size]).reshape(mesh.devices.shape), mesh.axis_names)
 
 
 def to_host(values: Any) -> np.ndarray:

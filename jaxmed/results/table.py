@@ -95,10 +95,11 @@ class Table:
 
     Attributes:
         folder, table: the folder of a run, and the table in it.
+        apart: whether each of several processes writes chunks of its own; else the first writes all.
     """
 
-    def __init__(self, folder: Path, table: str = TABLE):
-        self.folder, self.table = folder, table
+    def __init__(self, folder: Path, table: str = TABLE, apart: bool = False):
+        self.folder, self.table, self.apart = folder, table, apart
         self._arrays: dict[str, Any] = {}
 
     def _array(self, name: str) -> Any:
@@ -107,12 +108,14 @@ class Table:
         return self._arrays[name]
 
     def write(self, chunks: Sequence[tuple[str, Mapping[str, Any], np.ndarray]]) -> None:
-        """Writes (variable, {dimension: index}, values) chunks; returns when all are committed. Of several processes the first one writes.
+        """Writes (variable, {dimension: index}, values) chunks; returns when all are committed.
+
+        Of several processes the first one writes, unless `apart`.
 
         Raises:
             UserError: the disk is full or cannot be written; chunks committed before stay.
         """
-        if not leads():
+        if not (self.apart or leads()):
             return
         try:
             for pending in [self._array(name)[label(self._array(name), at)].write(values) for name, at, values in chunks]:

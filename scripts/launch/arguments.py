@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-SEVERAL = ("sweep", "trace")
+SEVERAL = ("sweep", "trace", "cache write")
 """Commands that run as several processes."""
 NAME = r"[a-z]([a-z0-9-]*[a-z0-9])?"
 """A name in a cluster or a cloud."""
@@ -59,8 +59,8 @@ def checked(command: Sequence[str]) -> list[str]:
     example = "-- jaxmed sweep --unit neuron --out runs/big"
     if not command or Path(command[0]).name != "jaxmed":
         refuse(f"give the jaxmed command after `--`, such as {example}; there is {shlex.join(command) or 'nothing'!r}.")
-    if len(command) < 2 or command[1] not in SEVERAL:
-        refuse(f"jaxmed {command[1] if len(command) > 1 else ''} runs as one process. Those of several: {', '.join(SEVERAL)}.")
+    if not {" ".join(command[1:2]), " ".join(command[1:3])} & {*SEVERAL}:
+        refuse(f"jaxmed {' '.join(command[1:2])} runs as one process. Those of several: {', '.join(SEVERAL)}.")
     if any(word.split("=")[0] == "--hosts" for word in command):
         refuse("leave out --hosts: the script gives it to every process.")
     if any(character < " " for word in command for character in word):
