@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
+from pathlib import Path
 
 MALLOC_SETTINGS = {-8: 1, -4: 0, -1: -1, -2: 1 << 28}
 """mallopt's M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD: one heap, which grows by 256 MB at a time and is not given back."""
@@ -22,6 +24,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all([mallopt(name, value) for name, value in MALLOC_SETTINGS.items()])
+
+
+def host_bytes() -> int:
+    """Memory of the machine, or as much of it as a container may take."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [16 << 30]
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
 
 
 class _HeapUse(ctypes.Structure):

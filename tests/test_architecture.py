@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"cache", "evaluation", "gating"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "ground_truth": {"errors", "distributed", "prompts", "tokens", "models", "runner", "finetuning"},
-    "pruning": {"errors", "files", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
+    "pruning": {"errors", "files", "memory", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},
     "experiments": {
         "errors",
         "files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxmed.batching.batches import Batch, Shape
 from jaxmed.batching.one_per_row import batches
 from jaxmed.batching.texts import response_tokens
 from jaxmed.bench.shapes import SHAPES
+from jaxmed.memory import host_bytes
 from jaxmed.models.load import from_params
 from jaxmed.models.model import Model
 from jaxmed.models.params import param_shapes
@@ -25,7 +27,7 @@ from jaxmed.pruning import (
     select,
 )
 from jaxmed.pruning.job import KINDS, make_job
-from jaxmed.pruning.plan import USED, make_plan, pass_bytes
+from jaxmed.pruning.plan import HOST_PART, USED, Plan, device_bytes, make_plan, pass_bytes
 from jaxmed.pruning.totals import add_batch, fresh_totals
 from jaxmed.runner import causal_layout, forward
 from jaxmed.runs.cost import count_flops
@@ -126,6 +128,11 @@ def test_scores_on_disk_resume_and_equal_those_in_memory(plain_model: Model, tmp
     note = lambda work, count, what: again.append(what)  # noqa: E731
     score(plain_model, BEHAVIOUR, PRESERVE, layers_per_pass=1, out=tmp_path / "out", resume=True, report=note)
     assert "resumed" in again
+    record = (tmp_path / "out" / "run.json").read_text()
+    score(plain_model, BEHAVIOUR, PRESERVE, out=tmp_path / "out", resume=True)  # the passes of the run that was begun, wherever it goes on
+    assert json.loads(record)["passes"] == json.loads((tmp_path / "out" / "run.json").read_text())["passes"]
+    with pytest.raises(jm.UserError, match="another request"):
+        score(plain_model, BEHAVIOUR, PRESERVE, layers_per_pass=2, out=tmp_path / "out", resume=True)
     kept = read_scores(tmp_path / "out")
     assert kept.kinds == held.kinds
     for kind in held.kinds:
@@ -175,7 +182,7 @@ def test_planned_memory_is_what_the_compiled_program_takes(remat: bool) -> None:
 
 
 def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 80e9)
+    monkeypatch.setattr("jaxmed.pruning.plan.device_bytes", lambda device: 80e9)
     model = from_params(replace(SHAPES["llama-3.1-8b"], dtype="bfloat16"), {"blocks": {}}, jm.make_mesh("data=1"))
     examples = [TokenizedExample(np.zeros(length, np.int32), 20) for length in (60, 120, 250)] * 20
     plan = make_plan(model, examples, ("signed",))
@@ -185,12 +192,26 @@ def test_an_8b_model_is_scored_within_80_gb_by_the_plan(monkeypatch: pytest.Monk
     assert len(plan.spans) <= 4
 
 
+def test_devices_of_the_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxmed.pruning.plan.host_bytes", lambda: 64e9)
+    devices = jax.local_devices(backend="cpu")
+    assert device_bytes(devices[0]) == pytest.approx(HOST_PART * 64e9 / len(devices))
+    assert 1e9 < host_bytes() < 1e14
+
+
+def test_a_run_goes_on_with_its_own_passes() -> None:
+    plan = Plan(((0, 3),), [], False, 0, 0.0)
+    assert plan.with_spans([[0, 2], [2, 3]]).spans == ((0, 2), (2, 3))
+    for spans in ([], [[0, 2]], [[0, 1], [2, 3]], [[0, 4]]):
+        assert plan.with_spans(spans) is plan
+
+
 def test_batches_are_cut_before_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = from_params(SHAPES["llama-3.2-1b"], {"blocks": {}}, jm.make_mesh("data=1"))
     examples = [TokenizedExample(np.zeros(length, np.int32), 20) for length in (60, 120)] * 20
-    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 1e15)
+    monkeypatch.setattr("jaxmed.pruning.plan.device_bytes", lambda device: 1e15)
     whole = make_plan(model, examples, ("signed",))
-    monkeypatch.setattr("jaxmed.pruning.plan.HOST_BYTES", 0.99 * whole.bytes / USED)
+    monkeypatch.setattr("jaxmed.pruning.plan.device_bytes", lambda device: 0.99 * whole.bytes / USED)
     cut = make_plan(model, examples, ("signed",))
     assert cut.spans == whole.spans
     assert not cut.remat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmed.batching.texts import encode
@@ -29,6 +29,7 @@ class Job:
         sets: set -> its examples as tokens, those only that a kind needs.
         plans: set -> how it is cut into passes and batches.
         how: the settings, for the record.
+        cut: whether the user said how many layers a pass has.
     """
 
     model: Model
@@ -36,6 +37,17 @@ class Job:
     sets: Mapping[str, list[TokenizedExample]]
     plans: Mapping[str, Plan]
     how: Mapping[str, Any]
+    cut: bool = False
+
+    def begun(self, spans: Mapping[str, Any]) -> Job:
+        """The job with the passes of a run that was begun, maybe with another memory, unless the user asks for others.
+
+        Args:
+            spans: set -> [first layer, layer after the last] of every pass, as `record` has them.
+        """
+        if self.cut:
+            return self
+        return replace(self, plans={which: plan.with_spans(spans.get(which, plan.spans)) for which, plan in self.plans.items()})
 
     @property
     def batches(self) -> int:
@@ -87,7 +99,7 @@ def make_job(
     how = {"form": form, "scored_separator": scored_separator, "max_length": max_length}
     job = Job(model, tuple(kinds), sets, {}, how)
     plans = {which: make_plan(model, found, job.kinds_of(which), rows, layers_per_pass, remat) for which, found in sets.items()}
-    return Job(model, tuple(kinds), sets, plans, how)
+    return Job(model, tuple(kinds), sets, plans, how, bool(layers_per_pass))
 
 
 def token_digest(examples: Sequence[TokenizedExample]) -> str:

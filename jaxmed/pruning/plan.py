@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
 from jaxmed.batching.batches import Shape
 from jaxmed.batching.one_per_row import Group, count_batches, group
 from jaxmed.errors import UserError
+from jaxmed.memory import host_bytes
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.model import Model
 from jaxmed.models.params import param_shapes
 from jaxmed.runs.cost import TOKENS_PER_DEVICE
 from jaxmed.tokens import TokenizedExample
 
-HOST_BYTES = 8 << 30
-"""Memory that is reckoned with on a device that does not say its own."""
+HOST_PART = 0.5
+"""Part of the host's memory that its devices are given, where they have none of their own: the rest is for what other programs, results
+and the files that are read take."""
 USED = 0.92
 """Part of a device's memory that a plan may fill."""
-PARTS = (1, 2, 4)
+PARTS = (1, 2, 4, 8, 16)
 """By how much batches may be smaller than those that keep the matmuls busy, where that saves a pass."""
 REMAT = 4 / 3
 """What blocks that run again cost, over those that do not: one more forward beside three."""
@@ -50,6 +52,13 @@ class Plan:
         """Of one pass."""
         return count_batches(self.groups)
 
+    def with_spans(self, spans: Sequence[Sequence[int]]) -> Plan:
+        """The plan with other passes, where these are of all layers one after another; else the plan as it is."""
+        begun = tuple((int(first), int(stop)) for first, stop in spans)
+        ends = [0, *(stop for _, stop in begun)]
+        tiled = ends == [*(first for first, _ in begun), self.spans[-1][1]]
+        return replace(self, spans=begun) if tiled else self
+
 
 def make_plan(
     model: Model,
@@ -73,7 +82,7 @@ def make_plan(
     if rows < 0 or layers_per_pass < 0 or layers_per_pass > config.layers:
         raise UserError(f"rows ({rows}) is not negative, layers_per_pass ({layers_per_pass}) is from 0 to {config.layers}.")
     device = mesh.local_devices[0]
-    limit = USED * (device.memory_stats() or {}).get("bytes_limit", HOST_BYTES)
+    limit = USED * device_bytes(device)
     most = TOKENS_PER_DEVICE.get(device.platform, 2048)
     grouped = [group(examples, mesh.shape["data"], most // part, rows) for part in ((1,) if rows else PARTS)]
     wanted = [layers_per_pass] if layers_per_pass else [-(-config.layers // parts) for parts in range(1, config.layers + 1)]
@@ -92,6 +101,12 @@ def make_plan(
         return math.fsum(_flops(config, grouped[0], span) for span in plan.spans) * (REMAT if plan.remat else 1.0)
 
     return min(fitting, key=cost)
+
+
+def device_bytes(device: jax.Device) -> float:
+    """Memory of a device: what it says, or its share of the host's."""
+    own = (device.memory_stats() or {}).get("bytes_limit")
+    return own or HOST_PART * host_bytes() / len(jax.local_devices(backend=device.platform))
 
 
 def _cut(model: Model, groups: list[Group], kinds: Sequence[str], layers: int, again: bool) -> Plan:

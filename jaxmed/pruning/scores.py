@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError
+from jaxmed.memory import return_freed_memory
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import inputs_axis, matrix_shapes
 from jaxmed.prompts.examples import Example
@@ -108,11 +109,12 @@ def score(
 
 def run_job(job: Job, out: Path | None = None, resume: bool = False, report: Watch = silent) -> Scores:
     """Runs a job; with `out`, every finished pass is kept there, and `resume` goes on after the last one."""
+    folder = None if out is None else ScoreFolder(out)
+    job = job.begun(folder.spans()) if folder is not None and resume else job
     model = job.model
     examples = {which: len(found) for which, found in job.sets.items()}
     scores = Scores(model.name, model.identity, matrix_shapes(model.config), inputs_axis(model.config), examples, {})
     scores.tokens = {which: token_digest(found) for which, found in job.sets.items()}
-    folder = None if out is None else ScoreFolder(out)
     with nullcontext() if folder is None else folder.session(record(job), resume) as session:
         if folder is not None:
             scores.folder, scores.losses = folder, folder.losses()
@@ -131,6 +133,8 @@ def run_job(job: Job, out: Path | None = None, resume: bool = False, report: Wat
                     folder.write(which, span, found, loss)
                     assert session is not None
                     session.count(passes=1, batches=plan.batches)
+                del totals, found  # before the next pass is given as much again
+                return_freed_memory()
     return scores
 
 

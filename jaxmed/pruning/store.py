@@ -50,6 +50,12 @@ class ScoreFolder:
             finally:
                 self._open = None
 
+    def spans(self) -> dict[str, Any]:
+        """Set -> the passes of the run that the folder holds; nothing where it holds none."""
+        found = read_run(self.folder).get("manifest", {}) if (self.folder / RUN).is_file() else {}
+        spans = found.get("spans", {}) if isinstance(found, dict) else {}
+        return spans if isinstance(spans, dict) else {}
+
     def _passes(self) -> list[list[Any]]:
         """Finished passes: set, first layer, layer after the last, mean loss, matrices."""
         return (self._open.record if self._open else read_run(self.folder))["passes"]
