@@ -344,4 +344,5 @@ def test_verdicts_on_answers(tmp_path: Path, study: tuple[str, Any, Path]) -> No
     assert [(one.verdict, one.estimate) for one in (first, second)] == [("supported", -1.0), ("supported", 1.0)]
     assert (cost.verdict, cost.estimate) == ("described", 0.0)
     assert write(top_source_base=0.0, matched_source_base=0.0)[0].verdict == "not supported", "random neurons do as much"
+    assert write(top_source_base=0.5, matched_source_base=0.0)[0].verdict == "not supported", "random neurons do more"
     assert write(none__base=0.0, matched_source_base=0.0)[0].verdict == "behaviour absent in this model"
