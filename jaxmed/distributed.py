@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 
 from jaxmed.errors import UserError
 
-AXES = ("data", "model")
+AXES = ("data", "fsdp", "tensor")
+EXAMPLE = "data=4,fsdp=2,tensor=2"
 MOST_HOST_DEVICES = 8
 """Each host device may hold its own copy of the weights, so many-core machines stop here."""
 
@@ -39,28 +41,47 @@ def use_all_cores() -> None:
 
 
 def make_mesh(spec: str | None = None) -> jax.sharding.Mesh:
-    """A mesh over the devices of all processes.
+    """A mesh over the devices of all processes, with the axes "data", "fsdp" and "tensor".
 
     Args:
-        spec: "data=4,model=2", or None for all devices on "data" (units are swept in parallel).
+        spec: "data=4,fsdp=2,tensor=2"; axes that are not named have size 1. None: all devices on "data" (units are swept in parallel).
 
     Raises:
-        UserError: unknown axis, or sizes whose product exceeds the number of devices.
+        UserError: an unknown axis, one that is named twice, or sizes whose product exceeds the number of devices.
     """
     use_all_cores()
     devices = jax.devices()
-    sizes = {"data": len(devices), "model": 1}
-    if spec:
-        sizes = {"data": 1, "model": 1}
-        for part in spec.split(","):
-            axis, _, size = part.partition("=")
-            if axis not in AXES or not size.isdigit() or int(size) < 1:
-                raise UserError(f"--mesh {spec!r}: {part!r} is not AXIS=SIZE. Legal axes: {', '.join(AXES)}. Example: data=4,model=2.")
-            sizes[axis] = int(size)
-    count = sizes["data"] * sizes["model"]
+    sizes = dict.fromkeys(AXES, 1) | (_sizes(spec) if spec else {"data": len(devices)})
+    count = math.prod(sizes.values())
     if count > len(devices):
-        raise UserError(f"--mesh {spec!r} needs {count} devices; there are {len(devices)} ({devices[0].device_kind}).")
-    return jax.sharding.Mesh(np.asarray(devices[:count]).reshape(sizes["data"], sizes["model"]), AXES)
+        raise UserError(
+            f"--mesh {spec!r} needs {count} devices; there are {len(devices)} ({devices[0].device_kind}). "
+            "Give sizes whose product is no larger."
+        )
+    return jax.sharding.Mesh(np.asarray(devices[:count]).reshape(tuple(sizes.values())), AXES)
+
+
+def _sizes(spec: str) -> dict[str, int]:
+    """Axis -> size of "data=4,fsdp=2"."""
+    sizes: dict[str, int] = {}
+    for part in spec.split(","):
+        axis, _, size = part.partition("=")
+        if axis == "model":
+            raise UserError(f"--mesh {spec!r}: the axis 'model' is called 'tensor' now. Write {spec.replace('model=', 'tensor=')}.")
+        if axis not in AXES or not (size.isascii() and size.isdigit()) or int(size) < 1:
+            raise UserError(f"--mesh {spec!r}: {part!r} is not AXIS=SIZE. Legal axes: {', '.join(AXES)}. Example: {EXAMPLE}.")
+        if axis in sizes:
+            raise UserError(f"--mesh {spec!r} gives {axis!r} twice. Give every axis once. Example: {EXAMPLE}.")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def check_mesh(mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError where a mesh has other axes than `make_mesh` gives it."""
+    if mesh.axis_names != AXES:
+        raise UserError(
+            f"The mesh has the axes {', '.join(map(str, mesh.axis_names))}; needed are {', '.join(AXES)}. Make it by jm.make_mesh."
+        )
 
 
 def keep_compiled_programs(folder: Path) -> None:

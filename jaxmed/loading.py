@@ -30,7 +30,7 @@ def load(
         name_or_path: see `jaxmed models` for the known names.
         dtype: "float32" or "bfloat16", for weights and matmuls. The residual stream and the outcomes are float32 in both.
         revision: branch, tag or commit on the hub, such as a training stage.
-        mesh: device mesh with axes "data" and "model" (`jm.make_mesh`); by default all local devices on "data".
+        mesh: device mesh with axes "data", "fsdp" and "tensor" (`jm.make_mesh`); by default all local devices on "data".
         int8: keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise.
         template_from: a model whose chat template is used, for base models that have none.
         adapter: a LoRA adapter to merge in, as the folder that PEFT saves.

@@ -28,7 +28,7 @@ from jaxmed.models.families import FAMILIES
 from jaxmed.models.families.llama import llama_json
 from jaxmed.runs.provenance import short_commit
 
-MESHES = {"data=1": 1, "data=1,model=8": 8, "data=2,model=4": 8}
+MESHES = {"data=1": 1, "data=1,tensor=8": 8, "data=2,tensor=4": 8, "data=2,fsdp=2,tensor=2": 8}
 """Mesh -> devices of the process."""
 
 CHILD = """

@@ -20,7 +20,7 @@ from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.runner import by_layer
 from tests import tiny
 
-MESHES = ("data=1", "data=8", "data=2,model=2", "data=4,model=2")
+MESHES = ("data=1", "data=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
 COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\(")
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 SETS = {"two": [("neuron", 1, 3), ("head_out", 1, 2), ("mlp_out", 0, 0)]}

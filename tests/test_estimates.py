@@ -358,7 +358,7 @@ def test_eight_devices_agree_with_one() -> None:
         "from tests import tiny\n"
         "pairs = [replace(pair, id=f'{pair.id} {n}') for pair in tiny.PAIRS for n in range(3)]\n"
         "how = dict(unit=('neuron', 'head_out', 'both_out'), position='each', outcome=('prefix-gap', 'log-odds'), method='attribution')\n"
-        "tables = [jm.sweep(tiny.model('llama', mesh=mesh), pairs, **how) for mesh in ('data=1', 'data=8', 'data=2,model=2')]\n"
+        "tables = [jm.sweep(tiny.model('llama', mesh=mesh), pairs, **how) for mesh in ('data=1', 'data=8', 'data=2,tensor=2')]\n"
         "for other in tables[1:]:\n"
         "    for name in ('neuron', 'head_out', 'both_out', 'base_outcome', 'source_outcome'):\n"
         "        print(float(np.nanmax(np.abs(other[name].values - tables[0][name].values))))\n"

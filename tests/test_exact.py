@@ -96,7 +96,7 @@ def test_several_chunks_equal_one(plain_model: Model, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=1,model=2", "data=2"])
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2", "data=2"])
 def test_meshes_agree(mesh: str) -> None:
     alone = jm.sweep(tiny.model("llama", mesh="data=1"), tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)
     shared = jm.sweep(tiny.model("llama", mesh=mesh), tiny.PAIRS[:1], unit=tuple(MEDIATORS), window=WINDOW)

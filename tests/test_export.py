@@ -110,9 +110,10 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path, folder: Path
     assert kept.apply_chat_template(messages) == loaded.apply_chat_template(messages)
 
 
-def test_a_model_split_over_devices_exports_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_a_model_split_over_devices_exports_the_same(tmp_path: Path, axis: str) -> None:
     reference.save("mixtral", tmp_path / "source")
-    jm.export_folder(jm.load(str(tmp_path / "source"), mesh=jm.make_mesh("model=2")), tmp_path / "copy")
+    jm.export_folder(jm.load(str(tmp_path / "source"), mesh=jm.make_mesh(f"{axis}=2")), tmp_path / "copy")
     source, copy = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "copy")
     assert all(same_bits(source[key], copy[key]) for key in source)
 

@@ -200,7 +200,7 @@ def test_the_heldout_loss_is_that_of_its_examples(plain_model: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_meshes_agree(method: str) -> None:
-    found = [_losses(tiny.model("llama", mesh=mesh), method=method) for mesh in ("data=1", "data=2", "data=1,model=2")]
+    found = [_losses(tiny.model("llama", mesh=mesh), method=method) for mesh in ("data=1", "data=2", "fsdp=2", "tensor=2")]
     assert np.abs(np.asarray(found) - found[0]).max() < 1e-5
 
 
@@ -221,7 +221,7 @@ def test_devices_wait_for_each_other_once_per_step_and_not_in_every_layer(plain_
 def test_moments_are_split_as_their_parameter_and_not_as_another_of_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learned positions have the embedding's shape here; the embedding is split over devices, and they are not."""
     monkeypatch.setitem(tiny.CONFIGS, "learned", replace(tiny.LLAMA, rope=None, max_length=tiny.LLAMA.vocabulary))
-    model, settings = tiny.model("learned", mesh="data=1,model=2"), make_settings(method="full")
+    model, settings = tiny.model("learned", mesh="data=1,tensor=2"), make_settings(method="full")
     trained, state, _, _ = start(model, settings, make_optimiser(settings, 4))
     assert trained["positions"].shape == trained["embedding"].shape
     assert trained["positions"].sharding.is_fully_replicated != trained["embedding"].sharding.is_fully_replicated

@@ -102,7 +102,7 @@ def test_two_processes_come_to_the_bits_of_one(command: list[str], alone: Path, 
     _same(tmp_path / "run", alone)
     assert (tmp_path / "run" / "report.html").is_file()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["manifest"]["mesh"] == {"data": DEVICES, "model": 1}
+    assert record["manifest"]["mesh"] == {"data": DEVICES, "fsdp": 1, "tensor": 1}
     assert len(record["sessions"]) == 1
 
 

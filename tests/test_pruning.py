@@ -98,9 +98,11 @@ def test_how_a_pass_is_cut_changes_no_score(plain_model: Model, how: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
-def test_meshes_give_the_same_scores(mesh: str) -> None:
-    alone, spread = (score(tiny.model("llama", mesh=of), BEHAVIOUR, PRESERVE) for of in ("data=1", mesh))
+@pytest.mark.parametrize(("rope", "mesh"), [(tiny.LLAMA.rope, "data=2"), (None, "fsdp=2"), (tiny.LLAMA.rope, "tensor=2")])
+def test_meshes_give_the_same_scores(rope: Any, mesh: str) -> None:
+    """Without rotary positions there is a table of them."""
+    config = replace(tiny.LLAMA, rope=rope)
+    alone, spread = (score(tiny.made(config, of, "tiny"), BEHAVIOUR, PRESERVE) for of in ("data=1", mesh))
     for kind in alone.kinds:
         assert all(_close(spread.read(kind, name), alone.read(kind, name)) for name in alone.shapes)
 

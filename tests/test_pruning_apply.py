@@ -56,10 +56,11 @@ def test_exactly_the_named_weights_are_edited(plain_model: Model, scores: Any, t
     ("name", "mesh", "at_once"),
     [
         ("llama3.2", "data=2", 200),
-        ("llama3.2", "data=1,model=2", 1 << 22),
+        ("llama3.2", "data=1,tensor=2", 1 << 22),
         ("gpt2", "data=2", 1),
-        ("phi3", "data=1,model=2", 900),
-        ("qwen3-moe", "data=1,model=2", 1 << 22),
+        ("phi3", "data=1,tensor=2", 900),
+        ("phi3", "fsdp=2", 900),
+        ("qwen3-moe", "data=1,tensor=2", 1 << 22),
     ],
 )
 def test_every_layout_and_mesh_is_edited_where_the_checkpoint_says(

@@ -47,7 +47,7 @@ def _rounding(model: jm.Model, example: TokenizedExample) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("mesh", "beginning"),
-    [("data=2", 19), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("data=1", 0), ("data=1,model=2", 10)))],
+    [("data=2", 19), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("data=1", 0), ("tensor=2", 10), ("fsdp=2", 10)))],
 )
 def test_packed_examples_score_as_alone(mesh: str, beginning: int) -> None:
     model, rng = tiny.model("llama", mesh=mesh), np.random.default_rng(beginning)

@@ -21,12 +21,14 @@ def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "qwen3-moe"])
-def test_a_store_is_restored_under_another_mesh(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "axis"), [pytest.param("gpt2", "tensor", marks=pytest.mark.slow), ("qwen3-moe", "tensor"), ("llama3.2", "fsdp")]
+)
+def test_a_store_is_restored_under_another_mesh(tmp_path: Path, name: str, axis: str) -> None:
     reference.save(name, tmp_path / "source")
     model = jm.load(str(tmp_path / "source"), mesh=jm.make_mesh("data=1"))
     save_store(model, tmp_path / "store")
-    mesh = jm.make_mesh("model=2")
+    mesh = jm.make_mesh(f"{axis}=2")
     again = jm.load(str(tmp_path / "store"), mesh=mesh)
     wanted = jm.load(str(tmp_path / "source"), mesh=mesh).params
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, wanted))

@@ -58,7 +58,12 @@ def tokenizer() -> Any:
 
 def model(name: str, dtype: str = "float32", mesh: str | None = None) -> Model:
     """The tiny model of `CONFIGS[name]`."""
-    config, devices = replace(CONFIGS[name], dtype=dtype), make_mesh(mesh)
+    return made(replace(CONFIGS[name], dtype=dtype), mesh, name)
+
+
+def made(config: ModelConfig, mesh: str | None, name: str) -> Model:
+    """A random model of any config, the same on all meshes."""
+    devices = make_mesh(mesh)
     rng = np.random.default_rng(1)
 
     def draw(path: Any, shape: Any, sharding: Any) -> jax.Array:

@@ -73,7 +73,7 @@ class Shape:
     """Sizes that all batches of a run share, so that one program serves them.
 
     Attributes:
-        rows: one per device on "data".
+        rows: one per device that rows are split over.
         trunk: tokens that all examples begin with.
         branches, branch: how many there are in a row, and the tokens of each.
         scored: scored tokens per row.

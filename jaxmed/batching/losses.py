@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxmed.axes import whole_rows
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
@@ -31,5 +32,5 @@ def token_losses(config: ModelConfig, params: Params, h: jax.Array, batch: Batch
     """Minus the log-probability of every scored token [B,R], from the last residual stream [B,T,D]; other tokens are not unembedded."""
     x = final_norm(config, params, jnp.take_along_axis(h, batch.column[..., None], 1))
     logits = as_logits(config, contract("BRD,VD->BRV", x, head(params)))
-    own = as_logits(config, contract("BRD,BRD->BR", x, head(params)[batch.target]))
+    own = as_logits(config, contract("BRD,BRD->BR", x, head(params)[whole_rows(config.mesh, batch.target)]))
     return log_total(logits) - own

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding
 from jaxmed.batching.answered import by_prompt
 from jaxmed.batching.batches import Batch, Place, batch_layout, choose_shape, common_beginning, make_batch, places
 from jaxmed.errors import UserError
@@ -38,8 +39,8 @@ def passes(model: Model, examples: Sequence[TokenizedExample]) -> Iterator[tuple
     Examples of like lengths have batches of one shape; what all begin with runs once per row, and the prompt of several once.
     """
     check_tokens(model.config, (example.ids for example in examples), "An example", model.tokenizer)
-    devices, device = model.mesh.shape["data"], model.mesh.devices.flat[0]
-    most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), jax.NamedSharding(model.mesh, jax.P("data"))
+    devices, device = row_parts(model.mesh), model.mesh.devices.flat[0]
+    most, where = TOKENS_PER_DEVICE.get(device.platform, 2048), row_sharding(model.mesh)
     lengths = np.asarray([len(example.ids) for example in examples])
     classes = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1) / SHORT)), 0)
     for one in sorted(set(classes.tolist())):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding
 from jaxmed.bench.shapes import Subject
 from jaxmed.effects.engine import chunk_rows, unit_values
 from jaxmed.interventions.edits import ANY, Edit, Where
@@ -51,8 +52,8 @@ def _matmuls(config: ModelConfig, params: Params, x: jax.Array, first: Any, toke
 def bare_matmuls(subject: Subject, layers: list[int]) -> list[jax.Array]:
     """Runs the bare matmuls with the engine's rows, layers and chunks."""
     model = subject.model
-    chunks = chunk_rows(model.config.neurons, subject.per_device, model.mesh.shape["data"])
-    spec = jax.NamedSharding(model.mesh, jax.P("data"))
+    chunks = chunk_rows(model.config.neurons, subject.per_device, row_parts(model.mesh))
+    spec = row_sharding(model.mesh)
     rows = jax.device_put(jnp.full((chunks[0].size, model.config.width), 0.01, model.config.compute), spec)
     tokens = subject.window.reads.token
     return [_matmuls(model.config, model.params, rows, np.int32(layer + 1), tokens) for layer in layers for _ in chunks]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxmed.axes import vocabulary_parts
 from jaxmed.distributed import make_mesh
 from jaxmed.effects.contrast import Contrast, Side
 from jaxmed.effects.engine import PreparedContrast, Window, open_window, prepare
@@ -68,4 +69,6 @@ def make_subject(load: Callable[[], Model], shape: str, random_weights: bool, dt
     patch = Patch((len(base) - 1,), (len(source) - 1,))
     prepared = prepare(Contrast(pair, Side(model, base), Side(model, source), (patch,), answers), outcomes, ("neuron",), True)
     size = units_per_device(model.config, model.mesh, model.config.neurons, 1, len(prepared.packed.tokens))
-    return Subject(model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes, model.mesh.shape["model"]))
+    return Subject(
+        model, base, source, answers, prepared, open_window(prepared, patch), size, Readout(outcomes, vocabulary_parts(model.mesh))
+    )

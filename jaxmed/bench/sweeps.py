@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.axes import row_parts
 from jaxmed.bench.shapes import Subject
 from jaxmed.effects.estimators import find_estimator
 from jaxmed.effects.job import SETS_AT_ONCE, Job, with_method
@@ -23,7 +24,7 @@ JOINT, SCREENED = "joint sets of 32 neurons", "screened sweep of all neurons, ta
 
 def joint(subject: Subject, sets: list[tuple[UnitSet, ...]]) -> np.ndarray:
     """Effects float32 [layer, set] of the sets of every layer, dispatched as a sweep does."""
-    size = min(SETS_AT_ONCE, -(-SETS // subject.model.mesh.shape["data"]))
+    size = min(SETS_AT_ONCE, -(-SETS // row_parts(subject.model.mesh)))
     started = [set_values(subject.model, subject.window, rows, 1, size, subject.readout) for rows in sets]
     return np.stack([values.effects(SETS)[0][0] for values in started])
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmed.axes import row_parts
 from jaxmed.circuits.faithfulness import circuit_outcomes, one_pair
 from jaxmed.circuits.job import CircuitJob
 from jaxmed.circuits.rows import RowShape, batch_of, readout_of
@@ -30,7 +31,7 @@ class Sizes:
 
     @property
     def devices(self) -> int:
-        return self.job.model.mesh.shape["data"]
+        return row_parts(self.job.model.mesh)
 
     def batches(self) -> list[tuple[list[int], int]]:
         """The pairs that are scored, in batches of equal shapes, and the rows of each batch's programs."""

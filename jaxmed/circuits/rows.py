@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.axes import vocabulary_parts
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.outcomes import OutcomeName
 from jaxmed.effects.readout import READ_BUCKETS, Readout, Reads, make_reads, read_columns
@@ -93,7 +94,7 @@ def batch_of(contrasts: Sequence[Contrast], count: int) -> CircuitRows:
 
 def readout_of(model: Model, outcome: OutcomeName) -> Readout:
     """How an outcome is read of a model's last residual stream."""
-    return Readout((outcome,), model.mesh.shape["model"])
+    return Readout((outcome,), vocabulary_parts(model.mesh))
 
 
 def outcomes_of(config: ModelConfig, params: Params, readout: Readout, h: jax.Array, reads: Reads) -> jax.Array:
@@ -102,4 +103,4 @@ def outcomes_of(config: ModelConfig, params: Params, readout: Readout, h: jax.Ar
     def one(h: jax.Array, reads: Reads) -> jax.Array:
         return readout(config, params, h[reads.slots][None], reads)[0, 0]
 
-    return jax.vmap(one)(h, reads)
+    return jax.vmap(one, spmd_axis_name="data")(h, reads)

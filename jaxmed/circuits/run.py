@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import xarray as xr
 
+from jaxmed.axes import replicated, row_sharding
 from jaxmed.circuits.cost import Sizes
 from jaxmed.circuits.faithfulness import circuit_outcomes, one_pair
 from jaxmed.circuits.formats import Scored, read_scores
@@ -72,7 +73,7 @@ def _score(sizes: Sizes, out: Path, session: Session, report: Watch) -> None:
 def _scores(job: CircuitJob, pairs: Sequence[int], rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Of every pair of a batch: outcomes of its two runs [2], and scores [U,Y] by method."""
     model, spec, readout = job.model, job.spec, readout_of(job.model, job.outcome)
-    batch = jax.device_put(batch_of([job.contrasts[pair] for pair in pairs], rows), jax.NamedSharding(model.mesh, jax.P("data")))
+    batch = jax.device_put(batch_of([job.contrasts[pair] for pair in pairs], rows), row_sharding(model.mesh))
     ends = run_ends(model.config, model.params, batch, job.shape(pairs[0]).window, readout)
     methods = spec.method if job.given is None else ()
     parts = {method: spec.parts(method) for method in methods}
@@ -116,7 +117,7 @@ def outcomes_of_pair(sizes: Sizes, pair: int, masks: np.ndarray) -> tuple[np.nda
     of base and source."""
     job, devices = sizes.job, sizes.devices
     model, shape, readout = job.model, job.shape(pair), readout_of(job.model, job.outcome)
-    split, whole = (jax.NamedSharding(model.mesh, spec) for spec in (jax.P("data"), jax.P()))
+    split, whole = row_sharding(model.mesh), replicated(model.mesh)
     rows = jax.device_put(batch_of([job.contrasts[pair]], devices), split)
     ends: Ends = run_ends(model.config, model.params, rows, shape.window, readout)
     single = jax.device_put(one_pair(ends, rows.reads, 0), whole)

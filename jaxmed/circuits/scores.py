@@ -82,7 +82,9 @@ def run_ends(config: ModelConfig, params: Params, rows: CircuitRows, window: int
 def _streams(config: ModelConfig, params: Params, ran: Ran, columns: jax.Array) -> Streams:
     """The run at the window, with what every node wrote."""
     taps = ran.taps
-    heads = jax.vmap(lambda arrays, mixed: write(config, open_block(config, arrays), mixed))(params["blocks"], taps["head_out"])
+    each = lambda layer: write(config, open_block(config, layer[0]), layer[1])  # noqa: E731
+    layers = params["blocks"], taps["head_out"]
+    heads = jax.vmap(each)(layers) if config.mesh is None else jax.lax.map(each, layers)  # one layer's weights are gathered at a time
     written = jnp.concatenate([heads, taps["mlp_out"].astype(jnp.float32)[:, :, None]], axis=2)
     written = jnp.moveaxis(written, 0, 1).reshape(len(columns), -1, *written.shape[3:])
     embedded = taps["residual_in"][0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxmed.axes import row_parts
 from jaxmed.cli import show
 from jaxmed.cli.flags import ModelFlags, RunFlags
 from jaxmed.finetuning.settings import Recipe
@@ -48,7 +49,7 @@ def plan(job: Any) -> list[str]:
     from jaxmed.finetuning.job import plan_lines
     from jaxmed.runs.cost import matmul_rate
 
-    rows = job.shape.rows * job.shape.length // job.model.mesh.shape["data"]
+    rows = job.shape.rows * job.shape.length // row_parts(job.model.mesh)
     return plan_lines(job, matmul_rate(job.model.config, job.model.mesh, rows))
 
 

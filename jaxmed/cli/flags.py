@@ -63,7 +63,7 @@ class LoadFlags:
     int8: bool = False
     """Keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise."""
     mesh: str | None = None
-    """Device mesh, such as data=4,model=2; default: all local devices on data."""
+    """Device mesh, such as data=4,fsdp=2,tensor=2: data and fsdp split rows, fsdp and tensor weights; default: all devices on data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class OneDeviceFlag:
     """For commands that read weights without running them."""
 
     mesh: str | None = "data=1"
-    """Device mesh to load onto, such as model=4 for a model that is larger than one device."""
+    """Device mesh to load onto, such as tensor=4 for a model that is larger than one device."""
 
 
 @dataclass(frozen=True, kw_only=True)

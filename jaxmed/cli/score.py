@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxmed.axes import row_parts
 from jaxmed.cli import show
 from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags, TrainSplitFlag
 from jaxmed.prompts.examples import chosen
@@ -87,5 +88,5 @@ def plan_lines(job: Any) -> list[str]:
         cut = sum(one.cut > 0 for one in found)
         lines += [f"{which}: {cut} responses are longer than the limit of tokens and lose their end"] if cut else []
     first = next(iter(job.plans.values())).groups[-1].shape
-    rate = matmul_rate(job.model.config, job.model.mesh, first.rows * first.length // job.model.mesh.shape["data"])
+    rate = matmul_rate(job.model.config, job.model.mesh, first.rows * first.length // row_parts(job.model.mesh))
     return [*lines, *cost_lines(costs, rate)]

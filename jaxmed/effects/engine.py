@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding, vocabulary_parts
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.mediators import MEDIATORS, Unit, patched_rows, recorded_sites, written
 from jaxmed.effects.outcomes import OutcomeName
@@ -69,7 +70,7 @@ class PreparedContrast:
 def prepare(contrast: Contrast, outcomes: tuple[OutcomeName, ...], units: tuple[str, ...], stream: bool = False) -> PreparedContrast:
     """Runs base and source once and keeps what every patch needs; with `stream`, the base run's input of every layer too."""
     model, other, answers, patches = contrast.base.model, contrast.source.model, contrast.answers, contrast.patches
-    config, params, readout = model.config, model.params, Readout(outcomes, model.mesh.shape["model"])
+    config, params, readout = model.config, model.params, Readout(outcomes, vocabulary_parts(model.mesh))
     packed, packed_source = contrast.packed(), contrast.packed(contrast.source)
     start = min(patch.base[0] for patch in patches)
     columns, source_columns = _columns(packed, start, patches)
@@ -221,7 +222,7 @@ def unit_values(
     kinds = tuple(dict.fromkeys(kind for kind, _, _ in units))
     picks = np.asarray([(kinds.index(kind), layer, index) for kind, layer, index in units], np.int32)
     picks = picks if patches is None else np.column_stack([picks, patches]).astype(np.int32)
-    chunks = chunk_rows(len(units), per_device, model.mesh.shape["data"])
+    chunks = chunk_rows(len(units), per_device, row_parts(model.mesh))
     run = partial(_chunk_outcome, model, window, picks, kinds=kinds, width=width, readout=readout, way=way)
     return Values(chunks, [run(chunk.reshape(-1)) for chunk in chunks])
 
@@ -234,7 +235,7 @@ def _chunk_outcome(
     own = picks[np.maximum(chunk, 0)]
     first, last = (int(of(picks[chunk[chunk >= 0], 1])) for of in (np.min, np.max))
     kind, layer, index = np.where(chunk >= 0, own[:, 0], -1), np.where(chunk >= 0, own[:, 1], first), own[:, 2:]
-    placed = jax.device_put(Picks(kind, layer, *index.T), jax.NamedSharding(model.mesh, jax.P("data")))
+    placed = jax.device_put(Picks(kind, layer, *index.T), row_sharding(model.mesh))
     rows, mid = patched_rows(config, params, window.view, placed, kinds, width)
     propagates = propagate_by_layer if lies_by_layer(params) else propagate
     run = partial(propagates, config, params, window.restart, reads=window.reads, readout=readout, asked=window.reads.slots)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding, vocabulary_parts
 from jaxmed.effects.engine import PreparedContrast, routing_margin
 from jaxmed.effects.estimands import variable
 from jaxmed.effects.first_order import Base, estimate, narrow, run_base, run_source, sites_of
@@ -71,7 +72,7 @@ class FirstOrder:
 
     def readout(self, job: Job) -> Readout:
         """The outcomes, linearised by the rules."""
-        return Readout(job.request.outcomes, job.model.mesh.shape["model"], self.rules)
+        return Readout(job.request.outcomes, vocabulary_parts(job.model.mesh), self.rules)
 
     def effects(self, job: Job, item: Item, ran: RanPairs) -> Record:
         """Effects of all units of the job's layers, from its first one on: unit -> float32 [L, O, B, P, count]."""
@@ -124,7 +125,7 @@ def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, .
     """Runs both sides of an item's pairs, and keeps these sites of them; of the base those too that a patch may need."""
     contrasts = [job.contrasts[pair] for pair in item.pairs]
     model, other = contrasts[0].base.model, contrasts[0].source.model
-    pairs = jax.device_put(batch_rows(contrasts, rows_of(job, item)), jax.NamedSharding(model.mesh, jax.P("data")))
+    pairs = jax.device_put(batch_rows(contrasts, rows_of(job, item)), row_sharding(model.mesh))
     routed = ("router_logits",) if model.config.experts else ()
     base_taps = {*routed, *base_sites, *(() if job.request.patch == "resample" else source_sites)} - {"residual_in"}
     there, source_outcome, target = run_source(other.config, other.params, pairs, tuple(sorted({*routed, *source_sites})), readout)
@@ -138,7 +139,7 @@ def run_pairs(job: Job, item: Item, readout: Readout, source_sites: tuple[str, .
 
 def rows_of(job: Job, item: Item) -> int:
     """Rows of an item's programs: those of a whole batch, a multiple of the devices."""
-    devices = job.model.mesh.shape["data"]
+    devices = row_parts(job.model.mesh)
     return -(-job.chunk[shape_of(job.contrasts[item.pairs[0]]).key] // devices) * devices
 
 

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxmed.axes import row_parts, vocabulary_parts
 from jaxmed.effects.engine import Values, Window, open_window, prepare, unit_values
 from jaxmed.effects.estimands import ESTIMANDS, PASSES, variable
 from jaxmed.effects.job import BLOCK, Job
@@ -131,7 +132,7 @@ class Exact:
     def start(self, job: Job, item: Item, opened: OpenPair | None) -> Callable[[], list[Chunk]]:
         """Dispatches all chunks of the item."""
         assert opened is not None
-        readout = Readout(job.request.outcomes, job.model.mesh.shape["model"])
+        readout = Readout(job.request.outcomes, vocabulary_parts(job.model.mesh))
         started: list[_Started] = []
         for batch in _batches(job, item):
             values: dict[str, list[Values]] = {}
@@ -149,7 +150,7 @@ _Started = tuple[Batch, dict[str, list[Values]]]
 
 
 def _work(job: Job, batch: Batch, shape: Shape, way: str, counted: bool) -> Work:
-    devices = job.model.mesh.shape["data"]
+    devices = row_parts(job.model.mesh)
     each = job.chunk[shape.chunk_key(batch.group)] * devices
     config, firsts, flops = job.model.config, batch.firsts, 0.0
     begins, run = range(0, len(firsts), each), partial(propagate_flops, config, each + devices, shape.window, shape.seen)

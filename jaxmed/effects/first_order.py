@@ -107,7 +107,7 @@ def _run_rows(config: ModelConfig, params: Params, rows: Row, recording: Recordi
 def _outcomes(config: ModelConfig, params: Params, h: jax.Array, reads: Any, readout: Readout) -> jax.Array:
     """Outcomes float32 [O, B] of the last residual streams h [B,R,D] of a batch, each read in its own way."""
     one = lambda h, reads: readout(config, params, h[None], reads)[:, 0]  # noqa: E731
-    return jax.vmap(one, out_axes=1)(h, reads)
+    return jax.vmap(one, out_axes=1, spmd_axis_name="data")(h, reads)
 
 
 def _take(values: jax.Array, columns: jax.Array) -> jax.Array:

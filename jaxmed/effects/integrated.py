@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_parts
 from jaxmed.effects.estimates import FirstOrder, RanPairs, rows_of
 from jaxmed.effects.first_order import END, Base, cached_of, prefix_of, read_gradient, unit_effects, window_layout
 from jaxmed.effects.job import Job
@@ -158,7 +159,7 @@ class Integrated(FirstOrder):
 
     def size(self, job: Job, item: Item) -> int:
         """Points of one call: as many as keep the devices busy."""
-        shape, devices = shape_of(job.contrasts[item.pairs[0]]), job.model.mesh.shape["data"]
+        shape, devices = shape_of(job.contrasts[item.pairs[0]]), row_parts(job.model.mesh)
         rows, most = rows_of(job, item) // devices, TOKENS_PER_DEVICE.get(job.model.mesh.devices.flat[0].platform, 2048)
         whole = any(callable(one) or OUTCOMES[one].normalised for one in job.request.outcomes)
         logits = LOGITS // (rows * shape.asked * job.model.config.vocabulary) if whole else most

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.axes import row_parts
 from jaxmed.effects.budget import budget_part
 from jaxmed.effects.contrast import Contrast, Reading, Side, make_contrasts
 from jaxmed.effects.estimands import ESTIMANDS, PASSES
@@ -156,8 +157,8 @@ def _chunks(job: Job) -> dict[str, int]:
     shapes = {shape for contrast in job.contrasts for side in job.sides(contrast).values() for shape in shapes_of(side)}
     block, together = 1 if job.groups else len(job.layers), job.groups.get("modules", ())
     if together and len(job.groups) == 1:
-        most = min(len(job.layers) * job.count(together), MODULES_AT_ONCE * mesh.shape["data"])
-        rows = min(sized(most, shape.window, shape.seen, whole_rows) for shape in shapes) * mesh.shape["data"]
+        most = min(len(job.layers) * job.count(together), MODULES_AT_ONCE * row_parts(mesh))
+        rows = min(sized(most, shape.window, shape.seen, whole_rows) for shape in shapes) * row_parts(mesh)
         block = max(1, min(rows // job.count(together), len(job.layers)))
     sizes = {
         shape.chunk_key(group): sized(job.count(units) * (block if group == "modules" else 1), shape.window, shape.seen, whole_rows)
@@ -165,7 +166,7 @@ def _chunks(job: Job) -> dict[str, int]:
         for group, units in job.groups.items()
     }
     for group, most, count in (("joint", SETS_AT_ONCE, len(job.request.sets)), ("path", PATHS_AT_ONCE, len(job.request.paths))):
-        rows = min(count, most * mesh.shape["data"])
+        rows = min(count, most * row_parts(mesh))
         sizes |= {shape.chunk_key(group): sized(rows, shape.window, shape.seen, whole_rows) for shape in shapes if rows}
     return {BLOCK: block, **dict(sorted(sizes.items()))}
 
@@ -173,7 +174,7 @@ def _chunks(job: Job) -> dict[str, int]:
 def _batch_sizes(job: Job) -> dict[str, int]:
     """Pairs per batch of every shape: as many as keep the devices busy, in batches of about equal size."""
     counts = Counter(shape_of(contrast) for contrast in job.contrasts)
-    devices, sizes = job.model.mesh.shape["data"], {}
+    devices, sizes = row_parts(job.model.mesh), {}
     for shape, count in sorted(counts.items()):
         most = pairs_per_device(job.model.config, job.model.mesh, shape.length, shape.window * job.count(job.request.units)) * devices
         sizes[shape.key] = -(-count // -(-count // most))
@@ -182,7 +183,7 @@ def _batch_sizes(job: Job) -> dict[str, int]:
 
 def _screened_sizes(job: Job) -> dict[str, int]:
     """Pairs per batch of estimates, rows per device of every window, and the budget."""
-    devices, sized = job.model.mesh.shape["data"], partial(units_per_device, job.model.config, job.model.mesh)
+    devices, sized = row_parts(job.model.mesh), partial(units_per_device, job.model.config, job.model.mesh)
     sizes = {key: min(size, SCREENED_PAIRS * devices) for key, size in _batch_sizes(job).items()}
     whole_rows, most = any(callable(outcome) for outcome in job.request.outcomes), SCREENED_AT_ONCE * devices
     for shape in {shape for contrast in job.contrasts for shape in shapes_of(contrast)}:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding
 from jaxmed.effects.engine import Values, Window, chunk_rows
 from jaxmed.effects.mediators import MEDIATORS, patched_rows, written
 from jaxmed.effects.readout import Readout
@@ -70,7 +71,7 @@ def _restarted(model: Model, window: Window, first: int, rows: int, readout: Rea
 def _in_chunks(model: Model, rows: Sequence[Any], per_device: int, outcome: Any) -> Values:
     """Rows in the order of their first layers, each chunk from its lowest one on; the base row of every device has no units."""
     order = np.argsort([row.first for row in rows], kind="stable")
-    chunks = chunk_rows(len(rows), per_device, model.mesh.shape["data"])
+    chunks = chunk_rows(len(rows), per_device, row_parts(model.mesh))
     numbers = np.where(chunks >= 0, order[np.maximum(chunks, 0)], -1).astype(np.int32)
     found = []
     for chunk in numbers.reshape(len(numbers), -1):
@@ -88,13 +89,13 @@ def _recorded(record: Record, slots: jax.Array, site: str) -> jax.Array:
 def _gated(model: Model, mask: np.ndarray, values: jax.Array, tokens: Any = None) -> Edit:
     """A swap of the units in `mask` [L,R,n] by `values` [L, 1 or R, T, n, ...]."""
     gate = mask.reshape(*mask.shape[:2], 1, mask.shape[2], *(1,) * (values.ndim - 4))
-    placed = jax.device_put(gate, jax.NamedSharding(model.mesh, jax.P(None, "data")))
+    placed = jax.device_put(gate, row_sharding(model.mesh, 1))
     return Edit(placed, values, np.float32(0.0), tokens=tokens)
 
 
 def _streams(model: Model, view: View, first: int, rows: int) -> jax.Array:
     """The base run's input of a layer, for every row: float32 [R,T,D]."""
-    sharding = jax.NamedSharding(model.mesh, jax.P("data"))
+    sharding = row_sharding(model.mesh)
     return jax.device_put(_base_streams(view, np.full(rows, first, np.int32)), sharding)
 
 
@@ -109,7 +110,7 @@ def _receivers(
     """Receivers' values [L,R,T,...] where every layer reads the base run's stream and, behind the sender, its change."""
     own = [(-1, 0, 0) if unit is None else (kinds.index(unit[0]), unit[1], unit[2]) for unit in senders]
     picks = Picks(*(np.asarray(column, np.int32) for column in zip(*own, strict=True)))
-    placed = jax.device_put(picks, jax.NamedSharding(model.mesh, jax.P("data")))
+    placed = jax.device_put(picks, row_sharding(model.mesh))
     return _respond(model.config, model.params, window.restart, window.view, placed, kinds, width, sites)
 
 

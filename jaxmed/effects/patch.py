@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxmed.axes import vocabulary_parts
 from jaxmed.effects.contrast import Reading, make_contrast, make_contrasts
 from jaxmed.effects.engine import open_window, prepare
 from jaxmed.effects.joint import set_values
@@ -74,7 +75,7 @@ def patch(
     kinds = kinds_of((*one.units, *one.held))
     known = make_reference(PATCHES[patch].needs, make_contrasts(model, reference, reading) if reference else (contrast,), kinds)
     prepared = with_patch(prepare(contrast, outcomes, kinds, stream=True), asked, known)
-    readout = Readout(outcomes, model.mesh.shape["model"])
+    readout = Readout(outcomes, vocabulary_parts(model.mesh))
     values = set_values(model, open_window(prepared, contrast.patches[0]), [one], window, 1, readout)
     effect, base = values.effects(1)
     return Patched(float(base[0, 0]), float(base[0, 0] + effect[0, 0]), float(prepared.source_outcome[0]))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import hold_rows
 from jaxmed.effects.outcomes import OUTCOMES, Answers, OutcomeName
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import contract
@@ -72,7 +73,7 @@ class Readout:
     """The outcomes of a sweep as a function of the last residual stream; hashable, so it can be part of a program.
 
     Attributes:
-        parts: over how many devices the unembedding's rows are split, the mesh's size on "model". Each device sums over its own.
+        parts: over how many devices the unembedding's rows are split (`vocabulary_parts`). Each device sums over its own.
         rules: what gradients of the final norm flow through.
     """
 
@@ -89,7 +90,7 @@ class Readout:
         """h float32 [U,R,D] at `reads.slots` -> outcomes float32 [outcome, U]."""
         x = final_norm(config, params, h, self.rules)
         known = [OUTCOMES[o] for o in self.outcomes if not callable(o)]
-        logits = as_logits(config, contract("UTD,RD->URT", x, head(params)[reads.token]))
+        logits = as_logits(config, contract("UTD,RD->URT", x, head(params)[hold_rows(config.mesh, reads.token, ())]))
         logits = jnp.take_along_axis(logits, reads.at[None, :, None], axis=2)[..., 0]
         scores = logits
         normaliser = expected = jnp.zeros(x.shape[:2])

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.axes import row_parts, row_sharding, vocabulary_parts
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.first_order import read_rows
 from jaxmed.effects.outcomes import OutcomeName
@@ -34,12 +35,12 @@ def _side(
 ) -> tuple[np.ndarray, list[Any]]:
     """Outcomes [O, P], and what outcomes that compare next tokens need of each run: log-probabilities [V], else [0]."""
     model: Model = getattr(contrasts[0], side).model
-    devices, platform = model.mesh.shape["data"], model.mesh.devices.flat[0].platform
+    devices, platform = row_parts(model.mesh), model.mesh.devices.flat[0].platform
     rows = [_row(one, side, targets[number] if targets else None) for number, one in enumerate(contrasts)]
     by_shape: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):
         by_shape.setdefault(tuple(np.shape(leaf) for leaf in jax.tree.leaves(row)), []).append(number)
-    found, read = np.zeros((len(outcomes), len(rows)), np.float32), Readout(outcomes, model.mesh.shape["model"])
+    found, read = np.zeros((len(outcomes), len(rows)), np.float32), Readout(outcomes, vocabulary_parts(model.mesh))
     kept: dict[int, Any] = {}
     for numbers in by_shape.values():
         most = max(1, TOKENS_PER_DEVICE.get(platform, 2048) // len(rows[numbers[0]].tokens)) * devices
@@ -48,7 +49,7 @@ def _side(
         for at in range(0, len(numbers), size):
             here = numbers[at : at + size]
             batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(rows[number] for number in _filled(here, size)))
-            placed = jax.device_put(batch, jax.NamedSharding(model.mesh, jax.P("data")))
+            placed = jax.device_put(batch, row_sharding(model.mesh))
             values, next_tokens = map(to_host, _read(model.config, model.params, placed, read))
             found[:, here] = values[:, : len(here)]
             kept |= dict(zip(here, next_tokens, strict=False))

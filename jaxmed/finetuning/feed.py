@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxmed.axes import row_sharding
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.finetuning.job import Job
 from jaxmed.models.config import ModelConfig
@@ -45,7 +46,7 @@ class Feed:
         return [jax.tree.map(lambda leaf: leaf[0], batch) for batch in placed]
 
     def _put(self, batch: Batch) -> Batch:
-        return jax.device_put(batch, jax.NamedSharding(self.job.model.mesh, jax.P(None, "data")))
+        return jax.device_put(batch, row_sharding(self.job.model.mesh, 1))
 
     def _through(self, batch: Batch) -> Batch:
         return replace(batch, h=self._below(self.job.model.params, batch))

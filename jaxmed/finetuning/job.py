@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.axes import row_parts
 from jaxmed.batching.batches import (
     Batch,
     Place,
@@ -141,7 +142,7 @@ def make_job(model: Model, examples: Sequence[Example], heldout: Sequence[Exampl
     check_tokens(config, (one.ids for one in (*encoded, *held)), "An example", model.tokenizer)
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
     order = epochs([len(one.ids) for one in encoded], settings.batch, steps, settings.seed)
-    devices = model.mesh.shape["data"]
+    devices = row_parts(model.mesh)
     trunk = common_beginning([*encoded, *held]) if settings.packing else 0
     parts = [part for group in order for part in microbatches(group, settings.accumulate) if len(part)]
     shape = choose_shape(encoded, parts, settings.packing, devices, config, trunk)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmed.axes import replicated
+from jaxmed.axes import replicated, weight_parts
 from jaxmed.batching.batches import Batch
 from jaxmed.batching.losses import response_loss
 from jaxmed.finetuning.lora import lay_out, new_factors, with_factors
@@ -65,14 +65,14 @@ MOST_TRANSPOSED = 4e9
 
 def _worth_transposing(model: Model) -> bool:
     held = sum(model.params["blocks"][name].nbytes for name in MATRICES)
-    return jax.default_backend() == "cpu" and not model.config.int8 and model.mesh.shape["model"] == 1 and held < MOST_TRANSPOSED
+    return jax.default_backend() == "cpu" and not model.config.int8 and weight_parts(model.mesh) == 1 and held < MOST_TRANSPOSED
 
 
 def start(model: Model, settings: Settings, optimiser: optax.GradientTransformation) -> tuple[Any, Any, Params, Any]:
     """(trained, optimiser state, frozen, moved) before the first step, on their devices.
 
-    `moved`: shardings of the optimiser's moments and of what is trained, where the two differ; else None. In full fine-tuning every
-    device on "data" keeps its own part of the moments.
+    `moved`: in full fine-tuning on several devices, shardings of the optimiser's moments, of which every device on "data" keeps its own
+    part, and of what is trained; else None.
     """
     whole = replicated(model.mesh)
     factors = jax.device_put(new_factors(model.config, settings.lora, settings.seed), whole) if settings.method == "lora" else {}
@@ -80,7 +80,7 @@ def start(model: Model, settings: Settings, optimiser: optax.GradientTransformat
     if settings.method == "lora" and _worth_transposing(model):
         frozen = with_transposes(frozen)
     home = jax.tree.map(lambda leaf: leaf.sharding, trained)
-    spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.shape["data"] > 1 else None
+    spread = _spread(trained, model.mesh) if settings.method == "full" and model.mesh.size > 1 else None
     state = jax.jit(optimiser.init, out_shardings=_state_shardings(optimiser, trained, spread or home, whole))(trained)
     return trained, state, frozen, (spread, home) if spread else None
 
@@ -92,7 +92,7 @@ def _spread(trained: Any, mesh: jax.sharding.Mesh) -> Any:
     def one(leaf: jax.Array) -> jax.sharding.NamedSharding:
         spec = [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]  # type: ignore[attr-defined]
         axes = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["data"] == 0]
-        if axes:
+        if axes and mesh.shape["data"] > 1:
             spec[axes[0]] = "data"
         return jax.NamedSharding(mesh, jax.P(*spec))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import vocabulary_parts
 from jaxmed.effects.contrast import Contrast
 from jaxmed.effects.first_order import Base, estimate, run_base, run_source
 from jaxmed.effects.outcomes import OutcomeName
@@ -53,7 +54,7 @@ def measure_features(
     model: Model, contrasts: Sequence[Contrast], outcome: OutcomeName, layer: int, report: Callable[[int], None] = lambda done: None
 ) -> Features:
     """The features of a layer, from two forwards and a backward of each contrast; `report` is called after each."""
-    readout, rows = Readout((outcome,), model.mesh.shape["model"]), []
+    readout, rows = Readout((outcome,), vocabulary_parts(model.mesh)), []
     for contrast in contrasts:
         pairs, there, here = _run_sides(contrast, readout)
         attribution = estimate(model.config, model.params, pairs, here, there, ("neuron",), 1, EXACT, layer)["neuron"][0, 0, 0, 0]

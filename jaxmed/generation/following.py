@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_sharding
 from jaxmed.errors import UserError, unknown
 from jaxmed.generation.writers import KEEP, Batch, Edits, Place, choose_next, placed, put
 from jaxmed.interventions.edits import Edit
@@ -67,7 +68,7 @@ def check_following(model: Model, follow: Following, prompts: int, edited: bool)
 def write_following(follow: Following, where: str, model: Model, batch: Batch) -> Iterator[np.ndarray]:
     """One token of every text at each step, on all devices; `where` is "both", "prompt" or "generated"."""
     mesh, sites = model.mesh, tuple(follow.chosen)
-    rows, by_layer = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P(None, "data")))
+    rows, by_layer = row_sharding(mesh), row_sharding(mesh, 1)
     batch, padding = placed(batch, rows), jax.device_put(batch.padding, rows)
     gates = {site: jax.device_put(_gate(site, chosen, len(batch.tokens)), by_layer) for site, chosen in follow.chosen.items()}
     other, other_kept = _read(follow.model.config, follow.model.params, batch.tokens, padding, {}, sites)

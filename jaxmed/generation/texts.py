@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.axes import row_parts
 from jaxmed.errors import NOT_FINITE, UserError, unknown
 from jaxmed.files import odd_text
 from jaxmed.generation.following import Following, check_following, write_following
@@ -81,7 +82,7 @@ def generate_ids(
     ends = np.asarray(stop_tokens(model) if stops is None else stops, np.int32)
     write = writer(model) if follow is None else partial(write_following, follow, where)
     at_once = bool(checked) or follow is not None
-    devices = 1 if write is write_by_layer else model.mesh.shape["data"]
+    devices = 1 if write is write_by_layer else row_parts(model.mesh)
     size = len(prompts) if at_once else min(rows, len(prompts))
     size = -(-size // devices) * devices
     order = range(len(prompts)) if at_once else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

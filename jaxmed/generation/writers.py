@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_sharding
 from jaxmed.generation.sampling import Sampling, choose
 from jaxmed.interventions.edits import Edit, TokenIndex
 from jaxmed.models.config import ModelConfig
@@ -197,7 +198,7 @@ def write_at_once(model: Model, batch: Batch) -> Iterator[np.ndarray]:
     """Tokens on all devices, several at every step on accelerators."""
     config, params, mesh = model.config, model.params, model.mesh
     count = min(tokens_at_once(mesh), batch.room)
-    rows = jax.NamedSharding(mesh, jax.P("data"))
+    rows = row_sharding(mesh)
     batch, padding = placed(batch, rows), jax.device_put(batch.padding, rows)
     stream, _, kept = read_prompts(config, params, batch.tokens, padding, batch.read)
     assert kept is not None

@@ -78,6 +78,7 @@ class ModelConfig:
     experts_normed: bool = False  # whether the weights of the used experts sum to one
     dtype: str = "float32"
     int8: bool = False  # matrices of the blocks kept as int8, with one scale per output channel
+    mesh: Any = None  # where its axis "fsdp" splits the weights: programs gather each layer's; else None. A `Model` sets it
 
     @property
     def group(self) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxmed.axes import lead
+from jaxmed.axes import Placement, lead
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.rules import EXACT, Rules
 
@@ -80,18 +80,31 @@ def _product_change(inputs: int, primals: Any, tangents: Any) -> tuple[jax.Array
     return out, change.reshape(out.shape)
 
 
+UNSPLIT = Placement()
+
+
 def project(
-    x: jax.Array, weight: jax.Array, inputs: int = 1, dtype: jnp.dtype | None = None, transposed: jax.Array | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    inputs: int = 1,
+    dtype: jnp.dtype | None = None,
+    transposed: jax.Array | None = None,
+    placed: Placement = UNSPLIT,
 ) -> jax.Array:
     """x [B,T,...in] times weight [...in, ...out], over the last `inputs` axes of x -> [B,T,...out], accumulated in float32.
 
     Tokens and inputs are one axis each: given more, XLA on the CPU transposes the weights anew in every loop step. What is kept
-    for gradients is the weight as it came (`recomputed`), so that a scan over layers stacks no copies of it.
+    for gradients is the weight as it came (`recomputed`), so that a scan over layers stacks no copies of it, gathered or of another dtype.
 
     Args:
         transposed: the weight as [...out, ...in], flat [O,I], where it is at hand; the gradient of x is then taken with it.
+        placed: how the weight is split over devices; it is gathered here.
     """
-    flat: Any = recomputed(partial(_product, inputs=inputs))(x, weight, transposed)
+
+    def product(x: jax.Array, weight: jax.Array, transposed: jax.Array | None) -> jax.Array:
+        return _product(x, placed.gather(weight).astype(x.dtype), transposed, inputs)
+
+    flat: Any = recomputed(product)(x, weight, transposed)
     out = flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
     return out if dtype is None else out.astype(dtype)
 
@@ -100,47 +113,66 @@ Totals = dict[str, Any]
 """What is summed over examples, by kind, all float32: "signed" and "absolute" [...in, ...out], "inputs" [...in]."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scored_product(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int) -> jax.Array:
-    return contract("UI,IO->UO", *_flat(x, weight, inputs))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _scored_product(
+    x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int, placed: Placement
+) -> jax.Array:
+    return contract("UI,IO->UO", *_flat(x, placed.gather(weight), inputs))
 
 
-def _scored_forward(x: Any, weight: Any, totals: Totals, counted: Any, inputs: int) -> tuple[jax.Array, tuple[Any, ...]]:
-    return contract("UI,IO->UO", *_flat(x, weight, inputs)), (x, weight, totals, counted)
+def _scored_forward(x: Any, weight: Any, totals: Totals, counted: Any, inputs: int, placed: Placement) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _scored_product(x, weight, totals, counted, inputs, placed), (x, weight, totals, counted)
 
 
-def _scored_backward(inputs: int, saved: Any, out: Any) -> tuple[Any, Any, Totals, Any]:
+def _scored_backward(inputs: int, placed: Placement, saved: Any, out: Any) -> tuple[Any, Any, Totals, Any]:
     x, kept, totals, counted = saved
-    flat, weight = _flat(x, kept, inputs)
+    flat, weight = _flat(x, placed.gather(kept), inputs)
     out = out.astype(x.dtype)
     of_x = contract("UO,IO->UI", out, weight, dtype=x.dtype).reshape(x.shape)
     new, examples = {}, x.shape[0]
     if "signed" in totals:
-        new["signed"] = totals["signed"] + contract("UI,UO->IO", flat, out).reshape(kept.shape)
+        new["signed"] = totals["signed"] + placed.split(contract("UI,UO->IO", flat, out).reshape(kept.shape))
     if "absolute" in totals:
-
-        def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            return total + jnp.abs(contract("UI,UO->IO", *one)), None
-
         rows = flat.reshape(examples, -1, flat.shape[-1]), out.reshape(examples, -1, out.shape[-1])
-        new["absolute"] = jax.lax.scan(add, totals["absolute"].reshape(weight.shape), rows)[0].reshape(kept.shape)
+        new["absolute"] = _add_absolute(totals["absolute"], rows, weight.shape, placed)
     if "inputs" in totals:
         squares = jnp.square(flat.astype(jnp.float32)) * counted.reshape(-1, 1)
         new["inputs"] = totals["inputs"] + squares.sum(0).reshape(totals["inputs"].shape)
     return of_x, None, new, None
 
 
+def _add_absolute(total: jax.Array, rows: tuple[jax.Array, jax.Array], shape: tuple[int, ...], placed: Placement) -> jax.Array:
+    """The total plus the absolute value of every example's gradient [I,O]; `rows`: x and the output's gradient, [B,T,I] and [B,T,O].
+
+    Devices that share the weight add up their own examples, and then these sums.
+    """
+
+    def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + jnp.abs(contract("UI,UO->IO", *one)), None
+
+    def add_each(total: jax.Array, each: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + jnp.abs(contract("BUI,BUO->BIO", *each)), None
+
+    if placed.parts == 1:
+        return jax.lax.scan(add, total.reshape(shape), rows)[0].reshape(total.shape)
+    apart = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(placed.parts, -1, *x.shape[1:]), 0, 1), rows)
+    zero = placed.apart(jnp.zeros((placed.parts, *shape), jnp.float32))
+    return total + placed.split(jax.lax.scan(add_each, zero, apart)[0].sum(0).reshape(total.shape))
+
+
 _scored_product.defvjp(_scored_forward, _scored_backward)
 
 
-def scored_project(x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int = 1) -> jax.Array:
+def scored_project(
+    x: jax.Array, weight: jax.Array, totals: Totals, counted: jax.Array | None, inputs: int = 1, placed: Placement = UNSPLIT
+) -> jax.Array:
     """`project`, whose "gradient" with respect to `totals` is `totals` plus what the rows of x, one example each, add to them.
 
     "signed" adds the sum over examples of their gradients of the weight; "absolute" the sum of their absolute values, one example at a
     time, so that no array has both an example axis and a weight's size; "inputs" the squares of x at tokens that are `counted` (float
     [B,T]). So totals are updated matrix by matrix inside the reverse scan over layers.
     """
-    flat: Any = _scored_product(x, weight, totals, counted, inputs)
+    flat: Any = _scored_product(x, weight, totals, counted, inputs, placed)
     return flat.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxmed.distributed import keep_compiled_programs, make_mesh
+from jaxmed.distributed import check_mesh, keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint, decoded
@@ -27,7 +27,7 @@ from jaxmed.models.families.table import Family
 from jaxmed.models.families.wrappers import unwrapped
 from jaxmed.models.fetch import hub_shapes, is_hub_name
 from jaxmed.models.model import Later, Model
-from jaxmed.models.params import Params
+from jaxmed.models.params import Params, check_split
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,7 +48,7 @@ def load(
         dtype: "float32" or "bfloat16", for weights and matmuls. The residual stream and the outcomes are float32 in both.
             None: what the checkpoint's config names, float32 where it names none or another.
         revision: branch, tag or commit on the hub, such as a training stage.
-        mesh: device mesh with axes "data" and "model"; by default all local devices on "data".
+        mesh: device mesh with axes "data", "fsdp" and "tensor"; by default all local devices on "data".
         int8: keep the blocks' matrices as int8 with one scale per output channel, for models that do not fit otherwise.
         template_from: a model whose chat template is used, for base models that have none.
         adapter: a LoRA adapter, as the folder that PEFT saves; it is merged into the weights as they are read.
@@ -109,12 +109,14 @@ def _open(
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     mesh = mesh or make_mesh()
+    check_mesh(mesh)
     path = locate(name, revision, weights)
     held = decoded.find(path, dtype or "float32") if _is_decoded(path, int8, adapter) else None  # GGUF files name no dtype
     light = not weights and is_hub_name(name) and not any(path.glob("*.safetensors"))
     checkpoint = held or (_without_weights(path, name, revision) if light else _open_path(path))
     family, config = read_config(checkpoint.config)
     config = replace(config, dtype=dtype or _named_dtype(checkpoint.config), int8=int8)
+    check_split(config, mesh)
     edits = read_edits(path)
     config = stored_head(checkpoint, family, config)
     if adapter is not None:

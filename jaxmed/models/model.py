@@ -7,7 +7,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Model:
         config: shape and arithmetic.
         params: nested dict of arrays; blocks are stacked on a leading layer axis.
         tokenizer: a transformers tokenizer, or None where the checkpoint has none; that of a quantised file is built at first use.
-        mesh: the device mesh the parameters live on, axes "data" and "model".
+        mesh: the device mesh the parameters live on, axes "data", "fsdp" and "tensor".
         name, revision: as asked for.
         files: the weight files.
         source: the folder or file it was read from; None for a model made in memory.
@@ -83,6 +83,9 @@ class Model:
     _hashed: tuple[Arrays, str] = field(default=((), ""), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        mesh = self.mesh if self.mesh.shape.get("fsdp", 1) > 1 else None
+        if self.config.mesh != mesh:
+            self.config = replace(self.config, mesh=mesh)
         self.states = self.states or _states(self.files)
 
     @property
@@ -146,9 +149,12 @@ def _same(arrays: Arrays, params: Params) -> bool:
 
 
 def _config_facts(config: ModelConfig) -> dict[str, str]:
-    """The fields that are not at their defaults, so that a field which a later version adds changes no identity; without the dtype."""
+    """The fields that are not at their defaults, so that a field which a later version adds changes no identity.
+
+    Without the dtype and the mesh.
+    """
     held = ((entry.name, getattr(config, entry.name), entry.default) for entry in fields(config))
-    return {name: repr(value) for name, value, default in held if name != "dtype" and value != default}
+    return {name: repr(value) for name, value, default in held if name not in ("dtype", "mesh") and value != default}
 
 
 def hash_arrays(params: Params) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmed.axes import partition
+from jaxmed.axes import MESH_AXES, partition
+from jaxmed.errors import UserError
 from jaxmed.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -70,6 +72,26 @@ def param_shapes(config: ModelConfig) -> Params:
 def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     """Sharding of every parameter on `mesh`, from `axes.py`."""
     return jax.tree.map(lambda x, s: partition(x, s.shape, mesh), param_letters(config), param_shapes(config))
+
+
+def check_split(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError where weights do not divide over a mesh; it says what of them, and which sizes of the axis would divide."""
+    letters = {letter for held in jax.tree.leaves(param_letters(config)) for letter in held}
+    for axis in ("tensor", "fsdp"):
+        sizes = {letter: config.sizes[letter] for letter in sorted(letters) if axis in MESH_AXES.get(letter, ())}
+        if axis == "fsdp":
+            sizes["V"] //= mesh.shape["tensor"]  # which splits it first
+        if undivided := [letter for letter, size in sizes.items() if size % mesh.shape[axis]]:
+            what = ", ".join(f"{NAMES[letter]} ({config.sizes[letter]:,})" for letter in undivided)
+            legal = math.gcd(*sizes.values())
+            shown = ", ".join(str(size) for size in range(1, min(legal, MOST_NAMED) + 1) if legal % size == 0)
+            raise UserError(
+                f"--mesh {axis}={mesh.shape[axis]} does not divide this model's {what}. Sizes of {axis!r} that divide it: {shown}."
+            )
+
+
+MOST_NAMED = 256
+NAMES = {"N": "query heads", "K": "key/value heads", "F": "MLP neurons", "X": "experts", "V": "vocabulary", "D": "residual width"}
 
 
 def random_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None, spread: float = 1.0) -> Params:

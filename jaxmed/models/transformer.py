@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmed.axes import lead
+from jaxmed.axes import Placement, from_columns, hold_rows, lead, whole_rows
 from jaxmed.interventions.sites import BRANCHES
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.layers import activate, cap, normalise, project, route, scored_project
@@ -68,13 +68,17 @@ class Block(nnx.Module):
         bias = getattr(self, name + "_bias")[...] if self.config.norm_bias else None
         return normalise(self.config, x, getattr(self, name)[...], bias, dtype, rules=self.rules)
 
+    def placed(self, name: str) -> Placement:
+        """How a matrix of the block is split over devices."""
+        return Placement(self.config.mesh, block_letters(self.config)[name])
+
     def times(self, x: jax.Array, name: str, inputs: int = 1, dtype: Any = None) -> jax.Array:
         """x [B,T,...in] times one of the block's matrices, and what is added to it -> [B,T,...out]."""
-        matrix = getattr(self, name)[...]
+        matrix, placed = getattr(self, name)[...], self.placed(name)
         if name in self.scored:
-            out = scored_project(x, matrix, self.scored[name], self.scored.get("counted"), inputs)
+            out = scored_project(x, matrix, self.scored[name], self.scored.get("counted"), inputs, placed)
         else:
-            out = project(x, matrix.astype(x.dtype), inputs, transposed=self.transposed.get(name))
+            out = project(x, matrix, inputs, transposed=self.transposed.get(name), placed=placed)
         if self.config.int8:
             out = out * lead(getattr(self, name + "_scale")[...], out.ndim)
         if name in self.added:
@@ -126,7 +130,7 @@ class Block(nnx.Module):
         neuron = touch("neuron", active.reshape(*h.shape[:2], config.neurons))
         if config.experts:
             exact = self.norm(h, "mlp_norm", jnp.float32)  # in bfloat16 near ties would be routed by rounding
-            scores = touch("router_logits", project(exact, self.router[...].astype(jnp.float32)))
+            scores = touch("router_logits", project(exact, self.router[...], placed=self.placed("router")))
             weight = touch("routing", route(config, scores))
             neuron = neuron * jnp.repeat(weight, config.sizes["M"], axis=-1).astype(dtype)
         raw = self.times(neuron, "down")
@@ -150,7 +154,8 @@ class Block(nnx.Module):
 
 def matrix_rows(config: ModelConfig, params: Params, name: str, *index: Any) -> jax.Array:
     """Rows [..., D] of the blocks' `out` or `down` at (layer, row...) indices, float32: what one head dimension or neuron writes."""
-    rows = params["blocks"][name][index].astype(jnp.float32)
+    rows = params["blocks"][name][jax.tree.map(partial(whole_rows, config.mesh), index)]
+    rows = from_columns(config.mesh, rows).astype(jnp.float32)
     if not config.int8:
         return rows
     scale = params["blocks"][name + "_scale"][index[0]]
@@ -193,8 +198,17 @@ def open_block(config: ModelConfig, arrays: Params, rules: Rules = EXACT) -> Blo
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
     """tokens and their positions int [B,T] -> residual stream float32 [B,T,D]."""
-    h = params["embedding"][tokens].astype(jnp.float32) * jnp.asarray(config.embedding_scale, config.compute).astype(jnp.float32)
-    return h + params["positions"][position].astype(jnp.float32) if config.rope is None else h
+    h = embedded(config, params["embedding"], tokens).astype(jnp.float32) * jnp.asarray(config.embedding_scale, config.compute).astype(
+        jnp.float32
+    )
+    if config.rope is not None:
+        return h
+    return h + from_columns(config.mesh, params["positions"][whole_rows(config.mesh, position)]).astype(jnp.float32)
+
+
+def embedded(config: ModelConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows [B,...,D] of the embedding or the unembedding at tokens int [B,...]."""
+    return hold_rows(config.mesh, whole_rows(config.mesh, table[whole_rows(config.mesh, tokens)]))
 
 
 def head(params: Params) -> jax.Array:
@@ -203,8 +217,9 @@ def head(params: Params) -> jax.Array:
 
 
 def final_norm(config: ModelConfig, params: Params, h: jax.Array, rules: Rules = EXACT) -> jax.Array:
-    """Residual stream [...,D] -> what the unembedding reads [...,D]."""
-    return normalise(config, h, params["final_norm"], params.get("final_norm_bias"), config.compute, rules=rules)
+    """Residual stream [...,D] -> what the unembedding reads [...,D]: rows go to the devices that hold the unembedding, which stays."""
+    x = normalise(config, hold_rows(config.mesh, h), params["final_norm"], params.get("final_norm_bias"), config.compute, rules=rules)
+    return whole_rows(config.mesh, x)
 
 
 def as_logits(config: ModelConfig, products: jax.Array) -> jax.Array:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.axes import row_sharding
 from jaxmed.batching.one_per_row import batches
 from jaxmed.batching.texts import response_tokens
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import inputs_axis, named_layers
 from jaxmed.models.params import Params
 from jaxmed.pruning.job import Job
-from jaxmed.pruning.totals import add_batch, fresh_totals
+from jaxmed.pruning.totals import add_batch, fresh_totals, total_shardings
 from jaxmed.runs import signals
 from jaxmed.runs.watch import Watch
 
@@ -23,10 +24,9 @@ from jaxmed.runs.watch import Watch
 def run_pass(job: Job, which: str, span: tuple[int, int], report: Watch) -> tuple[Params, float]:
     """The totals [layers, ...] of one span over one set, and the mean loss."""
     model, plan, examples = job.model, job.plans[which], job.sets[which]
-    devices = model.mesh.shape["data"]
-    placed = jax.NamedSharding(model.mesh, jax.P("data"))
-    make = partial(fresh_totals, model.config, job.kinds_of(which), span[1] - span[0], devices)
-    totals, losses = jax.jit(make, out_shardings=placed)(), 0.0
+    placed, kinds = row_sharding(model.mesh), job.kinds_of(which)
+    make = partial(fresh_totals, model.config, kinds, span[1] - span[0], model.mesh.shape["data"])
+    totals, losses = jax.jit(make, out_shardings=total_shardings(model.config, kinds, model.mesh))(), 0.0
     for members, batch in batches(examples, plan.groups):
         on_devices = jax.device_put((batch, response_tokens(batch)), placed)
         totals, loss = add_batch(model.config, model.params, totals, *on_devices, span, plan.remat, model.mesh)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
+from jaxmed.axes import row_parts
 from jaxmed.batching.batches import Shape
 from jaxmed.batching.one_per_row import Group, count_batches, group
 from jaxmed.errors import UserError
@@ -84,7 +85,7 @@ def make_plan(
     device = mesh.local_devices[0]
     limit = USED * device_bytes(device)
     most = TOKENS_PER_DEVICE.get(device.platform, 2048)
-    grouped = [group(examples, mesh.shape["data"], most // part, rows) for part in ((1,) if rows else PARTS)]
+    grouped = [group(examples, row_parts(mesh), most // part, rows) for part in ((1,) if rows else PARTS)]
     wanted = [layers_per_pass] if layers_per_pass else [-(-config.layers // parts) for parts in range(1, config.layers + 1)]
     choices = [
         _cut(model, groups, kinds, layers, again)
@@ -119,7 +120,7 @@ def _cut(model: Model, groups: list[Group], kinds: Sequence[str], layers: int, a
 
 def pass_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, shape: Shape, kinds: Sequence[str], layers: int, remat: bool) -> float:
     """Most memory on one device: weights, totals before and after a batch, activations kept for the gradients, logits."""
-    split, rows = mesh.shape["model"], shape.rows // mesh.shape["data"]
+    split, rows = mesh.shape["tensor"] * mesh.shape["fsdp"], shape.rows // row_parts(mesh)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(param_shapes(config))) / split
     part = 0 if layers == config.layers else weights  # blocks outside the span are copied
     totals = 2 * 4 * layers * config.layer_weights * len({"signed", "absolute"} & set(kinds)) / split
@@ -131,7 +132,7 @@ def pass_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, shape: Shape, kinds
     scores = 4 * rows * config.heads * shape.length**2
     activations = config.layers * tokens * 4 * config.width + 2 * kept + 4 * scores if remat else config.layers * kept + 4 * scores
     logits = 3 * 4 * rows * shape.scored * config.vocabulary
-    largest = 3 * 4 * config.layer_weights / split  # gradients of one example
+    largest = 3 * 4 * config.layer_weights / mesh.shape["tensor"]  # gradients of one example
     return weights + part + totals + activations + logits + largest
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmed.axes import split_axes
 from jaxmed.batching.batches import Batch, batch_layout
 from jaxmed.batching.losses import token_losses
 from jaxmed.models.checkpoints.tensors import matrix_rules
@@ -19,15 +20,26 @@ from jaxmed.models.transformer import SCORED, embed
 from jaxmed.runner import Recording, run
 
 
+def total_letters(config: ModelConfig, kinds: Sequence[str]) -> Params:
+    """Letters of a layer's totals, per matrix and kind."""
+    found: Params = {}
+    for name in sorted({rule.path[-1] for rule in matrix_rules(FAMILIES[config.family])}):
+        letters = block_letters(config)[name]
+        of = {"signed": letters, "absolute": letters, "inputs": letters[: MATRICES[name]]}
+        found[name] = {kind: of[kind] for kind in kinds}
+    return found
+
+
 def fresh_totals(config: ModelConfig, kinds: Sequence[str], layers: int, devices: int) -> Params:
-    """Zeros, float32 [devices, layers, ...] per matrix and kind."""
-    matrices = {rule.path[-1] for rule in matrix_rules(FAMILIES[config.family])}
-    totals: Params = {}
-    for name in sorted(matrices):
-        shape = tuple(config.sizes[letter] for letter in block_letters(config)[name])
-        sizes = {"signed": shape, "absolute": shape, "inputs": shape[: MATRICES[name]]}
-        totals[name] = {kind: jnp.zeros((devices, layers, *sizes[kind]), jnp.float32) for kind in kinds}
-    return totals
+    """Zeros, float32 [devices, layers, ...] per matrix and kind; `devices`: of the mesh axis "data"."""
+    zeros = lambda letters: jnp.zeros((devices, layers, *(config.sizes[letter] for letter in letters)), jnp.float32)  # noqa: E731
+    return jax.tree.map(zeros, total_letters(config, kinds))
+
+
+def total_shardings(config: ModelConfig, kinds: Sequence[str], mesh: jax.sharding.Mesh) -> Params:
+    """Where the totals lie: each device on "data" has its own, split as the matrices are."""
+    place = lambda letters: jax.NamedSharding(mesh, jax.P("data", None, *split_axes(letters, mesh)))  # noqa: E731
+    return jax.tree.map(place, total_letters(config, kinds))
 
 
 @partial(jax.jit, static_argnames=("config", "span", "remat", "mesh"))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.attention import Segment, attend
+from jaxmed.axes import hold_rows
 from jaxmed.interventions.acting import Part, Staged, apply_edit, at_layer, in_order, split_dense
 from jaxmed.interventions.sites import BRANCHES, INTERNAL, SITES
 from jaxmed.models.config import ModelConfig
@@ -94,6 +95,7 @@ def run(
         asked: int [R], with a traced `first` or one block: the columns whose last residual stream is returned, [B,R,D]. Where they are few
             and nothing is edited or recorded, the last block has queries and an MLP for them alone.
     """
+    stream = hold_rows(config.mesh, stream)
     parts, names = in_order(edits or {}), recording.taps + (("cached_key", "cached_value") if recording.keep else ())
     scanned, fixed = split_dense(parts)
     angles, windows = model_angles(config, layout.position), layer_windows(config)

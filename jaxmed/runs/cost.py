@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmed.axes import row_parts, row_sharding
 from jaxmed.hosts import agree
 from jaxmed.models.config import ModelConfig
 from jaxmed.runs.watch import show_time
@@ -31,7 +32,7 @@ def units_per_device(config: ModelConfig, mesh: jax.sharding.Mesh, units: int, w
         logits: whether whole rows of logits are kept (Python outcomes).
     """
     device = mesh.local_devices[0]
-    devices = mesh.shape["data"]
+    devices = row_parts(mesh)
     per_token = 4 * (
         2 * config.sizes["C"] * config.neurons + 8 * config.width + 2 * config.heads * seen + (config.vocabulary if logits else 0)
     )
@@ -163,9 +164,9 @@ def show_bytes(size: float) -> str:
 
 def matmul_rate(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> float:
     """FLOP/s of the MLP's input projection at `rows` rows per device, over all devices of the mesh; takes about a second."""
-    devices = mesh.shape["data"]
+    devices = row_parts(mesh)
     precision = "highest" if config.dtype == "float32" else None
-    spec = jax.NamedSharding(mesh, jax.P("data"))
+    spec = row_sharding(mesh)
     x = jax.device_put(jnp.ones((devices * rows, config.width), config.compute), spec)
     w = jax.device_put(jnp.ones((config.width, config.sizes["C"] * config.neurons), config.compute), jax.NamedSharding(mesh, jax.P()))
     product = jax.jit(lambda x, w: jnp.matmul(x, w, precision=precision))

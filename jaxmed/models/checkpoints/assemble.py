@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.axes import partition
+from jaxmed.axes import MESH_AXES, partition
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
-from jaxmed.models.checkpoints.tensors import SHARDED, axis_terms, check_tensors, is_stacked, letters_of, needed_rules, under_full_names
+from jaxmed.models.checkpoints.tensors import axis_terms, check_tensors, is_stacked, letters_of, needed_rules, under_full_names
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
 from jaxmed.models.params import MATRICES, Params, param_dtype, param_shapes
 
-Part = tuple[int, int, int]
-"""A share of the model axis: parts from `first` to `stop`, of `count`."""
-WHOLE: Part = (0, 1, 1)
+Part = tuple[tuple[tuple[str, ...], int, int], ...]
+"""What a device holds of a parameter: (mesh axes, number, count), for those mesh axes that split it. Letters on the same mesh axes are cut
+alike: the heads of queries and of keys."""
+WHOLE: Part = ()
 
 
 def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
@@ -75,7 +76,8 @@ def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sh
     one = letters[1:] if stacked else letters
     shape = tuple(config.sizes[letter] for letter in one)
     sharding = partition(one, shape, mesh)
-    cuts = {_part(index, shape): index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None}
+    part_of = partial(_part, one, shape)
+    cuts = {part_of(index): index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None}
     sizes = {part: tuple(len(range(size)[cut]) for cut, size in zip(index, shape, strict=True)) for part, index in cuts.items()}
 
     def build(layer: int, into: Mapping[Part, np.ndarray]) -> Mapping[Part, np.ndarray]:
@@ -84,7 +86,7 @@ def _place(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, mesh: jax.sh
         return into
 
     def place(held: Mapping[Part, np.ndarray], sharding: jax.NamedSharding, layers: tuple[int, ...]) -> jax.Array:
-        own = lambda index: held[_part(index[len(layers) :], shape)]  # noqa: E731
+        own = lambda index: held[part_of(index[len(layers) :])]  # noqa: E731
         return jax.make_array_from_callback((*layers, *shape), sharding, own)
 
     if not stacked:
@@ -159,32 +161,39 @@ def set_layer(stack: jax.Array, row: jax.Array, layer: Any) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
 
 
-def _part(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
-    """Which share of the model axis an index asks for."""
-    for cut, size in zip(index, shape, strict=True):
+def _part(letters: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> Part:
+    """Which part of a parameter an index asks for."""
+    found = []
+    for letter, cut, size in zip(letters, index, shape, strict=True):
         start, stop, _ = cut.indices(size)
         if stop - start < size:
-            return start * (size // (stop - start)) // size, start * (size // (stop - start)) // size + 1, size // (stop - start)
-    return WHOLE
+            found.append((MESH_AXES[letter], start // (stop - start), size // (stop - start)))
+    return tuple(found)
+
+
+def _share(letters: str, part: Part) -> tuple[int, int]:
+    """(number, count) of the share that a part has of axes with these letters."""
+    return next(((number, count) for axes, number, count in part if any(MESH_AXES.get(letter) == axes for letter in letters)), (0, 1))
 
 
 def _build(checkpoint: Checkpoint, rule: Rule, config: ModelConfig, layer: int, part: Part, problems: list[str]) -> np.ndarray:
     """One layer of a parameter, or one device's share of it, from its tensors."""
     sizes = config.sizes
-    local = {letter: size // part[2] if letter in SHARDED else size for letter, size in sizes.items()}
+    local = {letter: size // _share(letter, part)[1] for letter, size in sizes.items()}
     tensors = []
     for source in rule.sources:
         name = source.name.replace("{l}", str(layer))
         if "{e}" in name:
-            experts = range(part[0] * local["X"], part[1] * local["X"])
-            tensors.append(np.stack([_read(checkpoint, name.format(e=e), source, sizes, WHOLE, problems) for e in experts]))
+            first = _share("X", part)[0] * local["X"]
+            experts, inner = range(first, first + local["X"]), tuple(one for one in part if one[0] != MESH_AXES["X"])
+            tensors.append(np.stack([_read(checkpoint, name.format(e=e), source, sizes, inner, problems) for e in experts]))
         else:
             tensors.append(_read(checkpoint, name, source, sizes, part, problems))
     return rule.layout.join(local, *tensors)
 
 
 def _read(checkpoint: Checkpoint, name: str, source: Source, sizes: dict[str, int], part: Part, problems: list[str]) -> np.ndarray:
-    """A tensor, or the rows and columns of it that belong to a share of the model axis."""
+    """A tensor, or the rows and columns of it that belong to a part."""
     if part == WHOLE:
         tensor = checkpoint.read(name, None)
     else:
@@ -198,9 +207,10 @@ def _read(checkpoint: Checkpoint, name: str, source: Source, sizes: dict[str, in
 
 def _ranges(axis: str, sizes: dict[str, int], part: Part) -> list[slice]:
     found, start = [], 0
-    for length, cut in axis_terms(axis, sizes):
-        piece = length // part[2]
-        found.append(slice(start + part[0] * piece, start + part[1] * piece) if cut else slice(start, start + length))
+    for length, letters in axis_terms(axis, sizes):
+        number, count = _share(letters, part)
+        piece = length // count
+        found.append(slice(start + number * piece, start + (number + 1) * piece))
         start += length
     return found
 

@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.axes import MESH_AXES
 from jaxmed.errors import UserError, all_problems
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.families.table import Family, Rule, Source
 from jaxmed.models.params import MATRICES, param_letters
-
-SHARDED = frozenset(letter for letter, axis in MESH_AXES.items() if axis == "model")
-"""Letters of axes that are cut along the model axis of the mesh."""
 
 
 def letters_of(rule: Rule, config: ModelConfig) -> str | None:
@@ -39,9 +35,9 @@ def is_stacked(rule: Rule) -> bool:
     return rule.path[0] == "blocks"
 
 
-def axis_terms(axis: str, sizes: dict[str, int]) -> list[tuple[int, bool]]:
-    """Length of every term of a source axis ("NH+KH+KH" has three), and whether it is cut along the model axis."""
-    return [(math.prod(sizes[letter] for letter in term), not SHARDED.isdisjoint(term)) for term in axis.split("+")]
+def axis_terms(axis: str, sizes: dict[str, int]) -> list[tuple[int, str]]:
+    """Length and letters of every term of a source axis ("NH+KH+KH" has three)."""
+    return [(math.prod(sizes[letter] for letter in term), term) for term in axis.split("+")]
 
 
 def source_shape(source: Source, sizes: dict[str, int]) -> tuple[int, ...]:
