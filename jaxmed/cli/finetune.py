@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmed.axes import row_parts
 from jaxmed.cli import show
 from jaxmed.cli.flags import ModelFlags, RunFlags
 from jaxmed.finetuning.settings import Recipe
@@ -46,6 +45,7 @@ class Finetune(ModelFlags, Recipe, RunFlags):
 
 def plan(job: Any) -> list[str]:
     """The plan of a run with the time it will take at this machine's matmul rate."""
+    from jaxmed.axes import row_parts
     from jaxmed.finetuning.job import plan_lines
     from jaxmed.runs.cost import matmul_rate
 

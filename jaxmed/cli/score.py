@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmed.axes import row_parts
 from jaxmed.cli import show
 from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags, TrainSplitFlag
 from jaxmed.prompts.examples import chosen
@@ -71,6 +70,7 @@ class Score(TrainSplitFlag, ModelFlags, SetFlags, RunFlags):
 
 def plan_lines(job: Any) -> list[str]:
     """The cost of a scoring run, in words."""
+    from jaxmed.axes import row_parts
     from jaxmed.runs.cost import Cost, cost_lines, matmul_rate
 
     lines: list[str] = []
