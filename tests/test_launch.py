@@ -209,12 +209,20 @@ def test_scripts_know_the_commands_of_several_processes() -> None:
     assert f"Those of several: {', '.join(known)}." in _said(f"{SSH} -- jaxmed models")[2]
 
 
+UP = "until [ -e $up ]; do sleep 0.05; done"
+"""Waits until another process is ready for signals."""
+
+
 @pytest.fixture
 def over_ssh(tmp_path: Path) -> Path:
     """A folder of programs: an ssh that runs commands here, and a jaxmed that does what its flag --act says for its number."""
-    _program(tmp_path, "ssh", 'shift 4; host=$1; shift; [ "$host" = broken ] && exit 255; exec sh -c "$*"')
+    _program(
+        tmp_path,
+        "ssh",
+        f'shift 4; host=$1; shift; if [ "$host" = broken ]; then {UP}; exit 255; fi; exec sh -c "$*"'.replace("$up", str(tmp_path / "up")),
+    )
     act = 'while [ "$1" != --act ]; do shift; done; eval "$2"'
-    _program(tmp_path, "jaxmed", f"for last; do :; done; number=${{last##*,}}; {act}")
+    _program(tmp_path, "jaxmed", f"up={tmp_path}/up; for last; do :; done; number=${{last##*,}}; {act}")
     return tmp_path
 
 
@@ -228,11 +236,12 @@ def test_over_ssh_all_end_well(over_ssh: Path) -> None:
     assert sorted(out.splitlines()) == [f"{over_ssh} a:8476,2,{number}" for number in range(2)]
 
 
-WAITS = "trap 'echo $number got TERM; exit 143' TERM; trap 'echo $number got INT; exit 130' INT; echo up; while :; do sleep 0.05; done"
+TRAPS = "trap 'echo $number got TERM; exit 143' TERM; trap 'echo $number got INT; exit 130' INT"
+WAITS = f"{TRAPS}; touch $up; echo up; while :; do sleep 0.05; done"
 
 
 def test_where_one_fails_the_others_are_asked_to_end(over_ssh: Path) -> None:
-    code, out, messages = _said(f"ssh --hosts a,b {_act(f'[ $number = 1 ] && exit 7; {WAITS}')}", over_ssh)
+    code, out, messages = _said(f"ssh --hosts a,b {_act(f'[ $number = 1 ] && {UP} && exit 7; {WAITS}')}", over_ssh)
     assert code == 7
     assert out.splitlines()[-1] == "0 got TERM"
     assert "process 1 on b: failed with exit code 7" in messages
@@ -247,8 +256,8 @@ def test_where_a_connection_fails_the_others_are_asked_to_end(over_ssh: Path) ->
 
 
 def test_who_does_not_end_is_told_again_and_then_ended(over_ssh: Path) -> None:
-    deaf = "trap 'n=x$n; echo $n' TERM; echo up; while :; do sleep 0.05; done"
-    code, out, _ = _said(f"ssh --grace 0.5 --hosts a,b {_act(f'[ $number = 1 ] && sleep 0.5 && exit 7; {deaf}')}", over_ssh)
+    deaf = "trap 'n=x$n; echo $n' TERM; touch $up; echo up; while :; do sleep 0.05; done"
+    code, out, _ = _said(f"ssh --grace 0.5 --hosts a,b {_act(f'[ $number = 1 ] && {UP} && exit 7; {deaf}')}", over_ssh)
     assert (code, out.split()) == (7, ["up", "x", "xx"])
 
 
