@@ -230,7 +230,7 @@ def test_activations_circuits_and_texts_say_so_too(value: float, plain_model: Mo
         jm.circuit(broken, tiny.PAIRS[:1], edges=3, random=0)
     for how in ({}, {"temperature": 0.5}):
         with pytest.raises(jm.UserError, match="no likeliest token"):
-            jm.generate(broken, ["ab"], 2, **how)
+            jm.generate(broken, ["ab"], 2, **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["category", "group", "split", "control"])

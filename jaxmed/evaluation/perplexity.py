@@ -44,7 +44,7 @@ class Perplexity:
         return cls(math.exp(losses.prod(axis=1).sum() / count), int(count), losses)
 
 
-def segments(tokenizer: Any, source: str | Path) -> list[tuple[int, list[int]]]:
+def segments(tokenizer: Any, source: str | Path) -> list[tuple[int, Any]]:
     """(paragraph, token ids) of what is scored of a text: at most `SEGMENT` tokens each.
 
     Raises:

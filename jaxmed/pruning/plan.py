@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -104,7 +105,7 @@ def make_plan(
     return min(fitting, key=cost)
 
 
-def device_bytes(device: jax.Device) -> float:
+def device_bytes(device: Any) -> float:
     """Memory of a device: what it says, or its share of the host's."""
     own = (device.memory_stats() or {}).get("bytes_limit")
     return own or HOST_PART * host_bytes() / len(jax.local_devices(backend=device.platform))
