@@ -158,6 +158,12 @@ def test_values_that_do_not_go_with_the_entries_are_refused(values: Any, said: s
         jm.edits.resample("neuron", values, layer=0)
 
 
+@pytest.mark.parametrize(("given", "said"), [([1, 2], "shape [2]; one number"), ("much", "is 'much'; numbers"), (None, "None; numbers")])
+def test_a_coefficient_that_is_not_one_number_is_refused(given: Any, said: str) -> None:
+    with pytest.raises(jm.UserError, match=re.escape(said)):
+        jm.edits.steer("residual_out", np.ones(16), given)
+
+
 @pytest.mark.parametrize("direction", [np.zeros(16), np.eye(16), ["a"], np.full(16, np.nan)])
 def test_a_direction_is_a_vector_that_is_not_zero(direction: Any) -> None:
     with pytest.raises(jm.UserError, match="direction"):

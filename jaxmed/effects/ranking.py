@@ -111,7 +111,7 @@ def _weakest(values: np.ndarray, groups: np.ndarray, categories: Mapping[str, np
 def promoted(model: Model, layers: np.ndarray, neurons: np.ndarray, count: int = 5) -> tuple[list[list[str]], list[list[str]]]:
     """Tokens that neurons' output vectors promote and suppress most, read through the final norm's scale and the unembedding."""
     scale = model.params["final_norm"] + model.config.norm_offset
-    vectors = matrix_rows(model.config, model.params, "down", layers, neurons) * scale[None]
+    vectors = matrix_rows(model.config, model.params, "down", jnp.asarray(layers), jnp.asarray(neurons)) * scale[None]
     logits = jnp.einsum("UD,VD->UV", vectors, head(model.params).astype(jnp.float32), precision="highest")
     most = jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1]
     decode = model.tokenizer.decode

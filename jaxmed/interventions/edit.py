@@ -115,7 +115,7 @@ def numbers(what: str, given: Any) -> Any:
         return given.astype(np.float32)
     try:
         found = np.asarray(given)
-        if found.dtype.kind not in "biufV" and found.dtype.kind != "O":  # V: bfloat16
+        if found.dtype.kind not in "biufVO" or any(entry is None for entry in found.ravel() if found.dtype.kind == "O"):  # V: bfloat16
             raise ValueError
         return np.asarray(found, np.float32)
     except (TypeError, ValueError):

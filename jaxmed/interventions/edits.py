@@ -80,9 +80,12 @@ def scale(site: str, factor: Any, layer: Any = ANY, position: Any = ANY, unit: A
     return _at(site, 1.0 - numbers("The factor", factor), 0.0, 0.0, layer, position, unit)
 
 
-def steer(site: str, direction: Any, coefficient: float = 1.0, layer: Any = ANY, position: Any = ANY) -> dict[str, Edit]:
-    """Adds `coefficient * direction` ([D]) at the entries."""
-    vector = coefficient * numbers("The direction", direction)
+def steer(site: str, direction: Any, coefficient: Any = 1.0, layer: Any = ANY, position: Any = ANY) -> dict[str, Edit]:
+    """Adds `coefficient * direction` ([D]) at the entries; the coefficient is a number."""
+    size = numbers("The coefficient", coefficient)
+    if size.ndim:
+        raise UserError(f"The coefficient has shape {list(size.shape)}; one number is expected.")
+    vector = size * numbers("The direction", direction)
     return _at(site, 0.0, 0.0, vector[None], layer, position, ANY)
 
 
