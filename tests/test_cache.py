@@ -14,6 +14,7 @@ import xarray as xr
 
 import jaxmed as jm
 from jaxmed.cache import job, run
+from jaxmed.cache.folders import read_held, verify
 from jaxmed.files.arrays import open_array
 from jaxmed.models.model import Model
 
@@ -161,19 +162,37 @@ def test_foreign_files_are_refused_and_left_alone(plain_model: Model, tmp_path: 
     assert not calls
 
 
-@pytest.mark.parametrize("damage", ["lost", "changed"])
+@pytest.mark.parametrize("damage", ["lost", "changed", "swapped"])
 def test_damage_is_named_and_computed_again(plain_model: Model, tmp_path: Path, calls: list[int], damage: str) -> None:
     wanted = jm.activations(plain_model, PROMPTS, out=tmp_path / "a").load()
-    file = tmp_path / "a" / "residual_out" / "c" / "0" / "0" / "0" / "0"
+    file, other = (tmp_path / "a" / "residual_out" / "c" / number / "0" / "0" / "0" for number in "01")
     held = bytearray(file.read_bytes())
-    held[10] ^= 255
-    file.unlink() if damage == "lost" else file.write_bytes(held)
-    with pytest.raises(jm.UserError, match=r"residual_out, prompts 0 to 1: (missing|damaged)"):
+    if damage == "swapped":
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(held)
+    else:
+        held[10] ^= 255
+        file.unlink() if damage == "lost" else file.write_bytes(held)
+    with pytest.raises(jm.UserError, match=r"residual_out, prompts 0 to 1: (missing|damaged|holds other values)"):
         jm.activations(plain_model, PROMPTS, out=tmp_path / "a", resume=True)
     calls.clear()
     found = jm.activations(plain_model, PROMPTS, out=tmp_path / "a", resume=True)
-    assert len(calls) == 2  # of one shard
+    assert len(calls) == (4 if damage == "swapped" else 2)  # two for a shard
     xr.testing.assert_identical(found.load(), wanted)
+
+
+@pytest.mark.parametrize("name", ["prompt/c/0", "position/c/0", "length/zarr.json"])
+def test_damaged_labels_are_named_and_written_again(name: str, plain_model: Model, tmp_path: Path, calls: list[int]) -> None:
+    wanted = jm.activations(plain_model, PROMPTS, out=tmp_path / "a").load()
+    file = tmp_path / "a" / name
+    file.write_bytes(file.read_bytes()[:-3])
+    assert any(line.startswith(name.partition("/")[0]) for line in verify(read_held(tmp_path / "a")))
+    with pytest.raises(jm.UserError, match=f"{name.partition('/')[0]}: "):
+        jm.activations(plain_model, PROMPTS, out=tmp_path / "a", resume=True)
+    calls.clear()
+    xr.testing.assert_identical(jm.activations(plain_model, PROMPTS, out=tmp_path / "a", resume=True).load(), wanted)
+    assert not calls
+    assert not verify(read_held(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -100,13 +100,86 @@ def test_what_no_run_computes_is_refused(name: str, harm: str, swept: tuple[Path
             call()
 
 
+def _swap(one: Path, other: Path) -> None:
+    """Two files in each other's place: both whole, and their own checksums right."""
+    held = one.read_bytes()
+    assert held != other.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+
+
+SWAPS = {
+    "layers": ("neuron/c/1/2/0", "neuron/c/1/0/0"),
+    "pairs": ("mlp_out/c/0/0", "mlp_out/c/1/0"),
+    "outcomes": ("base_outcome/c/0", "base_outcome/c/2"),
+    "variables": ("base_lowest/c/1/2", "mlp_out/c/1/2"),
+    "statistics": ("neuron_mean/c/0/0", "neuron_t/c/0/0"),
+}
+"""Stored chunks of equal shapes."""
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_chunks_in_each_others_place_are_named_and_computed_again(
+    swap: str, swept: tuple[Path, xr.Dataset], plain_model: Model, tmp_path: Path
+) -> None:
+    out = shutil.copytree(swept[0], tmp_path / "run")
+    one, other = (out / "effects.zarr" / name for name in SWAPS[swap])
+    _swap(one, other)
+    with pytest.raises(jm.UserError, match="other values than were written there") as caught:
+        results.open_results(out)
+    assert all(name.partition("/")[0] in str(caught.value) for name in SWAPS[swap])
+    assert str(caught.value).count("\n  - ") == 2
+    with pytest.raises(jm.UserError, match="The run was finished"):
+        jm.sweep(plain_model, tiny.PAIRS, **SWEEP, out=out, resume=True)
+    assert _same(jm.sweep(plain_model, tiny.PAIRS, **SWEEP, out=out, resume=True), swept[1])
+
+
+def test_labels_in_each_others_place_are_refused(swept: tuple[Path, xr.Dataset], tmp_path: Path) -> None:
+    out = shutil.copytree(swept[0], tmp_path / "run")
+    _swap(out / "effects.zarr" / "category" / "c" / "0", out / "effects.zarr" / "group" / "c" / "0")
+    with pytest.raises(jm.UserError, match=r"(?s)category.*group"):
+        results.open_results(out)
+
+
+@pytest.mark.parametrize("name", ["neuron/zarr.json", "neuron_mean/zarr.json", "zarr.json"])
+def test_a_changed_letter_of_metadata_is_named(name: str, swept: tuple[Path, xr.Dataset], tmp_path: Path) -> None:
+    out = shutil.copytree(swept[0], tmp_path / "run")
+    file = out / "effects.zarr" / name
+    text = file.read_text()
+    at = text.index('"attributes": {') + text[text.index('"attributes": {') :].index(": ", 20) + 3
+    file.write_text(text[:at] + chr(ord(text[at]) ^ 1) + text[at + 1 :])
+    with pytest.raises(jm.UserError, match=f"{name.partition('/')[0]}: its metadata is not what was written"):
+        results.open_results(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [("neuron/c/1/0/0", "a flipped bit"), ("neuron/zarr.json", "cut"), ("base_outcome/c/1", "missing")]
+)
+def test_damaged_checksums_pass_nothing_and_are_made_again(
+    name: str, harm: str, swept: tuple[Path, xr.Dataset], plain_model: Model, tmp_path: Path
+) -> None:
+    out = shutil.copytree(swept[0], tmp_path / "run")
+    HARMS[harm](out / "effects.zarr" / "sums" / name)
+    for call in (
+        lambda: results.open_results(out),
+        lambda: jm.sweep(plain_model, tiny.PAIRS, **SWEEP, out=out, resume=True),
+    ):
+        with pytest.raises(jm.UserError, match=rf"{name.partition('/')[0]}.*no readable checksum"):
+            call()
+    assert _same(jm.sweep(plain_model, tiny.PAIRS, **SWEEP, out=out, resume=True), swept[1])
+    assert _same(results.open_results(out).load(), swept[1])
+    _swap(out / "effects.zarr/neuron/c/1/2/0", out / "effects.zarr/neuron/c/1/0/0")
+    with pytest.raises(jm.UserError, match="other values"):
+        results.open_results(out)
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_of_stored_bytes_is_silent(data: st.DataObject, swept: tuple[Path, xr.Dataset], tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     out = shutil.copytree(swept[0], tmp_path / "run")
-    files = sorted(path for path in (out / "effects.zarr").glob("*/c/**/*") if path.is_file())
+    files = sorted(path for path in (out / "effects.zarr").rglob("*") if path.is_file())
     file = data.draw(st.sampled_from(files))
     content = file.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
@@ -128,6 +201,7 @@ def test_no_damage_of_stored_bytes_is_silent(data: st.DataObject, swept: tuple[P
 def test_tables_without_checksums_open(swept: tuple[Path, xr.Dataset], tmp_path: Path) -> None:
     """As earlier versions wrote them: no checksums, chunks that equal the fill value left out."""
     out = shutil.copytree(swept[0], tmp_path / "run")
+    shutil.rmtree(out / "effects.zarr" / "sums")
     for card in (out / "effects.zarr").glob("*/zarr.json"):
         held = json.loads(card.read_text())
         held["codecs"] = [codec for codec in held["codecs"] if codec["name"] != "crc32c"]
@@ -168,6 +242,22 @@ def test_damaged_scores_choose_no_weights(kind: str, harm: str, scored: Path, pl
     mended = jm.pruning.score(plain_model, EXAMPLES["red"], EXAMPLES["blue"], **again)
     assert jm.pruning.select(mended, rule).digest == jm.pruning.select(read_scores(scored), rule).digest
     assert read_run(out)["sessions"][-1]["passes"] == 1
+
+
+def test_scores_in_each_others_place_choose_no_weights(scored: Path, plain_model: Model, tmp_path: Path) -> None:
+    out, rule = shutil.copytree(scored, tmp_path / "scores"), jm.pruning.Rule(q=0.01, p=0.01)
+    one, other = (
+        next(path for path in sorted((out / "scores" / "behaviour_signed" / name).rglob("c/**/*")) if path.is_file())
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight")
+    )
+    _swap(one, other)
+    with pytest.raises(jm.UserError, match=r"up_proj.*other values than were written there|gate_proj.*other values"):
+        jm.pruning.select(read_scores(out), rule)
+    again = {"out": out, "layers_per_pass": 1, "resume": True}
+    with pytest.raises(jm.UserError, match=r"(?s)up_proj.*gate_proj"):
+        jm.pruning.score(plain_model, EXAMPLES["red"], EXAMPLES["blue"], **again)
+    mended = jm.pruning.score(plain_model, EXAMPLES["red"], EXAMPLES["blue"], **again)
+    assert jm.pruning.select(mended, rule).digest == jm.pruning.select(read_scores(scored), rule).digest
 
 
 @pytest.mark.parametrize("harm", HARMS)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxmed as jm
 from jaxmed.cli.main import main
+from jaxmed.models.checkpoints import lora_targets
 from jaxmed.models.checkpoints.orbax_store import save_store
 from tests import reference, tolerances
 
@@ -206,10 +207,21 @@ ONE = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"layers_to_transform": [7]}, "none of its 28 modules"),
         ({"exclude_modules": ".*"}, "none of its 28 modules"),
         ({"rank_pattern": {"([a-z_.0-9]|[a-z_.0-9])*[!?]": 3}}, "takes more than"),
+        ({"rank_pattern": {"q" * 30_000: 3}}, "at most 20,000 are read"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(cases: Callable, broken: Callable, settings: dict, said: str) -> None:
     assert said in _refused(cases("plain")[0], broken(settings))
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern", "layers_pattern"])
+def test_all_patterns_together_are_bounded(setting: str, cases: Callable, broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is within the limit of one."""
+    monkeypatch.setattr(lora_targets, "IN_ALL", 0.2)
+    slow = [f"([a-z_.0-9]|[a-z_.0-9]){{14}}[!?]{number}" for number in range(200)]
+    listed = setting == "layers_pattern"
+    settings = {setting: slow if listed else dict.fromkeys(slow, 3)} | ({"layers_to_transform": [0]} if listed else {})
+    assert "patterns of the adapter take more than" in _refused(cases("plain")[0], broken(settings))
 
 
 @pytest.mark.parametrize(

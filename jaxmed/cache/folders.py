@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.cache.store import DONE, MANIFEST, damaged_shards, shard_of, told
+from jaxmed.cache.store import DONE, LABELS, MANIFEST, damaged_shards, shard_of, told
 from jaxmed.errors import UserError
 from jaxmed.files import read_json
 from jaxmed.files.arrays import open_checked, reason
+from jaxmed.results import damaged_labels
 from jaxmed.runs.folder import read_run
 from jaxmed.runs.watch import Watch, silent
 
@@ -59,6 +60,7 @@ def read_held(folder: Path) -> Held:
 
 
 def verify(held: Held, report: Watch = silent) -> list[str]:
-    """Reads every finished shard of every site; what is damaged, a line each: site, prompts, why."""
+    """Reads every finished shard of every site, and all labels; what is damaged, a line each: site, prompts, why."""
+    labels = damaged_labels(held.folder, [name for name in LABELS if (held.folder / name).is_dir()])
     found = damaged_shards(held.folder, list(held.arrays), held.done, report)
-    return [f"{name}, {told(prompts)}: {why}" for name, prompts, why in found]
+    return [*(f"{name}: {why}" for name, why in labels.items()), *(f"{name}, {told(prompts)}: {why}" for name, prompts, why in found)]

@@ -14,17 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from jaxmed.errors import all_problems
 from jaxmed.files import ArrayLayout, find_damage, open_array, write_json
 from jaxmed.files.arrays import open_checked
+from jaxmed.files.chunk_sums import GROUP as SUMS
+from jaxmed.files.chunk_sums import UNSAID, ChunkSums
 from jaxmed.hosts import first_tells, leads, several, wait_for_all
 from jaxmed.interventions.sites import ALIASES, SITES
-from jaxmed.results import Table, lay_out, open_group
+from jaxmed.results import Table, damaged_labels, lay_out, note_sums, open_group
 from jaxmed.runs.folder import RunFolder, Session
 from jaxmed.runs.legal import Legal
 from jaxmed.runs.provenance import versions
@@ -33,7 +37,8 @@ from jaxmed.runs.watch import Watch, silent
 MANIFEST, DONE, GROUP = "manifest.json", "done", "zarr.json"
 PLACES = ("token_position", "key_position")
 """Coordinates that some folders have."""
-LEGAL = Legal((MANIFEST, DONE, GROUP, "prompt", "layer", "position", "length", *PLACES, *SITES, *ALIASES), needed=(MANIFEST,))
+LABELS = ("prompt", "layer", "position", "length", *PLACES)
+LEGAL = Legal((MANIFEST, DONE, GROUP, *LABELS, *SITES, *ALIASES, SUMS), needed=(MANIFEST,))
 """What a folder of activations may hold."""
 
 
@@ -112,15 +117,23 @@ class Cache:
         self._table.write([(DONE, {"prompt": prompts}, np.full(count, done, np.uint8))])
         self.done[prompts] = done
 
-    def mend(self, folder: RunFolder) -> int:
-        """Marks shards that are damaged as not done, so that they are computed again, and says so; returns how many.
+    def mend(self, folder: RunFolder, table: Labelled) -> int:
+        """Writes damaged labels again, marks shards that are damaged as not done, so that they are computed again, and says so; returns how
+        many things were damaged.
 
         Raises:
             UserError: the run was finished: its numbers may be in use, so they change at the next resume alone.
         """
-        shown = []
+        labels = damaged_labels(folder.path, list(table.coordinates)) if folder.continues else {}
+        shown = [f"{name}: {why}" for name, why in labels.items()]
+        if labels.keys() - table.coordinates.keys():
+            raise all_problems(str(folder.path), shown, "No run computes this again. Begin anew in another folder.")
+        if labels:
+            _lay_out_labels(folder.path, table)
         for name, prompts, why in damaged_shards(folder.path, self.names, self.done):
             shown.append(f"{name}, {told(prompts)}: {why}")
+            if why.startswith(UNSAID):
+                ChunkSums(folder.path).reset(name, prompts.start // self.shard)
             self._mark(slice(prompts.start, prompts.stop), 0)
         folder.tell_damage(shown)
         return len(shown)
@@ -133,12 +146,13 @@ def shard_of(array: Path) -> int:
 
 def damaged_shards(folder: Path, names: Sequence[str], done: np.ndarray, report: Watch = silent) -> Iterator[tuple[str, range, str]]:
     """(site, prompts, why) of every finished shard that cannot be read; all of it is read for that."""
+    sums = ChunkSums(folder)
     for name in names:
         array, shard = open_checked(folder / name, f"{folder / name}"), shard_of(folder / name)
         for begin in range(0, len(done), shard):
             prompts = range(begin, min(begin + shard, len(done)))
             if done[prompts].any():
-                why = find_damage(array, [(slice(prompts.start, prompts.stop),)])[0]
+                why = find_damage(array, [(slice(prompts.start, prompts.stop),)], partial(sums.problem, name, array))[0]
                 report(len(prompts), len(prompts), name)
                 if why:
                     yield name, prompts, why
@@ -167,7 +181,7 @@ def open_cache(out: Path, manifest: Mapping[str, Any], table: Labelled, resume: 
         with folder.session() as session:
             wait_for_all("the arrays are laid out")
             cache = Cache(out, session, list(table.arrays))
-            first_tells(lambda: float(cache.mend(folder)))
+            first_tells(lambda: float(cache.mend(folder, table)))
             cache.begin()
             try:
                 yield cache
@@ -180,12 +194,20 @@ def _create(out: Path, manifest: Mapping[str, Any], table: Labelled) -> None:
     count = len(table.coordinates["prompt"])
     together = min(layout.shards[0] for layout in table.arrays.values()) if several() else count  # processes share no chunk
     arrays = {**table.arrays, DONE: ArrayLayout((count,), (together,), "uint8", 0, ("prompt",))}
-    for name in (*table.coordinates, *arrays):
+    for name in (*arrays, SUMS):
         shutil.rmtree(out / name, ignore_errors=True)
-    lay_out(out, table.coordinates, table.attributes)
     for name, layout in arrays.items():
         open_array(out / name, layout)
+    ChunkSums(out).make(list(table.arrays))
+    _lay_out_labels(out, table)
     write_json(out / MANIFEST, {**manifest, "versions": versions()})
+
+
+def _lay_out_labels(out: Path, table: Labelled) -> None:
+    """Writes the coordinates and their checksums."""
+    for name in table.coordinates:
+        shutil.rmtree(out / name, ignore_errors=True)
+    note_sums(out, lay_out(out, table.coordinates, table.attributes), [*table.arrays, DONE])
 
 
 def read_cache(folder: Path) -> xr.Dataset:

@@ -15,6 +15,7 @@ from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.effects.reference import Reference
 from jaxmed.errors import NOT_FINITE, UserError
 from jaxmed.files.arrays import open_checked, reason
+from jaxmed.files.chunk_sums import ChunkSums
 from jaxmed.interventions.sites import site_name
 from jaxmed.models.model import Model
 
@@ -67,14 +68,18 @@ def _sites(units: Sequence[str]) -> set[str]:
 def _mean(held: Held, name: str) -> jnp.ndarray:
     """Mean [L, ...] of a site, read shard by shard; summed in float64."""
     array, total, count = open_checked(held.folder / name, str(held.folder / name)), 0.0, 0
+    sums = ChunkSums(held.folder)
     for begin in range(0, len(held.done), held.shard):
+        place = (slice(begin, min(begin + held.shard, len(held.done))),)
         try:
-            values = np.asarray(
-                array[begin : min(begin + held.shard, len(held.done))].read().result(), np.float64
-            )  # [prompt, L, position, ...]
+            read = array[place].read().result()
+            why = sums.problem(name, array, place, read)
         except (ValueError, OSError) as error:
+            read, why = None, reason(error)
+        if why:
             fix = "`jaxmed cache verify` says what else is, and `jaxmed cache write --resume` mends it."
-            raise UserError(f"--reference {held.folder}, {name}: {reason(error)}. {fix}") from None
+            raise UserError(f"--reference {held.folder}, {name}: {why}. {fix}")
+        values = np.asarray(read, np.float64)  # [prompt, L, position, ...]
         known = np.isfinite(values).reshape(*values.shape[:3], -1)
         kept = np.all(known, axis=(1, 3))  # [prompt, position]
         some = np.any(kept, axis=1)

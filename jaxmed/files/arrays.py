@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,17 @@ def is_checked(array: Any) -> bool:
     return f'"{CHECKSUM}"' in json.dumps(array.spec().to_json()["metadata"]["codecs"])
 
 
-def find_damage(array: Any, places: Iterable[tuple[Any, ...]]) -> list[str]:
+def find_damage(array: Any, places: Iterable[tuple[Any, ...]], problem: Callable[[Any, Any], str] = lambda *_: "") -> list[str]:
     """Reads parts of an array that must be there; returns for each why it cannot be read, or "".
 
     Args:
         places: indices (integers or slices), one per part; all parts are read at once.
+        problem: what is wrong with a part that can be read, from its place and its values, or "".
     """
     found = []
-    for read in [array[place].read() for place in places]:
+    for place, read in [(place, array[place].read()) for place in places]:
         try:
-            read.result()
-            found.append("")
+            found.append(problem(place, read.result()))
         except (ValueError, OSError) as error:
             found.append(reason(error))
     return found
@@ -128,11 +128,3 @@ def open_checked(url: str | Path, what: str) -> Any:
         return open_array(url)
     except (ValueError, OSError) as error:
         raise UserError(f"{what} cannot be read: {reason(error)}.") from None
-
-
-def chunk_places(shape: Sequence[int], chunks: Sequence[int]) -> list[tuple[slice, ...]]:
-    """The slices of every chunk of an array."""
-    places: list[tuple[slice, ...]] = [()]
-    for size, step in zip(shape, chunks, strict=True):
-        places = [(*place, slice(at, min(at + step, size))) for place in places for at in range(0, size, step)]
-    return places

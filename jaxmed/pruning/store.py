@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from jaxmed.errors import UserError, notice
 from jaxmed.files import ArrayLayout, open_array
-from jaxmed.files.arrays import chunk_places, find_damage, reason
+from jaxmed.files.arrays import reason
+from jaxmed.files.chunk_sums import MOVED, sum_of
 from jaxmed.runs.folder import RUN, RunFolder, Session, read_run
 from jaxmed.runs.legal import Legal
 
@@ -57,7 +59,10 @@ class ScoreFolder:
         return spans if isinstance(spans, dict) else {}
 
     def _passes(self) -> list[list[Any]]:
-        """Finished passes: set, first layer, layer after the last, mean loss, matrices."""
+        """Finished passes: set, first layer, layer after the last, mean loss, matrices, checksums of their scores by kind.
+
+        Those of earlier versions have no checksums, or no matrices.
+        """
         return (self._open.record if self._open else read_run(self.folder))["passes"]
 
     def has(self, which: str, span: tuple[int, int]) -> bool:
@@ -76,11 +81,13 @@ class ScoreFolder:
         """
         names: dict[str, None] = {}
         wrong: dict[str, int] = {}
+        sums: dict[str, dict[str, int]] = {}
         try:
             for kind, matrices in found.items():
                 pending = []
                 for name, array in matrices:
                     pending.append(self._create(f"{which}_{kind}", name, array.shape).write(array))
+                    sums.setdefault(f"{which}_{kind}", {})[name] = sum_of(name, np.asarray(array, np.float32))
                     names[name] = None
                     wrong |= {f"{which}_{kind}": wrong.get(f"{which}_{kind}", 0) + 1} if not np.isfinite(array).all() else {}
                 for one in pending:
@@ -96,7 +103,8 @@ class ScoreFolder:
                 f"{self.folder}: not finite in {shown}, which no mask can be made of. Look for NaN in the weights, or use --dtype float32."
             )
             self._open.record["not_finite"] = {**self._open.record.get("not_finite", {}), **wrong}
-        self._open.note(passes=[*self._passes(), [which, *span, loss, list(names)]])
+        self.__dict__.pop("_sums", None)
+        self._open.note(passes=[*self._passes(), [which, *span, loss, list(names), sums]])
 
     def _mend(self, run: RunFolder) -> None:
         """Drops the finished passes of which something is damaged, so that they are run again."""
@@ -111,14 +119,15 @@ class ScoreFolder:
             ]
             kept, shown = [*kept, *([] if damage else [entry])], [*shown, *damage]
         run.record["passes"] = kept
+        self.__dict__.pop("_sums", None)
         run.tell_damage(shown)
 
     def _damage(self, kind: str, name: str) -> list[str]:
         try:
-            array = open_array(self._path(kind, name))
+            self._read(kind, name)
         except (ValueError, OSError) as error:
             return [reason(error)]
-        return [why for why in find_damage(array, chunk_places(array.shape, array.chunk_layout.write_chunk.shape)) if why][:1]
+        return []
 
     def finished(self) -> dict[str, Any]:
         """The manifest of a finished run; a UserError where there is none."""
@@ -147,7 +156,23 @@ class ScoreFolder:
             UserError: they are missing or damaged.
         """
         try:
-            return np.asarray(open_array(self._path(kind, name)).read().result())
+            return self._read(kind, name)
         except (ValueError, OSError) as error:
             fix = "Run `jaxmed prune score` again with --resume to compute them."
             raise UserError(f"{self.folder}: {ARRAYS}/{kind}/{name}: {reason(error)}. {fix}") from None
+
+    def _read(self, kind: str, name: str) -> np.ndarray:
+        """One matrix's scores; a ValueError or OSError where they are not what was written."""
+        found = np.asarray(open_array(self._path(kind, name)).read().result())
+        if self._sums.get((kind, name), sum_of(name, found)) != sum_of(name, found):
+            raise ValueError(f"chunks: {MOVED}")
+        return found
+
+    @cached_property
+    def _sums(self) -> dict[tuple[str, str], int]:
+        """(kind, matrix) -> checksum, as the record says."""
+        found = {}
+        for entry in self._passes():
+            for kind, held in (entry[5] if len(entry) > 5 else {}).items():
+                found |= {(kind, name): said for name, said in held.items()}
+        return found

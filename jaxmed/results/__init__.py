@@ -1,6 +1,6 @@
 """Results of sweeps on disk."""
 
-from jaxmed.results.damage import Damage, damaged_parts, mend, open_results
+from jaxmed.results.damage import Damage, damaged_labels, damaged_parts, mend, open_results
 from jaxmed.results.table import (
     LEGAL,
     NEAR_TIE,
@@ -14,6 +14,7 @@ from jaxmed.results.table import (
     lay_out,
     near_ties,
     not_finite,
+    note_sums,
     open_group,
 )
 
@@ -28,11 +29,13 @@ __all__ = [
     "Variable",
     "append",
     "create",
+    "damaged_labels",
     "damaged_parts",
     "lay_out",
     "mend",
     "near_ties",
     "not_finite",
+    "note_sums",
     "open_group",
     "open_results",
 ]

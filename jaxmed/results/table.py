@@ -21,6 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from jaxmed.errors import UserError
 from jaxmed.files.arrays import open_array, reason
+from jaxmed.files.chunk_sums import ChunkSums
 from jaxmed.hosts import leads
 from jaxmed.runs.legal import Legal
 
@@ -55,6 +56,14 @@ def lay_out(path: Path, coordinates: Mapping[str, Any], attributes: Mapping[str,
     return dataset
 
 
+def note_sums(path: Path, dataset: xr.Dataset, names: Sequence[str]) -> None:
+    """Notes the checksums of a group's coordinates, and of its metadata and that of the arrays `names`."""
+    sums = ChunkSums(path)
+    for name in dataset.coords:
+        sums.set_whole(str(name), dataset[name].values)
+    sums.note_metadata(["", *map(str, dataset.coords), *names])
+
+
 def open_group(path: Path) -> xr.Dataset:
     """A Zarr group, lazily read."""
     with warnings.catch_warnings():
@@ -83,6 +92,9 @@ def create(folder: Path, variables: Sequence[Variable], coordinates: Mapping[str
             compressors=CODECS,
         )
         array.attrs.update(dict(variable.attributes))
+    names = [variable.name for variable in variables]
+    ChunkSums(partial).make([name for name in names if name != "done"])  # a marker that is not true is found by what it marks
+    note_sums(partial, dataset, names)
     partial.rename(table)
 
 
@@ -101,6 +113,7 @@ class Table:
     def __init__(self, folder: Path, table: str = TABLE, apart: bool = False):
         self.folder, self.table, self.apart = folder, table, apart
         self._arrays: dict[str, Any] = {}
+        self._sums = ChunkSums(folder / table)
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
@@ -118,8 +131,10 @@ class Table:
         if not (self.apart or leads()):
             return
         try:
-            for pending in [self._array(name)[label(self._array(name), at)].write(values) for name, at, values in chunks]:
-                pending.result()
+            places = [(name, self._array(name), label(self._array(name), at), values) for name, at, values in chunks]
+            pending = [array[place].write(values) for _, array, place, values in places]
+            for one in [*pending, *(sums for written in places for sums in self._sums.write(*written))]:
+                one.result()
         except (ValueError, OSError, RuntimeError) as error:
             text = str(error)
             if any(word in text for word in ("No space", "RESOURCE_EXHAUSTED", "ENOSPC", "File too large", "quota", "Disk", "Permission")):
@@ -175,7 +190,8 @@ def not_finite(table: xr.Dataset) -> dict[str, int]:
 
 def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Mapping[str, Any]]]) -> None:
     """Adds float32 variables name -> (dimensions, values, attributes) to a table; those already there are replaced."""
-    group = zarr.open_group(folder / TABLE, mode="a")
+    group, sums = zarr.open_group(folder / TABLE, mode="a"), ChunkSums(folder / TABLE)
+    sums.forget(added)
     for name, (dims, values, attributes) in added.items():
         values = np.asarray(values, np.float32)
         array = group.create_array(
@@ -191,3 +207,6 @@ def append(folder: Path, added: Mapping[str, tuple[Sequence[str], np.ndarray, Ma
         )
         array[...] = values
         array.attrs.update(dict(attributes))
+        if sums.folder.is_dir():
+            sums.set_whole(name, values)
+    sums.note_metadata([*added])

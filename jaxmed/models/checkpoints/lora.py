@@ -20,7 +20,7 @@ from jaxmed.files import check_sums
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.edit_record import join_tags, read_edits, tags_of
 from jaxmed.models.checkpoints.huggingface import READ, read_json, read_tensor_header
-from jaxmed.models.checkpoints.lora_targets import is_wrapped, matches
+from jaxmed.models.checkpoints.lora_targets import Patterns, is_wrapped
 from jaxmed.models.checkpoints.tensors import expected_tensors, is_stacked, needed_rules, under_full_names
 from jaxmed.models.config import ModelConfig
 from jaxmed.models.digests import known_digest
@@ -142,17 +142,18 @@ def _deltas(file: Path, settings: Mapping[str, Any], matrices: Matrices, family:
         else:
             modules.setdefault(match["module"], {})[match["part"]] = key, shape
     deltas: dict[str, Delta] = {}
+    patterns = Patterns()
     for module, parts in modules.items():
         name = next((name for name in (module, family.begins + module) if name + ".weight" in matrices), module) + ".weight"
         if name not in matrices:
             problems.append(f"{module} is no matrix of this model")
-        elif not _is_wrapped(module, settings, problems):
+        elif not _is_wrapped(module, settings, patterns, problems):
             continue  # PEFT makes no such module, and passes over its tensors
         elif missing := {"lora_A", "lora_B"} - parts.keys():
             problems.append(f"{module} has no {' and no '.join(sorted(missing))}")
         else:
             wrong = _misshapen(module, {part: shape for part, (_, shape) in parts.items()}, *matrices[name])
-            scale = 0.0 if wrong else _scale(settings, module, parts["lora_A"][1][0], problems)
+            scale = 0.0 if wrong else _scale(settings, module, parts["lora_A"][1][0], patterns, problems)
             problems += wrong
             base = parts.get("base_layer", (None,))[0]
             deltas[name] = Delta(file, parts["lora_A"][0], parts["lora_B"][0], scale, matrices[name][1], base)
@@ -161,9 +162,9 @@ def _deltas(file: Path, settings: Mapping[str, Any], matrices: Matrices, family:
     return deltas, problems
 
 
-def _is_wrapped(module: str, settings: Mapping[str, Any], problems: list[str]) -> bool:
+def _is_wrapped(module: str, settings: Mapping[str, Any], patterns: Patterns, problems: list[str]) -> bool:
     try:
-        return is_wrapped(module, settings)
+        return is_wrapped(module, settings, patterns)
     except ValueError as error:
         problems.append(f"{SETTINGS} does not say which modules are meant: {error}")
         return False
@@ -185,10 +186,10 @@ def _misshapen(module: str, parts: Mapping[str, Shape], shape: Shape, inputs_fir
     return [f"{module} has A {list(down)} and B {list(up)}; the model's matrix has {outputs} outputs and {inputs} inputs"]
 
 
-def _scale(settings: Mapping[str, Any], module: str, held: int, problems: list[str]) -> float:
+def _scale(settings: Mapping[str, Any], module: str, held: int, patterns: Patterns, problems: list[str]) -> float:
     try:
-        rank = _number(_by_pattern(settings.get("rank_pattern"), module, settings["r"]), int)
-        alpha = _number(_by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]), int, float)
+        rank = _number(_by_pattern(settings.get("rank_pattern"), module, settings["r"], patterns), int)
+        alpha = _number(_by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"], patterns), int, float)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(f"{SETTINGS} gives no rank and alpha for {module}: {error}")
         return 0.0
@@ -203,6 +204,6 @@ def _number(value: Any, *kinds: type) -> Any:
     return value
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(values: Mapping[str, Any] | None, module: str, default: Any, patterns: Patterns) -> Any:
     """The value of the first pattern that the end of the module's name matches, as PEFT finds it."""
-    return next((value for key, value in (patterns or {}).items() if matches(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in (values or {}).items() if patterns.match(rf"(.*\.)?({key})$", module)), default)
