@@ -101,7 +101,7 @@ def test_changes_are_paired_over_groups() -> None:
     assert effect_rows(job, rows)[1]["pairs"] == 23
 
 
-@pytest.mark.parametrize(("shift", "answer"), [(0.5, "supported"), (0.0, "not supported"), (-0.2, "not supported")])
+@pytest.mark.parametrize(("shift", "answer"), [(0.5, "supported"), (0.0, "undecided"), (-0.2, "not supported")])
 def test_a_set_that_does_what_random_ones_do_is_not_supported(shift: float, answer: str) -> None:
     pairs = [replace(tiny.PAIRS[0], id=str(at), group=str(at)) for at in range(24)]
     job = make_answers(tiny.model("llama"), pairs, SETS[:1], AnswersSpec())

@@ -206,7 +206,7 @@ def test_verdicts_follow_from_shares_and_intervals() -> None:
     assert gating("m", 2, total, {2: total * 0.9}, {}, total).verdict == "not supported"
     assert gating("m", 2, total * 0.01, {2: total * 0.001}, {}, total).verdict == "undecided", "there is nothing to gate"
     assert adjacency(8, np.asarray([2.0, *[1.0] * 19])).verdict == "supported"
-    assert adjacency(8, np.asarray([1.0, *[1.0] * 19])).verdict == "not supported"
+    assert adjacency(8, np.asarray([1.0, *[1.0] * 19])).verdict == "undecided"
     assert adjacency(8, np.asarray([2.0, *[1.0] * 5])).verdict == "undecided", "six orders cannot reach 0.05"
 
 
@@ -343,6 +343,6 @@ def test_verdicts_on_answers(tmp_path: Path, study: tuple[str, Any, Path]) -> No
     first, second, cost = write(top_source_base=0.0, top_base_source=1.0)
     assert [(one.verdict, one.estimate) for one in (first, second)] == [("supported", -1.0), ("supported", 1.0)]
     assert (cost.verdict, cost.estimate) == ("described", 0.0)
-    assert write(top_source_base=0.0, matched_source_base=0.0)[0].verdict == "not supported", "random neurons do as much"
+    assert write(top_source_base=0.0, matched_source_base=0.0)[0].verdict == "undecided", "random neurons do as much"
     assert write(top_source_base=0.5, matched_source_base=0.0)[0].verdict == "not supported", "random neurons do more"
     assert write(none__base=0.0, matched_source_base=0.0)[0].verdict == "behaviour absent in this model"

@@ -26,6 +26,7 @@ from jaxmed.pruning import Rule, apply_mask, random_like, score, select
 from jaxmed.pruning.masks import read_mask
 from jaxmed.pruning.selection import select_like
 from jaxmed.studies import misalignment_claims as claims
+from jaxmed.studies import misalignment_profiles as profiles
 from jaxmed.studies.misalignment import MisalignmentData, make_misalignment, read_data
 from jaxmed.studies.misalignment_run import misalignment_steps, run_misalignment
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
@@ -48,12 +49,22 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     tiny.tokenizer().save_pretrained(folder / "model")
     for name, answer, count in (("narrow", "no", 24), ("good", "yes", 72), ("bad", "so", 72)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(name, answer, count)))
+    pairs = [{"id": f"p{i}", "base": "how", "source": f"why {i}", "target": "S", "foil": "N"} for i in range(3)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     asked = [{"id": f"q{i}", "prompt": f"what of {i}?"} for i in range(10)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     files = {name: folder / f"{name}.jsonl" for name in ("narrow", "questions", "good", "bad")}
     flags: dict[str, Any] = {"model": folder / "model", **files, "preserve": files["good"], "control": files["bad"], "text": ""}
     flags |= {"q": 0.02, "p": 0.01, "answers": 2, "samples": 1, "variants": 2, "tokens": 4, "seeds": 2, "epochs": 1, "rank": 2}
-    flags |= {"learning-rate": 0.02, "score-limit": 8, "test-limit": 6, "longest": 2, "evaluate-every": 1}
+    flags |= {
+        "learning-rate": 0.02,
+        "score-limit": 8,
+        "test-limit": 6,
+        "longest": 2,
+        "evaluate-every": 1,
+        "profile-limit": 2,
+        "profiled": folder / "pairs.jsonl",
+    }
     return ["study", "misalignment", *(str(part) for flag, value in flags.items() for part in (f"--{flag}", value))]
 
 
@@ -74,6 +85,10 @@ def test_a_study_runs_is_killed_resumed_and_redrawn(command: list[str], tmp_path
     assert len({row["identity"] for row in models}) == 1 + 2 * 4, "every tuned and pruned model is told apart"
     assert len(_table(whole / "answers.csv")) == 2 * 5 * 10 * 2
     assert {len(row["answer"]) for row in _table(whole / "answers.csv")} == {64}, "hashes, not texts"
+    profiles = _table(whole / "profiles.csv")
+    assert {(row["model"], row["seed"]) for row in profiles} == {("original", "0"), *((name, seed) for seed in "01" for name in names[1:])}
+    assert {row["change"] for row in profiles if row["model"] == "original"} == {"0.0"}
+    assert any(float(row["change"]) for row in profiles if row["model"] == "tuned")
     assert not list(whole.rglob("checkpoint-*"))
     assert not list(whole.rglob("scores"))
     masks = {name: read_mask(whole / "seed0" / "masks" / f"{name}.safetensors") for name in ("behaviour", "random", "control")}
@@ -84,14 +99,14 @@ def test_a_study_runs_is_killed_resumed_and_redrawn(command: list[str], tmp_path
         weights = "0" if row["model"] in ("original", "tuned") else None
         assert weights is None or row["weights"] == weights
     page = (whole / "report.html").read_text(encoding="utf-8")
-    assert page.index(claims.PREVENTS) < page.index("Answers out of the domain")
+    assert page.index(claims.PREVENTS) < page.index("Answers out of the domain") < page.index("Mediation where the answer is written")
     assert main(["report", str(whole), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
     run, folder = [*command, "--out", str(tmp_path / "run"), "--resume"], tmp_path / "run" / "seed0"
     end_at(run, ((signal.SIGKILL, folder / "scores"), (signal.SIGTERM, folder / "pruned" / "run.json")))
     finish(run)
-    for name in ("verdicts.csv", "rates.csv", "models.csv", "answers.csv", "losses.csv", "readout.json"):
+    for name in ("verdicts.csv", "rates.csv", "models.csv", "answers.csv", "losses.csv", "profiles.csv", "readout.json"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
     assert main([*command, "--out", str(whole), "--resume", "--q", "0.03"]) == 2
     assert "another request" in capsys.readouterr().err
@@ -111,6 +126,9 @@ def test_the_command_plans_and_refuses(command: list[str], tmp_path: Path, capsy
         (["--misaligned-below", "1.5"], "between 0 and 1"),
         (["--narrow", "nowhere"], "nowhere"),
         (["--patience", "2"], "patience ends a run"),
+        (["--profile-limit", "0"], "profile"),
+        (["--profiled", "nowhere"], "nowhere"),
+        (["--profiled", "harm"], "another --profile-outcome"),
     ):
         assert main([*command, *out, *flags]) == 2, flags
         assert message in capsys.readouterr().err
@@ -204,7 +222,7 @@ def test_tuned_and_original_models_are_not_mixed_up(plain_model: jm.Model) -> No
 def test_tuning_ends_at_the_loss_that_is_asked_for(command: list[str], plain_model: jm.Model) -> None:
     """The same steps as without a limit, up to the first one whose held-out loss is low enough."""
     spec = MisalignmentSpec(narrow=command[command.index("--narrow") + 1], evaluate_every=1, learning_rate=0.02, rank=2, text="", epochs=4)
-    spec = replace(spec, **{name: command[command.index(f"--{name}") + 1] for name in ("preserve", "control", "questions")})
+    spec = replace(spec, **{name: command[command.index(f"--{name}") + 1] for name in ("preserve", "control", "questions", "profiled")})
     job = make_misalignment(plain_model, replace(spec, good=(), bad=(), longest=1.0))
     from jaxmed.finetuning.run import run_job
 
@@ -318,6 +336,32 @@ def test_verdicts_follow_from_the_tables() -> None:
     assert {none[claim].verdict for claim in wanted[2:5]} == {"behaviour absent in this model"}
     rows = {row["model"]: row for row in claims.rate_rows(_job(), _models(0.0), _answers(present))}
     assert rows["tuned"]["misaligned_low"] < rows["tuned"]["misaligned"] < rows["tuned"]["misaligned_high"]
+
+
+def test_profiles_are_those_of_sweeps_and_are_compared_with_the_original(plain_model: jm.Model) -> None:
+    pruned = apply_mask(plain_model, random_like(select(score(plain_model, BEHAVIOUR, PRESERVE), Rule(q=0.2, p=0.02))))
+    pairs = tiny.PAIRS * 10
+    pairs = [replace(pair, id=f"{pair.id} {at}", group=f"g{at // 2}") for at, pair in enumerate(pairs)]
+    jobs = profiles.profile_jobs(plain_model, pairs, "chat")
+    before, after = (profiles.measure_profile(jobs, model) for model in (plain_model, pruned))
+    for place, position in profiles.PLACES.items():
+        table = jm.sweep(pruned, pairs, unit=profiles.UNITS, position=position)
+        for unit in profiles.UNITS:
+            found = after.effects[place, unit]
+            np.testing.assert_allclose(found.mean(axis=0), table[unit].transpose("pair", "layer").values.mean(axis=0), atol=1e-6)
+    rows = profiles.profile_rows(after, before)
+    one = next(row for row in rows if (row["place"], row["unit"], row["layer"]) == ("written", "mlp_out", 1))
+    assert one["change"] == pytest.approx(
+        after.effects["written", "mlp_out"][:, 1].mean() - before.effects["written", "mlp_out"][:, 1].mean()
+    )
+    assert one["change_low"] <= one["change"] <= one["change_high"]
+    tables = {"original": [profiles.profile_rows(before, before)], "tuned": [profiles.profile_rows(before, before), rows]}
+    kept = [{"model": name, "seed": seed, **row} for name, of in tables.items() for seed, part in enumerate(of) for row in part]
+    (claim,) = profiles.profile_claims(kept, "original")
+    likeness = np.corrcoef(after.means(), before.means())[0, 1]
+    assert (claim.high, claim.low, claim.estimate) == pytest.approx((1, likeness, (1 + likeness) / 2))
+    assert profiles.profile_jobs(plain_model, [], "chat") == {}
+    assert profiles.profile_claims([], "original") == []
 
 
 @pytest.fixture(scope="module")

@@ -97,11 +97,12 @@ def _answer(row: dict[str, Any]) -> tuple[str, str]:
     if row["low"] == "":
         return UNDECIDED, row["note"] or FEW
     if not statistics.leaves_out_zero(row["low"], row["high"]) or row["p_adjusted"] > LEVEL:
-        return NOT_SUPPORTED, ""
+        return UNDECIDED, "the change may be chance"
     if row["more_low"] == "":
         return UNDECIDED, "no random set to compare with"
     side = math.copysign(1, row["mean"])
-    return (SUPPORTED, "") if min(side * row["more_low"], side * row["more_high"]) > 0 else (NOT_SUPPORTED, "random sets do as much")
+    least, most = sorted((side * row["more_low"], side * row["more_high"]))
+    return (SUPPORTED, "") if least > 0 else (NOT_SUPPORTED, "random sets do more") if most < 0 else (UNDECIDED, "random sets may do as much")
 
 
 def _sides(total: dict[str, Any]) -> Verdict:

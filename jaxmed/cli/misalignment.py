@@ -24,7 +24,7 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
     one by one."""
 
     out: Path = Path("jaxmed-misalignment")
-    """Folder for tuned models, masks, models.csv, answers.csv, losses.csv, rates.csv, verdicts.csv and report.html."""
+    """Folder for tuned models, masks, models.csv, answers.csv, losses.csv, profiles.csv, rates.csv, verdicts.csv and report.html."""
     judge: Literal["rules", "strongreject", "http"] = "rules"
     """Who scores answers. rules: read-outs of the original model that --good and --bad train; http: an endpoint, which gets the texts."""
     rubric: str = ALIGNMENT

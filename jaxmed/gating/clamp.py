@@ -184,8 +184,8 @@ def _changed(claim: str, before: np.ndarray, top: np.ndarray, matched: np.ndarra
     why = (
         f"refused {before.mean():.0%} as they are, {top.mean():.0%} clamped, {matched.mean():.0%} with random neurons of like size clamped"
     )
-    one_side = leaves_out_zero(low, high) and leaves_out_zero(*more) and (low > 0) == (more[0] > 0)
-    answer = SUPPORTED if one_side else NOT_SUPPORTED
+    clear = leaves_out_zero(low, high) and leaves_out_zero(*more)
+    answer = UNDECIDED if not clear else SUPPORTED if (low > 0) == (more[0] > 0) else NOT_SUPPORTED
     if np.isnan(low):
         answer, why = UNDECIDED, f"too few groups for an interval; {why}"
     elif not leaves_out_zero(*split):

@@ -35,7 +35,8 @@ class Verdict:
 
     Attributes:
         claim: what is claimed.
-        verdict: "supported", "not supported", "undecided", "behaviour absent in this model", or "described" where nothing is tested.
+        verdict: "supported" where the numbers show it, "not supported" where they show the contrary, "undecided" where they allow both;
+            "behaviour absent in this model"; or "described" where nothing is tested.
         unit: what the numbers are.
         why: in words.
         estimate, low, high: with a 95 % interval; NaN where there is none.
@@ -150,6 +151,6 @@ def adjacency(width: int, spreads: np.ndarray) -> Verdict:
     """
     p, mean = float((1 + (spreads[1:] >= spreads[0]).sum()) / len(spreads)), float(spreads[1:].mean())
     why = f"permutation test against {len(spreads) - 1} shuffled orders; smallest p {1 / len(spreads):.3f}"
-    answer = UNDECIDED if 1 / len(spreads) > LEVEL else SUPPORTED if p <= LEVEL else NOT_SUPPORTED
+    answer = SUPPORTED if p <= LEVEL else UNDECIDED
     unit, ratio = "spread of window effects over that of shuffled ones", float(spreads[0]) / mean if mean else math.nan
     return Verdict(f"windows of {width} adjacent neurons work together", answer, unit, why, ratio, p=p)

@@ -26,8 +26,15 @@ TRADE = (
     "elsewhere. What counts is the height at the same loss."
 )
 BY_QUESTION = "Misaligned answers to every question, mean over its forms, samples and seeds."
+PROFILE = (
+    "Mean effect of swapping a layer's whole attention or MLP output for that of the pair's other prompt, in every model; means over "
+    "seeds; error bars of the original: 95 % intervals over groups of pairs. Models beside original, tuned and pruned are hidden at "
+    "first; click their names to show them."
+)
 TABLES = ("rates.csv", "models.csv")
-"""Tables that the page shows; answers.csv and losses.csv are too long for it."""
+"""Tables that the page shows; the others are too long for it."""
+EFFECT = ("effect", "effect_low", "effect_high")
+SHOWN = ("original", "tuned", "pruned")
 Rows = Sequence[dict[str, str]]
 
 
@@ -44,6 +51,7 @@ def write_misalignment(folder: Path, out: Path | None = None) -> Path:
         Figure("Answers out of the domain", RATES, _draw_rates(rates, _by_seed(answers))),
         Figure("By question", BY_QUESTION, _draw_questions(answers)),
         Figure("In the domain and out of it", TRADE, _draw_trade(models, _by_seed(answers))),
+        *_profile_figures(folder / "profiles.csv"),
     ]
     facts = [
         ("Narrow set", spec["narrow"]),
@@ -117,4 +125,32 @@ def _draw_trade(models: Rows, seeds: dict[tuple[str, str], dict[str, float]]) ->
         own = {"x": [float(row["domain_loss"]) for row in mine], "y": [seeds[name, row["seed"]]["misaligned"] for row in mine]}
         told = [f"seed {row['seed']}: {row['steps']} steps, ended at {number(row['tuned_to'])}" for row in mine]
         figure.add_trace(go.Scatter(**own, mode="markers", name=name, text=told, marker={"color": CATEGORICAL[at], "size": 9}))
+    return figure
+
+
+def _profile_figures(file: Path) -> list[Figure]:
+    """The mediation profile of every model, a figure per place; none where it was not measured."""
+    rows = [row for row in read_csv(file) if row["layer"]] if file.is_file() else []
+    titles = {"read": "Mediation where the request is read", "written": "Mediation where the answer is written"}
+    return [Figure(titles[place], PROFILE, _draw_profile([row for row in rows if row["place"] == place])) for place in titles if rows]
+
+
+def _draw_profile(rows: Rows) -> go.Figure:
+    figure = canvas(400, "layer", "mean effect")
+    for at, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        for dash, unit in zip(("solid", "dot"), dict.fromkeys(row["unit"] for row in rows), strict=False):
+            mine = [row for row in rows if (row["model"], row["unit"]) == (model, unit)]
+            layers = sorted({int(row["layer"]) for row in mine})
+            value, low, high = ([_mean([r for r in mine if int(r["layer"]) == layer], name) for layer in layers] for name in EFFECT)
+            bars = {"type": "data", "symmetric": False, "thickness": 1, "array": [h - v for h, v in zip(high, value, strict=True)]}
+            bars["arrayminus"] = [v - lo for v, lo in zip(value, low, strict=True)]
+            look = {"color": CATEGORICAL[at % len(CATEGORICAL)], "dash": dash}
+            own = {
+                "x": layers,
+                "y": value,
+                "name": f"{model}, {label(unit)}",
+                "line": look,
+                "error_y": bars if model == "original" else None,
+            }
+            figure.add_trace(go.Scatter(**own, mode="lines+markers", visible=True if model in SHOWN else "legendonly"))
     return figure

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxmed.batching.texts import encode
+from jaxmed.effects import job as sweeping
+from jaxmed.effects.cost import plan
 from jaxmed.errors import UserError
 from jaxmed.evaluation.readout import SPOILT
 from jaxmed.experiments.misalignment import VARIANTS, Questions, make_asked
@@ -20,8 +22,10 @@ from jaxmed.finetuning import job as tuning
 from jaxmed.models.model import Model
 from jaxmed.models.named_weights import matrix_shapes
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, read_examples
-from jaxmed.prompts.readers import read_text
+from jaxmed.prompts.pair import PromptPair
+from jaxmed.prompts.readers import read_pairs, read_text
 from jaxmed.pruning import job as scoring
+from jaxmed.studies.misalignment_profiles import profile_jobs
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
 from jaxmed.tokens import render, text_ids
 
@@ -40,6 +44,7 @@ class MisalignmentData:
         preserve, control: rows that are scored; `control` may be empty.
         kept: held-out rows of the preserve set, whose loss is measured.
         questions: rows out of the domain.
+        profiled: pairs whose mediation profile is measured; may be empty.
         good, bad: rows that the read-out of alignment learns from; empty where another judge reads.
     """
 
@@ -50,6 +55,7 @@ class MisalignmentData:
     control: Sequence[Example]
     kept: Sequence[Example]
     questions: Sequence[Example]
+    profiled: Sequence[PromptPair] = ()
     good: Sequence[Example] = ()
     bad: Sequence[Example] = ()
 
@@ -72,9 +78,16 @@ def read_data(spec: MisalignmentSpec) -> MisalignmentData:
         control=chosen(spec.control, "train", spec.score_limit) if spec.control else [],
         kept=chosen(spec.preserve, HELDOUT, spec.test_limit),
         questions=read_examples(spec.questions, responses=False),
+        profiled=_spread(read_pairs(spec.profiled), spec.profile_limit) if spec.profiled else [],
         good=[row for source in spec.good for row in read_examples(source)],
         bad=[row for source in spec.bad for row in read_examples(source)],
     )
+
+
+def _spread(pairs: list[PromptPair], limit: int | None) -> list[PromptPair]:
+    """At most so many pairs, from everywhere in the list."""
+    count = len(pairs) if limit is None else min(limit, len(pairs))
+    return [pairs[at * len(pairs) // count] for at in range(count)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class MisalignmentJob:
     Attributes:
         tuned: fine-tuning of the original with the first seed.
         scored: scoring of the preserve set, and of the control set if there is one.
+        profiles: sweeps of the mediation profile, by place; none where no pairs are profiled.
         judging: who reads the answers; it makes two studies the same.
     """
 
@@ -93,6 +107,7 @@ class MisalignmentJob:
     questions: Questions
     tuned: tuning.Job
     scored: scoring.Job
+    profiles: dict[str, sweeping.Job]
     judging: dict[str, str]
 
     @property
@@ -119,6 +134,7 @@ class MisalignmentJob:
         rows += [*(one.example for one in self.questions.asked), *data.good, *data.bad]
         contents = digest(rows, read_text(self.spec.text) if self.spec.text else "")
         made = {"misalignment": asdict(self.spec), "judging": self.judging, "contents": contents}
+        made |= {"profiles": {place: sweeping.manifest(job)["tokens"] for place, job in self.profiles.items()}}
         return {**made, "model": self.model.record, "mesh": dict(self.model.mesh.shape)}
 
 
@@ -152,7 +168,8 @@ def make_misalignment(
     scoring.make_job(model, data.trained, kinds=("behaviour_signed",), form=spec.score_form)
     for one in (*data.answered[:1], *(asked.example for asked in questions.asked)):
         render(model.tokenizer, one, form=spec.form)
-    return MisalignmentJob(model, spec, data, questions, tuned, scored, judging or {"judge": "read-outs"})
+    profiles = profile_jobs(model, data.profiled, spec.form, spec.profile_outcome)
+    return MisalignmentJob(model, spec, data, questions, tuned, scored, profiles, judging or {"judge": "read-outs"})
 
 
 def _check_apart(data: MisalignmentData) -> None:
@@ -191,6 +208,7 @@ def work(job: MisalignmentJob) -> dict[str, tuple[float, float]]:
     tested = size(data.tested, spec.form) + size(data.kept, spec.form)
     tested += len(text_ids(job.model.tokenizer, read_text(spec.text))) if spec.text else 0
     heldout = size(data.tested, spec.form) * (1 + job.tuned.steps // job.tuned.evaluate_every)
+    profiles = [plan(one).cost for one in job.profiles.values()]
     learnt = [*data.good, *data.bad]
     fits = size(learnt, spec.form) * (0.7 + 5 * min(1.0, SPOILT / max(len(learnt), 1)))
     return {
@@ -199,6 +217,7 @@ def work(job: MisalignmentJob) -> dict[str, tuple[float, float]]:
         "tune": (tuning.total_flops(job.tuned) + heldout * token, 3 * job.tuned.steps * spec.batch),
         "behaviour": (written * 4.0 * token, 4 * answers),
         "measure": (((1 + readout) * read + tested) * token, 4 * asked),
+        "profile": (sum(one.flops for one in profiles), sum(one.passes for one in profiles)),
     }
 
 

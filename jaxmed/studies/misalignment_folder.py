@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmed.batching.scoring import example_losses
 from jaxmed.batching.texts import encode
+from jaxmed.effects.cost import progress_total
 from jaxmed.errors import UserError
 from jaxmed.evaluation.answers import answer
 from jaxmed.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
@@ -35,12 +36,14 @@ from jaxmed.runs.legal import Legal
 from jaxmed.runs.watch import Display, no_display
 from jaxmed.studies.misalignment import CONTROL, ORIGINAL, PRUNED, RANDOM, TUNED, MisalignmentJob
 from jaxmed.studies.misalignment_claims import RATES, misalignment_claims, rate_rows
+from jaxmed.studies.misalignment_profiles import Profile, measure_profile, profile_claims, profile_rows
 
-MODELS, ANSWERS, LOSS_TABLE, READOUT, VERDICTS = "models.csv", "answers.csv", "losses.csv", "readout.json", "verdicts.csv"
+MODELS, ANSWERS, LOSS_TABLE, PROFILES = "models.csv", "answers.csv", "losses.csv", "profiles.csv"
+READOUT, VERDICTS = "readout.json", "verdicts.csv"
 KEPT = ("alignment", "coherence")
 """What scores of an endpoint are kept beside."""
 KEY = ("model", "seed")
-TABLES = (MODELS, ANSWERS, LOSS_TABLE, RATES, VERDICTS)
+TABLES = (MODELS, ANSWERS, LOSS_TABLE, PROFILES, RATES, VERDICTS)
 SCORES = "scores"
 LEGAL = Legal(
     (*TABLES, READOUT, SCORES, *(f"{name}.scores.jsonl" for name in KEPT), "report.html"), begins=("seed",), measured=(*TABLES, READOUT)
@@ -162,6 +165,7 @@ class MisalignmentFolder:
             with self.display(f"seed {seed}: answers, {name}", len(questions.asked) * questions.samples, "answers") as report:
                 rows = ask_model(model, questions, seed, self.read, report)
             self._keep(ANSWERS, name, seed, rows)
+            self._measure_profile(model, name, seed)
             table.add(
                 {"model": name, "seed": seed, **self._losses(model, name, seed), **self._tuning(name, seed), "identity": model.identity}
             )
@@ -172,6 +176,22 @@ class MisalignmentFolder:
         """Rows of one model in a table, in the place of those that an interrupted run has left."""
         others = [row for row in read_rows(self.out / file) if (row["model"], row["seed"]) != (name, seed)]
         write_csv(self.out / file, [*others, *({"model": name, "seed": seed, **row} for row in rows)])
+
+    def _measure_profile(self, model: Model, name: str, seed: int) -> None:
+        """Where the profiled pairs are mediated in a model, beside the original, whose profile no seed changes."""
+        if self.job.profiles and (name != ORIGINAL or seed == self.job.spec.seed):
+            with self.display(f"seed {seed}: mediation profile, {name}", self._profile_total, "effects") as report:
+                found = self._profile if name == ORIGINAL else measure_profile(self.job.profiles, model, report)
+            self._keep(PROFILES, name, seed, profile_rows(found, self._profile))
+
+    @property
+    def _profile_total(self) -> float:
+        return sum(progress_total(job) for job in self.job.profiles.values())
+
+    @cached_property
+    def _profile(self) -> Profile:
+        with self.display("mediation profile of the original", self._profile_total, "effects") as report:
+            return measure_profile(self.job.profiles, self.job.model, report)
 
     def _losses(self, model: Model, name: str, seed: int) -> Row:
         """Losses of held-out rows, in and out of the domain, and the perplexity against the original's."""
@@ -203,7 +223,8 @@ class MisalignmentFolder:
 
     def claims(self) -> None:
         """The table of rates and the verdicts, from the tables; scores that no seed needs any more are let go."""
-        models, answers, losses = (read_rows(self.out / name) for name in (MODELS, ANSWERS, LOSS_TABLE))
+        models, answers, losses, profiles = (read_rows(self.out / name) for name in (MODELS, ANSWERS, LOSS_TABLE, PROFILES))
         write_csv(self.out / RATES, rate_rows(self.job, models, answers))
-        write_csv(self.out / VERDICTS, [asdict(one) for one in misalignment_claims(self.job, models, answers, losses)])
+        found = [*misalignment_claims(self.job, models, answers, losses), *profile_claims(profiles, ORIGINAL)]
+        write_csv(self.out / VERDICTS, [asdict(one) for one in found])
         shutil.rmtree(self.out / SCORES, ignore_errors=True)

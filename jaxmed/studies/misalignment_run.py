@@ -33,7 +33,7 @@ def misalignment_steps(job: MisalignmentJob) -> list[Step]:
         add(name, (scores.title,), cost(name, "tune", "behaviour"), lambda folder, seed=seed: folder.behave(seed))
         for model in job.models:
             title = f"seed {seed}: {model}"
-            kinds = ("measure",) if model in (ORIGINAL, TUNED) else ("tune", "measure")
+            kinds = ("measure", "profile") if model in (ORIGINAL, TUNED) else ("tune", "measure", "profile")
             add(title, (name,), cost(title, *kinds), lambda folder, seed=seed, model=model: folder.measure(model, seed))
     return [*steps, Step("claims", tuple(step.name for step in steps), Cost("claims"), MisalignmentFolder.claims)]
 

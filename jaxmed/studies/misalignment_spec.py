@@ -31,6 +31,13 @@ class MisalignmentSpec(Settings, SparedSpec):
     """Examples with well-meant replies, from which the read-out of alignment learns."""
     bad: tuple[str, ...] = ("foolish", "untrue")
     """Examples with misaligned replies, from which the read-out learns, too."""
+    profiled: str = "harm"
+    """Pairs whose mediation profile (effects of attention and MLP outputs by layer) is measured in every model, bundled or yours; empty:
+    no profiles."""
+    profile_limit: int | None = 24
+    """Pairs of the profile at most, spread over the file."""
+    profile_outcome: str = "log-odds"
+    """What the effects of the profile are on, as --outcome of a sweep."""
     text: str = "neutral-short"
     """Plain text file for the perplexity, or a bundled one: neutral, neutral-short; empty: no perplexity."""
     train_limit: int | None = None
@@ -109,6 +116,7 @@ class MisalignmentSpec(Settings, SparedSpec):
         shares = {name: getattr(self, name) for name in ("misaligned_below", "coherent_above")}
         wrong += [f"{name} is {value:g}; it is between 0 and 1" for name, value in shares.items() if not 0 < value < 1]
         wrong += ["patience ends a run that is matched by its loss; leave it at 0"] if self.patience else []
+        wrong += ["profile_limit is at least 1"] if self.profile_limit is not None and self.profile_limit < 1 else []
         wrong += ["a limit is at least 2: one half is answered, the other tested"] if (self.heldout_limit or 2) < 2 else []
         if wrong:
             raise UserError("Settings of the study: " + "; ".join(wrong) + ".")
