@@ -7,7 +7,6 @@ Prints JSON: mesh -> {"programs": [{"name", "inside", "outside"}], "table": vari
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,38 +14,21 @@ from typing import Any
 import numpy as np
 
 import jaxmed as jm
+from jaxmed.bench import plans
 from jaxmed.effects import engine, joint, readout
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.runner import by_layer
 from tests import tiny
 
 MESHES = ("data=1", "data=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
-COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\(")
-SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 SETS = {"two": [("neuron", 1, 3), ("head_out", 1, 2), ("mlp_out", 0, 0)]}
 PATHS = {"one": (("neuron", 0, 5), [("neuron", 2, 1), ("head_out", 1, 0)])}
 
 
 def collectives(text: str | None) -> dict[str, list[tuple[str, list[int]]]]:
     """(kind, numbers of every array) of the collectives of a compiled program, those of loops apart."""
-    assert text is not None
-    lines: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            lines[line.removeprefix("ENTRY ").split(" ")[0]] = own = []
-        elif lines:
-            own.append(line)
-    calls = {name: {other for line in held for other in re.findall(r"%[\w.-]+", line) if other in lines} for name, held in lines.items()}
-    looped = {other for held in lines.values() for line in held for other in re.findall(r"body=(%[\w.-]+)", line)}
-    while more := {other for name in looped for other in calls[name]} - looped:
-        looped |= more
-    found: dict[str, list[tuple[str, list[int]]]] = {"inside": [], "outside": []}
-    for name, held in lines.items():
-        for line in held:
-            if is_one := COLLECTIVE.search(line):
-                sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in SHAPE.findall(is_one[1])]
-                found["inside" if name in looped else "outside"].append((is_one[2], sizes))
-    return found
+    found = plans.collectives(text)
+    return {where: [(kind, [count for _, count in sizes]) for kind, sizes in held] for where, held in found.items()}
 
 
 def watched(name: str, function: Any, programs: list[dict[str, Any]]) -> Callable[..., Any]:

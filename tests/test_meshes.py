@@ -113,9 +113,9 @@ def test_sweeps_of_split_weights_equal_one_device(mesh: str) -> None:
     assert max(mesh_grid.apart(found, alone).values()) < 1e-5
 
 
-def printed(module: str, *arguments: str) -> dict[str, Any]:
-    """What a program of `tests` prints, run on eight devices."""
-    flags = f"--xla_force_host_platform_device_count=8{QUICK_COMPILES}"
+def printed(module: str, *arguments: str, devices: int = 8) -> dict[str, Any]:
+    """What a program of `tests` prints, run on so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}{QUICK_COMPILES}"
     command = [sys.executable, "-m", f"tests.{module}", *arguments]
     done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -152,4 +152,6 @@ def test_published_shapes_are_those_of_their_models(name: str) -> None:
     assert len(frequencies(config.rope, config.head_width)) == config.head_width // 2
     numbers = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
     published = {"smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
+    published |= {"qwen2.5-0.5b": 494_032_768, "gemma-2-2b": 2_614_341_888}
+    published |= {"llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
     assert numbers == published[name]

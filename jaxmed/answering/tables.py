@@ -102,7 +102,9 @@ def _answer(row: dict[str, Any]) -> tuple[str, str]:
         return UNDECIDED, "no random set to compare with"
     side = math.copysign(1, row["mean"])
     least, most = sorted((side * row["more_low"], side * row["more_high"]))
-    return (SUPPORTED, "") if least > 0 else (NOT_SUPPORTED, "random sets do more") if most < 0 else (UNDECIDED, "random sets may do as much")
+    if least > 0:
+        return SUPPORTED, ""
+    return (NOT_SUPPORTED, "random sets do more") if most < 0 else (UNDECIDED, "random sets may do as much")
 
 
 def _sides(total: dict[str, Any]) -> Verdict:

@@ -23,7 +23,7 @@ class RowFlags:
 class Bench(RowFlags, ModelFlags, ConfigFlags):
     """Measures the exact engine against the bare matmuls of the same shapes and against other ways to do a neuron sweep, in one run."""
 
-    shape: Literal["", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"] = ""
+    shape: Literal["", "smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "gemma-2-2b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b"] = ""
     """Random weights of these shapes instead of --model; needs --random-weights."""
     random_weights: bool = False
     """Confirm that --shape runs on random weights."""
