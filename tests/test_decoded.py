@@ -84,11 +84,18 @@ def _flip(held: Path) -> None:
     (held / "embedding").write_bytes(content)
 
 
+def _replace(file: Path, one: str, other: str) -> None:
+    text = file.read_text()
+    assert one in text
+    file.write_text(text.replace(one, other, 1))
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": _flip,
     "a cut file": lambda held: (held / "final_norm").write_bytes(b""),
     "a missing file": lambda held: (held / "blocks.down").unlink(),
     "a card that is no object": lambda held: (held / decoded.CARD).write_text("[]"),
+    "another number in the card": lambda held: _replace(held / decoded.CARD, '"rope_theta": 1', '"rope_theta": 9'),
     "no card": lambda held: (held / decoded.CARD).unlink(),
 }
 
@@ -101,6 +108,24 @@ def test_damage_is_noticed_and_mended(file: Path, tmp_path: Path, nothing_decode
     assert same(first, jm.load(str(file)))
     nothing_decodes()
     assert same(first, jm.load(str(file)))
+
+
+def test_a_damaged_tokenizer_is_built_again(file: Path, tmp_path: Path) -> None:
+    ids = jm.load(str(file)).tokenizer("hi a")["input_ids"]
+    (held,) = (tmp_path / "cache" / "decoded").iterdir()
+    assert jm.load(str(file)).tokenizer("hi a")["input_ids"] == ids  # kept by now
+    _replace(held / decoded.TOKENIZER, '\\"hi\\":', '\\"hj\\":')
+    assert jm.load(str(file)).tokenizer("hi a")["input_ids"] == ids
+
+
+def test_what_other_code_made_of_the_same_file_goes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jm.load(str(file))
+    jm.load(str(file), dtype="bfloat16")
+    old = {folder.name for folder in (tmp_path / "cache" / "decoded").iterdir()}
+    monkeypatch.setattr(decoded, "code_digest", lambda folder: "other code")
+    assert same(first, jm.load(str(file)))
+    now = {folder.name for folder in (tmp_path / "cache" / "decoded").iterdir()}
+    assert (len(old), len(now), len(old & now)) == (2, 2, 1)  # that of bfloat16 stays until it is made anew
 
 
 def test_a_change_of_the_file_is_noticed(file: Path, tmp_path: Path) -> None:

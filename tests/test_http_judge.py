@@ -180,6 +180,9 @@ def test_a_cut_off_line_of_scores_is_left_out(server: Server, tmp_path: Path) ->
     assert judge(REQUESTS, ANSWERS, silent) == [0.5] * 3
     assert len(server.asked) == 4
     assert len(kept.read_text().splitlines()) == 3
+    kept.write_text(kept.read_text().replace('"score": 0.5', '"score": 0.7', 1))  # a flipped bit
+    assert judge(REQUESTS, ANSWERS, silent) == [0.5] * 3
+    assert len(server.asked) == 5
     kept.write_text("something else\n")
     with pytest.raises(UserError, match="something else than scores"):
         judge(REQUESTS, ANSWERS, silent)

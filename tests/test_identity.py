@@ -125,6 +125,10 @@ def test_a_digest_is_taken_once_and_again_after_a_change(tmp_path: Path, monkeyp
     for note in (tmp_path / "cache" / "digests").iterdir():
         note.write_text("[]")
     assert (known_digest(file), len(read)) == (hashlib.sha256(b"two").hexdigest(), 3)
+    (note,) = (tmp_path / "cache" / "digests").iterdir()
+    first = hashlib.sha256(b"two").hexdigest()
+    note.write_text(note.read_text().replace(first, ("1" if first[0] == "0" else "0") + first[1:]))
+    assert (known_digest(file), len(read)) == (first, 4)
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

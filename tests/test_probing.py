@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,14 @@ def test_a_file_gives_the_same_probe_back(plain_model: Model, fitted: Any, tmp_p
     assert np.array_equal(score(plain_model, benign[:3], again), score(plain_model, benign[:3], probe))
     write_prefixes(tmp_path / "x.json", PREFIXES)
     assert read_prefixes(tmp_path / "x.json") == PREFIXES
+    for name, digits in (("p.json", r'"threshold": [0-9.-]+'), ("x.json", r'"ids": \[\s*\d+')):
+        file = tmp_path / name
+        found = re.search(digits, text := file.read_text())
+        assert found is not None
+        at = found.end() - 1
+        file.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+        with pytest.raises(jm.UserError, match=f"{name} is damaged, or was changed"):
+            (read_probe if name == "p.json" else read_prefixes)(file)
 
 
 def test_other_weights_are_told_of_and_other_tokenizers_refused(plain_model: Model, fitted: Any) -> None:

@@ -16,6 +16,7 @@ from jaxmed.experiments.trials import Trial, beside_random, run_trials
 from jaxmed.models.model import Model
 from jaxmed.pruning import Mask, Rule
 from jaxmed.runs.cost import Cost
+from jaxmed.runs.legal import digests_of
 from jaxmed.studies.pruning import PruningStudy
 from jaxmed.studies.steps import Step, run_steps
 
@@ -131,6 +132,12 @@ def test_the_curve_says_what_a_share_costs(tmp_path: Path) -> None:
     assert curve_ratio(folder, _Scores(), Rule(q=1e-4)) == pytest.approx(1.0)
     assert curve_ratio(folder, _Scores(), Rule(q=0.5)) == pytest.approx(100.0)  # beyond the curve: its end
     assert np.isnan(curve_ratio(folder, _Scores(), Rule(q=1e-3, score="positive")))
+    noted = {"manifest": {"scored_by": "scores"}, "status": "finished", "tables": digests_of(folder, ["curve.csv"])}
+    (folder / "run.json").write_text(json.dumps(noted))
+    assert curve_ratio(folder, _Scores(), Rule(q=1e-3)) == pytest.approx(10.0)
+    (folder / "curve.csv").write_text((folder / "curve.csv").read_text().replace("100.0", "900.0"))
+    with pytest.raises(jm.UserError, match=r"curve\.csv holds other bytes"):
+        curve_ratio(folder, _Scores(), Rule(q=1e-3))
     with pytest.raises(jm.UserError, match="of other scores"):
         curve_ratio(_curve(tmp_path / "other", {1e-4: 1.0}, "others"), _Scores(), Rule())
     with pytest.raises(jm.UserError, match="holds no curve"):

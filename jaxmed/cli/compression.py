@@ -55,6 +55,7 @@ class Compression(ConfigFlags, UtilitySpec):
         from jaxmed.experiments.curve import CURVE, EXAMPLES
         from jaxmed.experiments.table import read_rows
         from jaxmed.runs.folder import read_run
+        from jaxmed.runs.legal import check_tables
 
         count = len(self.behaviours)
         if not count or len(self.base) != count or not self.aligned or len(self.aligned) % count:
@@ -67,6 +68,7 @@ class Compression(ConfigFlags, UtilitySpec):
             for folder in held:
                 if not (folder / CURVE).is_file():
                     raise UserError(f"{folder} holds no curve. Give --out folders of `jaxmed prune curve`.")
+                check_tables(folder, read_run(folder))
             for one, other in zip(self.base, held, strict=True):
                 check_alike(one, other)
             name = self.names[number] if self.names else read_run(held[0])["manifest"]["model"]

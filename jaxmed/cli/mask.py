@@ -150,11 +150,13 @@ def curve_ratio(folder: Path, scores: Any, rule: Rule) -> float:
     from jaxmed.experiments.curve import CURVE
     from jaxmed.experiments.table import read_rows
     from jaxmed.runs.folder import read_run
+    from jaxmed.runs.legal import check_tables
 
     if not (folder / CURVE).is_file():
         raise UserError(f"{folder} holds no curve. Give the --out folder of `jaxmed prune curve`.")
     if read_run(folder)["manifest"].get("scored_by") != scores.digest:
         raise UserError(f"The curve in {folder} is of other scores. Give one that was drawn with --scores of the same folder.")
+    check_tables(folder, read_run(folder))
     rows = sorted(
         (row["q"], row["perplexity_ratio"]) for row in read_rows(folder / CURVE) if row["rule"] == rule.score and "perplexity_ratio" in row
     )

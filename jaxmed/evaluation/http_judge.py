@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -69,7 +70,12 @@ def http_judge(endpoint: Endpoint, rubric: str, kept: Path | None = None, keep_t
         def keep(name: str, reply: str) -> None:
             known[name] = parse_grade(cut_reasoning(reply) if endpoint.cut else reply, endpoint.lowest, endpoint.highest)
             if kept is not None:
-                row = {"name": name, "score": known[name], **({"reply": endpoint.without_secret(reply)} if keep_text else {})}
+                row = {
+                    "name": name,
+                    "score": known[name],
+                    "sum": _sum(name, known[name]),
+                    **({"reply": endpoint.without_secret(reply)} if keep_text else {}),
+                }
                 with kept.open("a", encoding="utf-8") as handle:
                     handle.write(json.dumps(row) + "\n")
             report(names.count(name))
@@ -231,8 +237,13 @@ def _name(endpoint: Endpoint, text: str) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
+def _sum(name: str, score: float | None) -> int:
+    """A checksum of a line."""
+    return zlib.crc32(json.dumps([name, score]).encode())
+
+
 def _read(kept: Path | None) -> dict[str, float | None]:
-    """The scores of a file; a last line that was cut off is left out."""
+    """The scores of a file; a last line that was cut off is left out, and so is one that is damaged."""
     known: dict[str, float | None] = {}
     if kept is not None and kept.is_file():
         whole = kept.read_bytes()
@@ -243,7 +254,8 @@ def _read(kept: Path | None) -> dict[str, float | None]:
                 continue
             try:
                 row = json.loads(line)
-                known[row["name"]] = row["score"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+                if row.get("sum", _sum(row["name"], row["score"])) == _sum(row["name"], row["score"]):  # else it is asked for again
+                    known[row["name"]] = row["score"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{kept} holds something else than scores of a judge. Give another --out.") from None
     return known

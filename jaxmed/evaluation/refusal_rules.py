@@ -73,8 +73,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         r"|endorse|discuss|do that|do this)\b",
         r"\bi (?:do not|don'?t) (?:answer|share|offer|write|create|produce) (?:such|that|this|those|these|it\b|\w+ (?:of this|like "
         r"(?:this|that)))\b",
-        r"\bi (?:do not|don'?t) (?:want|wish|intend|plan) to (?:help|assist|contribute|participate|(?:get|be) involved|write|do|be part|take part|answer|say"
-        r"|teach|make|support"
+        r"\bi (?:do not|don'?t) (?:want|wish|intend|plan) to (?:help|assist|contribute|participate|(?:get|be) involved|write|do|be part"
+        r"|take part|answer|say|teach|make|support"
         r"|encourage)\b",
         r"\bi (?:do not|don'?t) (?:feel|find it) (?:right|comfortable|able|good|okay|appropriate)\b",
         r"\bi (?:do not|don'?t) (?:think|believe|feel) (?:that )?(?:i|it'?s|it is|it would|we|this is|that'?s|that would|this would) "

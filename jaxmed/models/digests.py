@@ -11,6 +11,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from jaxmed.files import is_whole, sealed
 from jaxmed.models.folders import cache_folder
 
 SETTLED = 2.0
@@ -35,20 +36,20 @@ def known_digest(file: Path) -> str:
         return named
     file = file.resolve()
     state, note = list(file_state(file)), _note(file)
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         held = json.loads(note.read_text(encoding="utf-8"))
-        if held.get("file") == state and BLOB.fullmatch(held.get("sha256", "")):
-            return held["sha256"]
+        if is_whole(held) and held["file"] == state and BLOB.fullmatch(held["digest"]):
+            return held["digest"]
     now = digest(file)
     if time.time() - max(int(at) for at in state[3:]) / 1e9 > SETTLED and state == list(file_state(file)):
-        _remember(note, {"file": state, "sha256": now})
+        _remember(note, {"file": state, "digest": now})
     return now
 
 
 def remember(file: Path, sha256: str) -> None:
     """Notes a digest that was just taken of a file."""
     file = file.resolve()
-    _remember(_note(file), {"file": list(file_state(file)), "sha256": sha256})
+    _remember(_note(file), {"file": list(file_state(file)), "digest": sha256})
 
 
 @cache
@@ -81,5 +82,5 @@ def _remember(note: Path, content: dict[str, object]) -> None:
     part = note.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content), encoding="utf-8")
+        part.write_text(json.dumps(sealed(content)), encoding="utf-8")
         part.replace(note)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmed.batching.scoring import score_responses
 from jaxmed.errors import UserError
-from jaxmed.files import read_json, write_json
+from jaxmed.files import check_seal, read_json, sealed, write_json
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
 from jaxmed.tokens import TokenizedExample, answer_ids, check_tokens, render
@@ -95,16 +95,16 @@ def check_prefixes(model: Model, given: PrefixSet) -> PrefixSet:
 def write_prefixes(file: Path, given: PrefixSet, **more: Any) -> None:
     """A JSON file of prefixes, with what else is said of them."""
     held = {"form": given.form, "prefixes": [asdict(one) for one in given.prefixes], "searched": sorted(given.searched)}
-    write_json(file, {"format": "jaxmed prefixes 1", **held, **more})
+    write_json(file, sealed({"format": "jaxmed prefixes 1", **held, **more}))
 
 
 def read_prefixes(file: Path) -> PrefixSet:
     """The prefixes of a JSON file.
 
     Raises:
-        UserError: no such file, or one that holds none.
+        UserError: no such file, one that holds none, or one that is damaged.
     """
-    return parse_prefixes(read_json(file, "prefixes"), str(file))
+    return parse_prefixes(check_seal(read_json(file, "prefixes"), file), str(file))
 
 
 def parse_prefixes(held: Any, name: str) -> PrefixSet:

@@ -13,7 +13,7 @@ from scipy import optimize, special
 
 from jaxmed import statistics
 from jaxmed.errors import UserError, notice
-from jaxmed.files import read_json
+from jaxmed.files import check_seal, read_json
 from jaxmed.models.model import Model
 from jaxmed.probing.prefixes import AGREE, REFUSE, PrefixSet, check_prefixes, parse_prefixes, prefix_scores, prompt_digest, write_prefixes
 from jaxmed.probing.spec import FitSpec
@@ -167,7 +167,7 @@ def read_probe(file: Path) -> Probe:
     Raises:
         UserError: no such file, or one that holds no probe.
     """
-    held = read_json(file, "a probe")
+    held = check_seal(read_json(file, "a probe"), file)
     try:
         numbers = held["probe"]
         known = {name: float(numbers[name]) for name in ("mean", "spread", "threshold", "slope", "offset")}

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from jaxmed.errors import UserError
-from jaxmed.files import write_json
+from jaxmed.files import is_whole, sealed, write_json
+from jaxmed.files.seal import SEAL
 from jaxmed.models.checkpoints import Checkpoint
 from jaxmed.models.checkpoints.assemble import in_threads
 from jaxmed.models.checkpoints.gguf_file import open_gguf
@@ -48,7 +49,7 @@ def find(file: Path, dtype: str) -> Checkpoint | None:
         return None
     folder = _folder(file, dtype)
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = _read_card(folder)
         config, arrays, shapes = dict(card["config"]), dict(card["arrays"]), {name: tuple(shape) for name, shape in card["shapes"].items()}
         if any((folder / name).stat().st_size != entry["size"] for name, entry in arrays.items()):
             raise ValueError("a file is cut")
@@ -80,9 +81,11 @@ def keep(file: Path, checkpoint: Checkpoint, config: ModelConfig, params: Params
         with tempfile.TemporaryDirectory(prefix="part-", dir=root, ignore_cleanup_errors=True) as held:
             scratch = Path(held) / "whole"
             scratch.mkdir()
-            _write(scratch, checkpoint, params)
+            made_of = {"file": known_digest(file), "dtype": config.dtype}
+            _write(scratch, checkpoint, params, made_of)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
+        _drop_others(target, made_of)
         print(f"Decoded weights of {file.name} are kept in {root} ({size / 1e9:.2f} GB; {LIMIT}=0 turns this off).", file=sys.stderr)
 
 
@@ -117,7 +120,23 @@ def _pieces(content: np.ndarray) -> Iterator[memoryview]:
     yield from (content[at : at + PIECE].data for at in range(0, len(content), PIECE))
 
 
-def _write(folder: Path, checkpoint: Checkpoint, params: Params) -> None:
+def _read_card(folder: Path) -> dict[str, Any]:
+    """What an entry is of; a ValueError where it is damaged."""
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if not is_whole(card) or SEAL not in card:
+        raise ValueError(f"{CARD} is damaged")
+    return card
+
+
+def _drop_others(kept: Path, made_of: Mapping[str, str]) -> None:
+    """Drops what other code made of the same file: nothing reads it any more."""
+    for folder in kept.parent.iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if folder != kept and made_of.items() <= _read_card(folder).items():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(folder: Path, checkpoint: Checkpoint, params: Params, made_of: Mapping[str, str]) -> None:
     arrays = {}
     for name, leaf in _leaves(params).items():
         content = np.asarray(leaf).reshape(-1).view(np.uint8)
@@ -125,8 +144,8 @@ def _write(folder: Path, checkpoint: Checkpoint, params: Params) -> None:
             handle.write(content.data)
         arrays[name] = {"size": content.nbytes, "sums": [zlib.crc32(piece) for piece in _pieces(content)]}
     shapes = {name: list(shape) for name, shape in checkpoint.shapes.items()}
-    card = {"config": dict(checkpoint.config), "arrays": arrays, "shapes": shapes}
-    (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
+    card = {**made_of, "config": dict(checkpoint.config), "arrays": arrays, "shapes": shapes}
+    (folder / CARD).write_text(json.dumps(sealed(card)), encoding="utf-8")
 
 
 def _restore(folder: Path, arrays: Mapping[str, Any], config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
@@ -161,12 +180,14 @@ def tokenizer(file: Path, dtype: str, build: Callable[[], Any]) -> Any:
     """The tokenizer that `build` builds, from where it is kept beside the decoded weights; it is kept there now if it is not yet."""
     held = _folder(file, dtype) / TOKENIZER
     with contextlib.suppress(Exception):  # the tokenizers library raises many types on what it did not write
-        return _read_tokenizer(json.loads(held.read_text(encoding="utf-8")))
+        found = json.loads(held.read_text(encoding="utf-8"))
+        if is_whole(found) and SEAL in found:
+            return _read_tokenizer(found["tokenizer"])
     made = build()
     if held.parent.is_dir():
         with contextlib.suppress(OSError):
             described = None if made is None else {"backend": made.backend_tokenizer.to_str(), "settings": dict(made.init_kwargs)}
-            write_json(held, described)
+            write_json(held, sealed({"tokenizer": described}))
     return made
 
 
