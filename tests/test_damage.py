@@ -77,6 +77,20 @@ def test_damage_is_named_and_computed_again(
     assert sessions[2]["layers"] <= 2  # no other pair was run
 
 
+@pytest.mark.parametrize("harm", ["cut", "missing"])
+def test_ranked_units_that_are_damaged_are_on_no_page(
+    harm: str, swept: tuple[Path, xr.Dataset], plain_model: Model, tmp_path: Path
+) -> None:
+    out = shutil.copytree(swept[0], tmp_path / "run")
+    before = (out / "top.csv").read_bytes()
+    HARMS[harm](out / "top.csv")
+    with pytest.raises(jm.UserError, match=r"top\.csv (is missing|holds other bytes)"):
+        write_report([out], tmp_path / "page.html")
+    jm.sweep(plain_model, tiny.PAIRS, **SWEEP, out=out, resume=True)
+    assert (out / "top.csv").read_bytes() == before
+    write_report([out], tmp_path / "page.html")
+
+
 def test_damage_of_a_run_that_goes_on_is_a_notice(swept: tuple[Path, xr.Dataset], plain_model: Model, tmp_path: Path) -> None:
     out = shutil.copytree(swept[0], tmp_path / "run")
     record = read_run(out)

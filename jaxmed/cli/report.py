@@ -57,7 +57,7 @@ def write_report(folders: list[Path], file: Path) -> None:
     held = [write_one for key, write_one in pages.items() if key in _manifest(folders[0])]
     for folder in folders:
         if (folder / RUN).is_file():
-            check_tables(folder, read_run(folder))
+            check_tables(folder, read_run(folder), all_there=True)
     if held and len(folders) > 1:
         raise UserError(f"{folders[0]} has a page of its own; several folders make one page where all of them are of sweeps.")
     if held:

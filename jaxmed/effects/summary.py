@@ -18,6 +18,7 @@ from jaxmed.errors import NOT_FINITE, notice
 from jaxmed.hosts import leads, wait_for_all
 from jaxmed.models.model import Model
 from jaxmed.runs.folder import RunFolder, hold, read_run
+from jaxmed.runs.legal import MADE, digests_of
 
 NULL = "paraphrase"
 """The `control` of pairs whose sides say the same in other words: null pairs, whose effects set the margin."""
@@ -57,7 +58,7 @@ def summarise(folder: Path, model: Model | None = None, top: int = 50, seed: int
         with hold(folder):
             results.append(folder, added)
             write_top(folder, rows)
-            RunFolder(folder, read_run(folder), True).note(not_finite=wrong)
+            RunFolder(folder, read_run(folder), True).note(not_finite=wrong, **{MADE: digests_of(folder, [results.TOP])})
     wait_for_all("statistics are written")
     return results.open_results(folder, check=False)
 

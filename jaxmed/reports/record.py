@@ -12,6 +12,7 @@ import xarray as xr
 from jaxmed import results
 from jaxmed.files import read_csv
 from jaxmed.runs.folder import read_run
+from jaxmed.runs.legal import MADE, check_tables
 
 HELD = 2**29  # bytes of a table that is read whole; a larger one is read piece by piece
 _DRAWN = ("map", "heads", "line", "carry")
@@ -89,9 +90,10 @@ def read(folder: Path) -> Record:
     """The run saved in `folder`.
 
     Raises:
-        UserError: no table, or no readable run.json there.
+        UserError: no table, or no readable run.json there; something of it is damaged.
     """
     table, run, file = results.open_results(folder), read_run(folder), folder / results.TOP
+    check_tables(folder, run, MADE, all_there=True)
     table = table.load() if table.nbytes < HELD else table
     top = read_csv(file) if file.is_file() else None
     return Record(folder, table, run, [_renamed(row) for row in top] if top is not None else None)

@@ -12,8 +12,8 @@ from jaxmed.errors import UserError, all_problems
 from jaxmed.files import TMP, check_path, file_digest, simple
 from jaxmed.runs.lock import LOCK, RUN
 
-TABLES = "tables"
-"""The entry of RUN that holds digests of tables."""
+TABLES, MADE = "tables", "made"
+"""Entries of RUN that hold digests: of tables, and of files that are made again from the results at every --resume."""
 PICTURES = "report-"
 """What the names of pictures beside a run's page begin with; they are legal everywhere."""
 
@@ -92,20 +92,24 @@ def digests_of(folder: Path, measured: Sequence[str]) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in measured if (folder / name).is_file()}
 
 
-def check_tables(folder: Path, record: Mapping[str, Any]) -> None:
+def check_tables(folder: Path, record: Mapping[str, Any], entry: str = TABLES, all_there: bool = False) -> None:
     """Raises a UserError where tables of a run hold other bytes than its last session left; one that was killed has noted none.
 
     Args:
         record: what RUN holds.
+        entry: of the record, with the digests.
+        all_there: whether no table may be missing: the run does not go on now, but is read.
     """
-    noted = record.get(TABLES) if record.get("status") != "running" else None
+    noted = record.get(entry) if record.get("status") != "running" else None
     noted = noted if isinstance(noted, dict) else {}
     wrong = [
         name for name, digest in digests_of(folder, [name for name in noted if Path(name).name == name]).items() if digest != noted[name]
     ]
-    if wrong:
+    told = [f"{name} holds other bytes than the run wrote" for name in wrong]
+    told += [f"{name} is missing" for name in noted if Path(name).name == name and all_there and not (folder / name).is_file()]
+    if told:
         fix = "Put them back as they were, or delete them: --resume computes them again."
-        raise all_problems(f"{folder} is damaged, or was changed", [f"{name} holds other bytes than the run wrote" for name in wrong], fix)
+        raise all_problems(f"{folder} is damaged, or was changed", told, fix)
 
 
 def check_space(folder: Path, needed: int) -> None:
