@@ -68,7 +68,7 @@ def _sizes(spec: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         if axis == "model":
             raise UserError(f"--mesh {spec!r}: the axis 'model' is called 'tensor' now. Write {spec.replace('model=', 'tensor=')}.")
-        if axis not in AXES or not (size.isascii() and size.isdigit()) or int(size) < 1:
+        if axis not in AXES or not (size.isascii() and size.isdecimal()) or int(size) < 1:
             raise UserError(f"--mesh {spec!r}: {part!r} is not AXIS=SIZE. Legal axes: {', '.join(AXES)}. Example: {EXAMPLE}.")
         if axis in sizes:
             raise UserError(f"--mesh {spec!r} gives {axis!r} twice. Give every axis once. Example: {EXAMPLE}.")

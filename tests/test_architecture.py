@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosts": {"errors", "distributed"},
     "statistics": set(),
     "prompts": {"errors", "files"},
-    "tokens": {"errors", "files", "prompts"},
+    "tokens": {"errors", "files", "memory", "prompts"},
     "interventions": {"errors", "axes"},
     "models": {"errors", "files", "axes", "distributed", "interventions"},
     "attention": {"models"},
@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"evaluation"},
     "circuits": {"errors", "files", "axes", "statistics", "prompts", "tokens", "interventions", "models", "attention", "runner", "runs"}
     | {"effects"},
-    "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "batching", "statistics", "cache"},
+    "probing": {"errors", "files", "prompts", "tokens", "models", "runner", "runs", "batching", "statistics", "cache"},
     "answering": {"errors", "files", "prompts", "tokens", "interventions", "models", "generation", "runs", "statistics", "effects"}
     | {"cache", "evaluation", "gating"},
     "finetuning": {"errors", "files", "axes", "prompts", "tokens", "models", "runner", "results", "runs", "batching"},

@@ -14,6 +14,7 @@ import pytest
 import jaxmed as jm
 from jaxmed.bench import cache as bench
 from jaxmed.cache import job
+from jaxmed.cli.flags import SourceFlags
 from jaxmed.cli.main import main
 from jaxmed.effects.stored import stored_reference
 from jaxmed.models.model import Model
@@ -74,6 +75,8 @@ def test_a_folder_is_written_described_verified_and_mended(command: list[str], t
         (["--data", ""], "Give --data"),
         (["--positions", "last", "-1"], "one word"),
         (["--positions", "-900"], "No prompt has position"),
+        (["--positions", "²"], "Unknown position '²'"),
+        (["--positions", "--3"], "Unknown position '--3'"),
         (["--sites", "neurons"], "neuron"),
         (["--limit", "0"], "--limit 0"),
     ],
@@ -91,6 +94,50 @@ def test_a_folder_of_something_else_is_refused(kind: str, tmp_path: Path, capsys
     (tmp_path / "b").mkdir()
     assert main(["cache", kind, str(tmp_path / "b")]) == 2
     assert "holds no activations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"model": "m"}, {"sites": ["../b"]}, {"sites": [3]}, {"sites": "neuron"}, {"sites": []}])
+@pytest.mark.parametrize("kind", ["info", "verify"])
+def test_a_manifest_of_something_else_is_refused(
+    kind: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"model": {}, "sites": ["neuron"], **change}))
+    assert main(["cache", kind, str(tmp_path)]) == 2
+    assert "names no sites. It was damaged" in capsys.readouterr().err
+
+
+def test_another_request_is_refused_before_weights_are_loaded(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    monkeypatch.setattr(SourceFlags, "load", lambda self: pytest.fail("weights were loaded"))
+    capsys.readouterr()
+    assert main([*command, "--resume", "--dry-run"]) == 0
+    assert " passes" not in capsys.readouterr().out, "nothing is left to do"
+    assert main([*command, "--resume", "--form", "text"]) == 2
+    assert "form: chat there, text now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--append", "."], "--append . is a folder"),
+        (["--append", "text/x.md"], "which is a file"),
+        (["--append", "n" * 300], "is too long"),
+        (["--append", "latin"], "is not UTF-8"),
+        (["--site", "neurons"], "Unknown site 'neurons'"),
+        (["--tokens", "1e30"], "more than any run takes"),
+    ],
+)
+def test_what_cannot_be_measured_or_noted_is_refused_first(
+    model: Path, flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SourceFlags, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").touch()
+    (tmp_path / "latin").write_bytes(b"\xff")
+    assert main(["bench", "cache", "--model", str(model), *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 SWEEP: dict[str, Any] = {"unit": ("neuron", "head_out", "attention_out"), "patch": "mean"}

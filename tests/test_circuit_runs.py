@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from jaxmed.circuits.graph import Graph, graph_of
 from jaxmed.circuits.job import make_circuits
 from jaxmed.circuits.kept import is_kept, recall
 from jaxmed.circuits.spec import CircuitSpec
+from jaxmed.cli.flags import SourceFlags
 from jaxmed.cli.main import main
 from jaxmed.files import read_csv
 from jaxmed.models.model import Model
@@ -261,10 +264,15 @@ def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cfg": {"n_layers": 2}}, "needs the numbers n_layers, n_heads and d_model"),
+        ({"cfg": {"n_layers": 2}}, "n_heads None, d_model None; n_layers, n_heads and d_model are whole numbers"),
+        ({"cfg": {**SMALL.config, "n_layers": 2.5}}, "n_layers 2.5; "),
+        ({"cfg": {**SMALL.config, "n_heads": math.inf}}, "n_heads inf; "),
+        ({"cfg": {**SMALL.config, "n_layers": 2_000_000}}, "circuits are found among 134,217,728 at most"),
         ({"cfg": {**SMALL.config, "parallel_attn_mlp": True}}, "parallel_attn_mlp"),
         ({"edges": {"m1->a0.h0<q>": {"score": 1.0, "in_graph": True}}}, "there is none of that name"),
-        ({"edges": {"input->m0": {"score": "high", "in_graph": True}}}, "needs a number 'score'"),
+        ({"edges": {"input->m0": {"score": "high", "in_graph": True}}}, "needs a finite number 'score'"),
+        ({"edges": {"input->m0": {"score": math.nan}}}, "needs a finite number 'score'"),
+        ({"edges": {"input->m0": {"score": 10**400}}}, "needs a finite number 'score'"),
         ({"nodes": []}, "needs the keys 'cfg', 'nodes' and 'edges'"),
     ],
 )
@@ -292,6 +300,48 @@ def test_files_that_are_no_scores_are_refused(tmp_path: Path, change: dict[str, 
 def test_requests_that_cannot_be_met_are_refused(plain_model: Model, how: dict[str, Any], message: str) -> None:
     with pytest.raises(jm.UserError, match=message):
         jm.circuit(plain_model, **{"pairs": PAIRS, "outcome": "logit-diff", **how})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--resume", "--outcome", "log-odds"], "holds a run of another request"),
+        (["--resume", "--prefill", "Well, "], "holds a run of another request"),
+        (["--source-model", "x"], "`jaxmed circuit` has no flag --source-model"),
+        (["--contrast", "model"], "--contrast: 'model' is not one of"),
+        (["--scores", "SCORES"], "scores are of a model with"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_before_weights_are_loaded(
+    ran: Path,
+    folder: Path,
+    tmp_path: Path,
+    flags: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(SourceFlags, "load", lambda self: pytest.fail("weights were loaded"))
+    (tmp_path / "other.json").write_text(json.dumps({"cfg": {**SMALL.config, "n_layers": 9000}, "nodes": {}, "edges": {}}))
+    given = [str(tmp_path / "other.json") if one == "SCORES" else one for one in flags]
+    out = ran if "--resume" in flags else tmp_path / "out"
+    assert main(command(folder, out, "--method", "eap", *given)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_run_that_goes_on_is_of_what_is_left(
+    ran: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "half"
+    shutil.copytree(ran, out)
+    (out / "kept" / "scores-1.npz").unlink()
+    for place, passes in ((ran, 0), (out, 4)):
+        capsys.readouterr()
+        assert main(command(folder, place, "--method", "eap", "--resume", "--dry-run")) == 0
+        said = capsys.readouterr().out
+        assert (f"in all: {passes} passes" in said) == bool(passes), said
+        assert (" passes" in said) == bool(passes)
 
 
 def test_circuits_of_another_graph_are_refused(plain_model: Model) -> None:

@@ -276,6 +276,14 @@ def test_fresh_adapters_change_nothing(plain_model: Model) -> None:
     assert not np.array_equal(jm.forward(plain_model, ids)[0], jm.forward(changed, ids)[0])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [({"epochs": 1e12}, "steps; at most 10,000,000"), ({"rank": 10**9}, "more than any matrix has")]
+)
+def test_what_no_memory_holds_is_refused_first(plain_model: Model, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(jm.UserError, match=said):
+        jm.finetune(plain_model, EXAMPLES, **given)
+
+
 @pytest.mark.slow
 def test_strength_scales_what_was_learnt(plain_model: Model, tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 3, "learning_rate": 1e-2, "warmup": 0, "rank": 2}

@@ -94,6 +94,19 @@ def _same(one: Path, other: Path) -> None:
     assert (one / "top.csv").read_text() == (other / "top.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["sweep", "--hosts", "node0:8476,4,0", "--out", "x"], ["sweep", "--hosts", "node0:8476,4,NUMBER", "--out", "x"]),
+        (["sweep", "--hosts=[::1]:8476,2,1"], ["sweep", "--hosts=[::1]:8476,2,NUMBER"]),
+        (["sweep", "--hosts", "auto"], ["sweep", "--hosts", "auto"]),
+        (["sweep", "--pairs", "a:1,2,3"], ["sweep", "--pairs", "a:1,2,3"]),
+    ],
+)
+def test_a_command_for_all_processes_has_the_number_of_none(given: list[str], told: list[str]) -> None:
+    assert hosts.for_all(given) == told
+
+
 @pytest.mark.slow
 def test_two_processes_come_to_the_bits_of_one(command: list[str], alone: Path, tmp_path: Path) -> None:
     said = _finish(_start(command, tmp_path / "run", 2))
@@ -121,6 +134,7 @@ def test_a_signal_to_one_process_ends_all_in_order(command: list[str], alone: Pa
     assert [child.returncode for child in children] == [143, 143], said
     assert "interrupted by SIGTERM. What was finished is kept" in said[0][1]
     assert "continue with, in every process: jaxmed sweep" in said[0][1]
+    assert ",2,NUMBER " in said[0][1]
     assert "interrupted" not in said[1][1]
     done = Table(tmp_path / "run").done()
     assert done.any()

@@ -75,6 +75,8 @@ def test_a_finished_study_is_resumed_redrawn_and_kept_from_another(
 ) -> None:
     _, job, out = study
     before = (out / "verdicts.csv").read_bytes()
+    assert sum(step.cost.passes for step in mediation_steps(job)) > 0
+    assert sum(step.cost.passes for step in mediation_steps(job, done=out)) == 0
     run_mediation(job, out, resume=True)
     assert (out / "verdicts.csv").read_bytes() == before
     assert main(["report", str(out)]) == 0

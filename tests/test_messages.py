@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_wrong_commands_are_answered_with_commands_that_exist(arguments: str, me
         ("sweep --layers a-b", "--layers: 'a-b': 'a-b' is no layer"),
         ("convert --to orbax", "`jaxmed convert` needs --out"),
         ("convert", "needs --out and --to"),
+        ("trace --layers ²", "'²' is no layer"),
+        ("circuit --source-adapter x", "`jaxmed circuit` has no flag --source-adapter"),
         ("prune select --q lots", "--q: 'lots' is not a number"),
     ],
 )
@@ -108,6 +111,7 @@ def test_flags_are_refused_in_words(arguments: str, said: str, capsys: pytest.Ca
         ("demo --pairs -2", "--pairs -2 leaves no pairs"),
         ("generate hi --tokens 0", "--tokens 0 leaves nothing"),
         ("generate hi --top-p 2", "--top-p (2)"),
+        ("evaluate --against M --text=", "--against is compared by its perplexity"),
         ("evaluate --limit 0", "A limit of 0 examples"),
         ("sweep --model M --position --5", "Unknown position '--5'"),
         ("sweep --model M --layers 1,7", "layer 7; this model has layers 0 to 2"),
@@ -120,16 +124,37 @@ def test_flags_are_refused_in_words(arguments: str, said: str, capsys: pytest.Ca
         ("finetune --model M --rank 3 --first-layer 9", "first_layer"),
         ("models --build aligned", "Did you mean 'smollm2-135m-aligned'"),
         ("parity --model M --tokens -1", "--tokens -1 is negative"),
+        ("gate --draws 1e12", "--draws 1e+12 is more than any run takes"),
+        ("generate hi --model M --tokens 1e9", "whose keys and values take"),
+        ("generate hi --model LONG", "File name too long"),
+        ("generate hi --model M --edits LONG", "File name too long"),
+        ("bench --append .", "--append . is a folder"),
+        ("bench generate --model M --rows 0", "are at least 1"),
+        ("bench --json .", "--json . is a folder"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
     arguments: str, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"M": str(folder), "OUT2": str(tmp_path / "out2")}
+    names = {"M": str(folder), "OUT2": str(tmp_path / "out2"), "LONG": "n" * 300}
     given = [names.get(word, word) for word in arguments.split()]
     out = ["--out", str(tmp_path / "out")] if given[0] in ("sweep", "demo", "finetune") or "score" in given else []
     assert said in _refused(capsys, *given, *out)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["generate hi", "circuit --pairs harm", "cache write --data alignment", "evaluate", "probe search"])
+def test_a_config_of_other_sizes_than_the_weights_is_refused_first(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "other")
+    sizes = {"hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 500, "num_attention_heads": 2**10}
+    for changed, said in ((sizes, "says 500 layers"), ({**sizes, "num_hidden_layers": 3}, "has shape [264, 16], the config says")):
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, **changed}))
+        assert said in _refused(capsys, *command.split(), "--model", tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
 def test_all_problems_of_a_pairs_file_are_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,13 @@ def test_the_command_plans_and_refuses(command: list[str], tmp_path: Path, capsy
         (["--profile-limit", "0"], "profile"),
         (["--profiled", "nowhere"], "nowhere"),
         (["--profiled", "harm"], "another --profile-outcome"),
+        (["--top-p", "2"], "top_p is 2; it is above 0 and at most 1"),
+        (["--longest", "1e300"], "longest is 1e+300"),
+        (["--readout-layer", "9"], "this model has 3 blocks"),
+        (["--seed", str(2**32 - 1)], "The seed 4294967296 is out of range"),
+        (["--p", "1"], "p (1.0) in [0, 1)"),
+        (["--bad", command[command.index("--good") + 1]], "in --good and in --bad"),
+        (["--tokens", "4e9"], "keys and values take"),
     ):
         assert main([*command, *out, *flags]) == 2, flags
         assert message in capsys.readouterr().err

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import math
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from jaxmed.probing.prefixes import AGREE, REFUSE, Prefix, PrefixSet, by_hand, c
 from jaxmed.probing.probe import Probe, fit, raw_scores, read_probe, score, write_probe
 from jaxmed.probing.search import search, writable
 from jaxmed.probing.spec import FitSpec, SearchSpec
+from jaxmed.runs import signals, watch
 from jaxmed.tokens import TokenizedExample
 from tests import tiny
 
@@ -283,9 +288,77 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "prompt length" in shown
     assert "forwards of the prompt" in shown
     assert json.loads(Path(out).read_text())["read_outs"][0]["name"] == "prefix probe"
+    _resumed_to_the_same_lines([*scored, "--batch", "9"], tmp_path, Path(scores).read_bytes(), capsys)
     for command in (["search", "--out", found], ["fit", "--out", probe], ["score", "--out", scores], ["evaluate", "--probe", found]):
         assert main(["probe", command[0], "--model", str(model), *command[1:]]) == 2
     assert "holds no probe" in capsys.readouterr().err
+
+
+def _resumed_to_the_same_lines(command: list[str], folder: Path, wanted: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a signal in the second batch, and with a line that was half written."""
+    out, part = folder / "again.jsonl", folder / "again.jsonl.part"
+    add, command = watch.Tally.add, [*command, "--out", str(out)]
+
+    def told(self: watch.Tally, work: float, count: int, what: str) -> None:
+        add(self, work, count, what)
+        if count and self.count > 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(watch.Tally, "add", told)
+        patched.setattr(signals, "HANDLED", (signal.SIGTERM,))
+        assert main(command) == 143
+    assert capsys.readouterr().err.strip().endswith("--resume")
+    assert len(part.read_text().splitlines()) == 1 + 18
+    part.write_text(part.read_text() + '{"id": "18", "sco')
+    assert main(command) == 2
+    assert "holds the lines of an interrupted run" in capsys.readouterr().err
+    assert main([*command, "--resume", "--batch", "7"]) == 2
+    assert "batch: 9 there, 7 now" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert out.read_bytes() == wanted
+    assert not part.exists()
+    part.write_text("mine")
+    out.unlink()
+    assert main([*command, "--resume"]) == 2
+    assert "no lines of an interrupted run" in capsys.readouterr().err
+    assert part.read_text() == "mine"
+
+
+PROBE: dict[str, Any] = {
+    "form": "chat",
+    "prefixes": [{"kind": "agreement", "text": "S", "ids": [50]}, {"kind": "refusal", "text": "N", "ids": [45]}],
+    "probe": {"mean": 0.0, "spread": 1.0, "threshold": 1.0, "slope": 1.0, "offset": 0.0, "fitted": {}, "model": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("spread", 0, "spread is 0"),
+        ("mean", math.nan, "nan is no finite number"),
+        ("threshold", True, "True is no finite number"),
+        ("slope", 10**400, "too large to show|no finite number"),
+        ("ids", [50.5], "50.5 is no token id"),
+        ("ids", ["50"], "'50' is no token id"),
+        ("ids", [-1], "-1 is no token id"),
+        ("form", "verse", "Unknown form 'verse'"),
+    ],
+)
+def test_files_that_are_no_probe_are_refused(entry: str, value: Any, said: str, tmp_path: Path) -> None:
+    held = copy.deepcopy(PROBE)
+    place = held["probe"] if entry in held["probe"] else held["prefixes"][0] if entry == "ids" else held
+    (tmp_path / "p.json").write_text(json.dumps(held))
+    assert read_probe(tmp_path / "p.json").spread == 1
+    place[entry] = value
+    (tmp_path / "p.json").write_text(json.dumps(held))
+    with pytest.raises(jm.UserError, match=said):
+        read_probe(tmp_path / "p.json")
+
+
+def test_one_text_is_no_list_of_prompts(plain_model: Model) -> None:
+    with pytest.raises(jm.UserError, match="list of texts"):
+        jm.probe(plain_model, "how to bake", ["how to rob"])
 
 
 def test_openings_by_hand_are_tokens_behind_a_prompt(smol: Any, plain_model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -105,6 +106,47 @@ def test_the_command_tells_people_and_programs(runs: Path, capsys: pytest.Captur
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["kind"], row["done"], row["total"]) for row in rows if row["kind"] == "activations"] == [("activations", 2, 3)]
     assert len(rows) == 3
+
+
+DAMAGED: list[Any] = [
+    [],
+    {"manifest": []},
+    {"manifest": {}, "sessions": 3},
+    {"manifest": {}, "sessions": ["x"]},
+    {"manifest": {}, "sessions": [{"seconds": "long"}]},
+]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_the_characters_gets_their_numbers(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "日é").mkdir()
+    (tmp_path / "日é" / "run.json").write_text('{"manifest": {}, "status": "finished"}')
+    shown = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["status", str(tmp_path)]) == 0
+    shown.seek(0)
+    assert {"ascii": "\\u65e5\\xe9", "latin-1": "\\u65e5é", "utf-8": "日é"}[encoding] in shown.read()
+
+
+@pytest.mark.parametrize("held", DAMAGED)
+def test_a_record_that_cannot_be_read_hides_no_other(held: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, record in (("bad", held), ("good", {"manifest": {"pairs": 7, "layers": "all"}, "status": "finished", "sessions": [2.5]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    assert main(["status", str(tmp_path / "bad")]) == 2
+    assert "is no record of a run" in capsys.readouterr().err
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert [json.loads(line)["seconds"] for line in said.out.splitlines()] == [2.5]
+    assert f"{tmp_path / 'bad' / 'run.json'} is no record of a run" in said.err
+
+
+@pytest.mark.parametrize("name", ["folder", "text/x", "n" * 300])
+def test_a_file_that_cannot_be_written_is_refused_first(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").touch()
+    assert main(["status", str(tmp_path), "--prometheus", str(tmp_path / name)]) == 2
+    assert "jaxmed: --prometheus" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "said"), [("none", "There is no folder"), ("", "holds no run")])

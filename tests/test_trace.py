@@ -9,6 +9,7 @@ import pytest
 
 import jaxmed as jm
 from jaxmed.cli.main import main
+from jaxmed.cli.trace import Trace
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 from jaxmed.prompts import read_pairs
@@ -32,6 +33,11 @@ def test_tokens_stand_beside_the_effects_of_each_position(plain_model: Model, tm
     figure = position_map(read(tmp_path / "run"), "mlp_out", "log-odds")
     assert len(figure.plot.layout.xaxis.ticktext) == len(ids)
     assert "⏎" in figure.plot.layout.xaxis.ticktext
+
+
+def test_an_opening_is_given_to_the_pairs_that_are_chosen() -> None:
+    opened = Trace(pair=("violence-01",), prefill="Well").pairs_of("harm")
+    assert [(pair.id, pair.base_prefill, pair.source_prefill) for pair in opened] == [("violence-01", "Well", "Well")]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -101,6 +101,11 @@ class _Writer:
         return edits
 
 
+def answers_manifest(job: AnswersJob, settings: Mapping[str, Any] | None, keep_text: bool) -> dict[str, Any]:
+    """What makes two runs the same run: the request, the settings of the judge, and whether texts are kept."""
+    return {**job.manifest(), "judging": dict(settings or {"judge": "rules"}), "save_text": keep_text}
+
+
 def run_answers(
     job: AnswersJob,
     out: Path,
@@ -120,8 +125,7 @@ def run_answers(
         UserError: `out` holds something else, answers without `resume`, or those of another request; it is in use, or has no room.
     """
     judge, writer, file = judge or refusal_rules(), _Writer(job), out / ANSWERS
-    same = {**job.manifest(), "judging": dict(settings or {"judge": "rules"}), "save_text": keep_text}
-    with RunFolder.open(out, same, resume, LEGAL) as folder, folder.session() as session:
+    with RunFolder.open(out, answers_manifest(job, settings, keep_text), resume, LEGAL) as folder, folder.session() as session:
         rows: list[dict[str, Any]] = [*read_csv(file, COLUMNS)] if file.is_file() else []
         done = {(row["set"], row["prompts"], row["pair"], row["sample"]) for row in rows}
         total = len(job.conditions) * len(job.pairs) * job.spec.samples

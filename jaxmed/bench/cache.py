@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.bench.rows import add_rows
 from jaxmed.cache.job import Job, make_job
 from jaxmed.cache.run import open_shards, run_shards
 from jaxmed.cache.store import open_cache
 from jaxmed.distributed import device_name
-from jaxmed.files import write_text
 from jaxmed.files.arrays import open_array
 from jaxmed.models.model import Model
 from jaxmed.runs.provenance import short_commit
@@ -35,11 +35,8 @@ def measure_cache(model: Model, site: str, prompts: int, tokens: int, rounds: in
     Returns:
         Median seconds by what was done, and the ratios "write" and "read" (rates over the plain ones) and "read over computing".
     """
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, model.config.vocabulary, tokens, np.int32) for _ in range(prompts)]
-    job = make_job(model, ids, (site,), "all", "chat")
-    whole = prompts - prompts % job.shard
-    job = make_job(model, ids[:whole], (site,), "all", "chat")
+    job = random_job(model, site, prompts, tokens)
+    whole = len(job.rows)
     found, size = _rounds(job, site, rounds), job.table.bytes
     shards = whole // job.shard
     ratios = {"write ratio": found["write plainly"] / found["write"], "read ratio": found["read plainly"] / found["read"]}
@@ -52,9 +49,20 @@ def measure_cache(model: Model, site: str, prompts: int, tokens: int, rounds: in
     if append is not None:
         title = f"\n## {datetime.date.today()}, commit {short_commit()}, activations of {model.name} on disk, {device_name(model.mesh)}\n\n"
         command = f"`jaxmed bench cache --model {model.name} --site {site} --prompts {prompts} --tokens {tokens} --rounds {rounds}`\n\n"
-        text = append.read_text(encoding="utf-8") if append.exists() else "# Benchmarks\n"
-        write_text(append, text + title + command + "".join(f"- {line}\n" for line in lines))
+        add_rows(append, title + command + "".join(f"- {line}\n" for line in lines))
     return found | ratios
+
+
+def random_job(model: Model, site: str, prompts: int, tokens: int) -> Job:
+    """Activations of random prompts, rounded down to whole shards; needs no weights.
+
+    Raises:
+        UserError: what `cache.job.make_job` raises.
+    """
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, model.config.vocabulary, tokens, np.int32) for _ in range(prompts)]
+    job = make_job(model, ids, (site,), "all", "chat")
+    return make_job(model, ids[: prompts - prompts % job.shard], (site,), "all", "chat")
 
 
 def _rounds(job: Job, site: str, rounds: int) -> dict[str, float]:

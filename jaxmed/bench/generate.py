@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.bench.peers import installed
+from jaxmed.bench.rows import add_rows
 from jaxmed.distributed import device_name
 from jaxmed.errors import UserError
-from jaxmed.files import write_text
 from jaxmed.generation import generate_ids
 from jaxmed.models.checkpoints.assemble import in_threads
 from jaxmed.models.checkpoints.export import export_folder
@@ -51,8 +51,7 @@ def measure_generate(model: Model, rows: tuple[int, ...], tokens: int, rounds: i
     Raises:
         UserError: not one row, token or round.
     """
-    if min(*rows, tokens, rounds) < 1 or not rows:
-        raise UserError(f"Rows {rows}, tokens {tokens} and rounds {rounds} are at least 1.")
+    check_counts(rows, tokens, rounds)
     rate, found = memory_rate(), []
     with _transformers(model) as theirs:
         for count in rows:
@@ -64,6 +63,12 @@ def measure_generate(model: Model, rows: tuple[int, ...], tokens: int, rounds: i
     if append is not None:
         _append(append, model, tokens, rounds, lines)
     return found
+
+
+def check_counts(rows: tuple[int, ...], tokens: int, rounds: int) -> None:
+    """Raises a UserError for less than one row, token or round."""
+    if not rows or min(*rows, tokens, rounds) < 1:
+        raise UserError(f"Rows {rows}, tokens {tokens} and rounds {rounds} are at least 1.")
 
 
 def _measure(model: Model, prompts: list[np.ndarray], tokens: int, rounds: int, theirs: Ask | None) -> dict[str, Any]:
@@ -192,5 +197,4 @@ def _append(file: Path, model: Model, tokens: int, rounds: int, lines: list[str]
     title = f"\n## {datetime.date.today()}, commit {short_commit()}, generation by {model.name}, {device_name(model.mesh)}\n\n"
     about = f"`jaxmed {' '.join(sys.argv[1:])}`\n\n"
     about += f"Greedy, {model.config.dtype}, {tokens} new tokens; medians of {rounds} alternating rounds.\n\n"
-    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    write_text(file, text + title + about + "".join(f"- {line}\n" for line in lines))
+    add_rows(file, title + about + "".join(f"- {line}\n" for line in lines))

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.bench.rows import add_rows
 from jaxmed.distributed import device_name, make_mesh
 from jaxmed.errors import UserError
-from jaxmed.files import write_text
 from jaxmed.models.catalog import locate
 from jaxmed.models.checkpoints import decoded
 from jaxmed.models.load import load
@@ -105,5 +105,4 @@ def _cache_in(folder: Path) -> Iterator[None]:
 
 def _append(file: Path, name: str, lines: list[str]) -> None:
     title = f"\n## {datetime.date.today()}, commit {short_commit()}, loading of {name}, {device_name(make_mesh())}\n\n"
-    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    write_text(file, text + title + f"`jaxmed bench load --name {name}`\n\n" + "".join(f"- {line}\n" for line in lines))
+    add_rows(file, title + f"`jaxmed bench load --name {name}`\n\n" + "".join(f"- {line}\n" for line in lines))

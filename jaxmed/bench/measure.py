@@ -15,9 +15,10 @@ import jax
 from jaxmed.bench import sweeps
 from jaxmed.bench.contestants import bare_matmuls, engine, naive
 from jaxmed.bench.peers import Peers
+from jaxmed.bench.rows import add_rows
 from jaxmed.bench.shapes import Subject, make_subject
 from jaxmed.distributed import device_name
-from jaxmed.files import write_json, write_text
+from jaxmed.files import write_json
 from jaxmed.runs import watch
 from jaxmed.runs.cost import propagate_flops
 from jaxmed.runs.provenance import short_commit
@@ -142,5 +143,4 @@ def append(file: Path, found: dict[str, Any]) -> None:
         + "".join(f"- {line}\n" for line in _lines(found))
         + f"\n| contestant | neurons/s |\n|---|---|\n{rows}\n"
     )
-    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    write_text(file, text + section)
+    add_rows(file, section)

@@ -15,7 +15,7 @@ from jaxmed.effects.job import Job, make_job
 from jaxmed.effects.sets import UnitSet
 from jaxmed.errors import UserError
 from jaxmed.experiments.measure import Tests, make_tests
-from jaxmed.gating.job import GateJob, gate_manifest
+from jaxmed.gating.job import MOST_DRAWS, GateJob, gate_manifest
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import HELDOUT, Example, chosen, digest, harmful
 from jaxmed.prompts.readers import read_text
@@ -130,9 +130,12 @@ def _rows(source: str, split: str, limit: int) -> list[Example]:
 def _check(spec: BridgeSpec, sources: tuple[str, ...]) -> None:
     Rule(q=spec.q, p=spec.p).check()
     counts = {"--score-limit": spec.score_limit, "--test-limit": spec.test_limit, "--mediators": spec.mediators}
-    for flag, number in (*counts.items(), ("--prune-pairs", spec.prune_pairs), ("--prune-draws", spec.prune_draws)):
+    counts |= {"--prune-pairs": spec.prune_pairs, "--prune-draws": spec.prune_draws}
+    for flag, number in counts.items():
         if number < 1:
             raise UserError(f"{flag} {number} is too few; give 1 or more.")
+    if spec.prune_draws > MOST_DRAWS:
+        raise UserError(f"--prune-draws {spec.prune_draws} is out of range: whole numbers from 1 to {MOST_DRAWS:,}.")
     names = [short(one) for one in (*sources, spec.preserve)]
     clash = [name for name in names if names.count(name) > 1 or name in TAKEN]
     if clash:

@@ -13,6 +13,7 @@ from jaxmed.cache.store import DONE, LABELS, MANIFEST, damaged_shards, shard_of,
 from jaxmed.errors import UserError
 from jaxmed.files import read_json
 from jaxmed.files.arrays import open_checked, reason
+from jaxmed.interventions.sites import ALIASES, SITES
 from jaxmed.results import damaged_labels
 from jaxmed.runs.folder import read_run
 from jaxmed.runs.watch import Watch, silent
@@ -47,8 +48,8 @@ def read_held(folder: Path) -> Held:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds no activations ({MANIFEST} is missing). Give the --out folder of `jaxmed cache write`.")
     manifest = read_json(folder / MANIFEST, "the manifest of activations")
-    sites = manifest.get("sites") if isinstance(manifest, dict) else None
-    if not isinstance(sites, list) or not sites:
+    sites = manifest.get("sites") if isinstance(manifest, dict) and isinstance(manifest.get("model", {}), dict) else None
+    if not isinstance(sites, list) or not sites or not all(name in (*SITES, *ALIASES) for name in sites):
         raise UserError(f"{folder / MANIFEST} names no sites. It was damaged; write the activations anew in another folder.")
     arrays = {name: open_checked(folder / name, str(folder / name)) for name in sites}
     sizes = {name: (tuple(array.shape), int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize) for name, array in arrays.items()}

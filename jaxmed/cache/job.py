@@ -53,13 +53,13 @@ class Job:
         found |= {"form": self.table.attributes["form"], "sites": list(self.axes), "positions": self.asked}
         return found | {"prompts": self.table.coordinates["prompt"], "tokens": [row.tolist() for row in self.rows]}
 
-    @property
-    def cost(self) -> Cost:
-        """Forwards of all prompts, each alone; the head is not run."""
+    def cost(self, done: np.ndarray | None = None) -> Cost:
+        """Forwards of all prompts, or of those that are not `done` (bool [prompt]), each alone; the head is not run."""
         config = self.model.config
-        flops = sum(propagate_flops(config, 1, len(row), 0, config.layers) for row in self.rows)
-        programs = len({bucket(len(row)) for row in self.rows})
-        return Cost("activations", flops, len(self.rows), written=self.table.bytes, programs=programs)
+        rows = [row for number, row in enumerate(self.rows) if done is None or not done[number]]
+        flops = sum(propagate_flops(config, 1, len(row), 0, config.layers) for row in rows)
+        written = self.table.bytes * len(rows) // len(self.rows)
+        return Cost("activations", flops, len(rows), written=written, programs=len({bucket(len(row)) for row in rows}))
 
 
 def make_job(model: Model, prompts: Sequence[Any], names: tuple[str, ...], positions: Any, form: str) -> Job:

@@ -163,6 +163,11 @@ def told(prompts: range) -> str:
     return f"prompt {prompts.start}" if len(prompts) == 1 else f"prompts {prompts.start} to {prompts.stop - 1}"
 
 
+def cache_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run compares when it is resumed: of the token ids, a digest."""
+    return {**manifest, "tokens": hashlib.sha256(json.dumps(manifest["tokens"]).encode()).hexdigest()}
+
+
 @contextmanager
 def open_cache(out: Path, manifest: Mapping[str, Any], table: Labelled, resume: bool) -> Iterator[Cache]:
     """Begins or continues a folder of activations, and holds it inside the block.
@@ -174,8 +179,7 @@ def open_cache(out: Path, manifest: Mapping[str, Any], table: Labelled, resume: 
         UserError: foreign files; a run without `resume`, or of another request; a disk without room; finished activations that are
             damaged (they are computed when the run is resumed again).
     """
-    ids = hashlib.sha256(json.dumps(manifest["tokens"]).encode()).hexdigest()
-    with RunFolder.open(out, {**manifest, "tokens": ids}, resume, LEGAL, table.bytes + 1_000_000) as folder:
+    with RunFolder.open(out, cache_manifest(manifest), resume, LEGAL, table.bytes + 1_000_000) as folder:
         if not folder.continues and leads():
             _create(out, manifest, table)
         with folder.session() as session:

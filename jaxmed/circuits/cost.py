@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxmed.axes import row_parts
 from jaxmed.circuits.faithfulness import circuit_outcomes, one_pair
 from jaxmed.circuits.job import CircuitJob
+from jaxmed.circuits.kept import is_kept
 from jaxmed.circuits.rows import RowShape, batch_of, readout_of
 from jaxmed.circuits.scores import point_scores, run_ends
 from jaxmed.models.params import param_shapes
@@ -89,14 +91,17 @@ class Sizes:
         size = self.chunk(shape, self.job.circuits)
         return -(-self.job.circuits // size) * size
 
-    def costs(self) -> list[Cost]:
-        """What scoring takes, and what running circuits takes."""
-        job = self.job
-        scored, measured = ([job.shape(pair) for pair in pairs] for pairs in (job.scored, job.measured))
-        points = len(job.parts)
-        score = Cost("scores of all edges", sum(map(self.of_scores, job.scored)), len(scored) * (2 + 2 * points))
+    def costs(self, out: Path | None = None) -> list[Cost]:
+        """What scoring takes, and what running circuits takes; what a run in `out` has finished is not counted again."""
+        job, points = self.job, len(self.job.parts)
+        left = [
+            [pair for pair in pairs if out is None or not is_kept(out, f"{name}-{pair}")]
+            for name, pairs in (("scores", job.scored), ("circuits", job.measured))
+        ]
+        scored, measured = ([job.shape(pair) for pair in pairs] for pairs in left)
+        score = Cost("scores of all edges", sum(map(self.of_scores, left[0])), len(scored) * (2 + 2 * points))
         score = replace(score, programs=(1 + (points > 0)) * len(set(scored)), written=4 * len(scored) * job.graph.real.size)
-        run = Cost("circuits", sum(map(self.of_circuits, job.measured)), len(measured) * (2 + job.circuits))
+        run = Cost("circuits", sum(map(self.of_circuits, left[1])), len(measured) * (2 + job.circuits))
         peak = max((self.bytes(shape) * self.chunk(shape, job.circuits) // self.devices for shape in measured), default=0)
         return [score, replace(run, programs=2 * len(set(measured)), peak=peak)]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.circuits.graph import LOGITS, Graph, connected, graph_from
+from jaxmed.circuits.graph import LOGITS, Graph, check_graph, connected, graph_from
 from jaxmed.errors import UserError, all_problems, quoted
-from jaxmed.files import read_json, write_text
+from jaxmed.files import is_number, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,14 @@ def write_scores(file: Path, scored: Scored) -> None:
     write_text(file, json.dumps({"cfg": graph.config, "nodes": nodes, "edges": edges}, allow_nan=False))
 
 
-def read_scores(file: str | Path) -> Scored:
+def read_scores(file: str | Path, graph: Graph | None = None) -> Scored:
     """Scores, or the circuit, of a file of the benchmark. What a file leaves out of its nodes and edges is in no circuit.
 
+    Args:
+        graph: of the model that they should be of.
+
     Raises:
-        UserError: a file that cannot be read, or has other keys, names or values; all of them together.
+        UserError: a file that cannot be read, is of another graph, or has other keys, names or values; all of them together.
     """
     file = Path(file)
     held = read_json(file, "scores in the benchmark's format")
@@ -73,7 +76,7 @@ def read_scores(file: str | Path) -> Scored:
         raise UserError(
             f"{file} needs the keys 'cfg', 'nodes' and 'edges', each with a mapping, as the benchmark's circuit track has them."
         )
-    graph, problems = graph_from(held["cfg"]), list[str]()
+    graph, problems = check_graph(graph_from(held["cfg"]), graph), list[str]()
     places = {name: tuple(place) for name, place in zip(graph.edges, graph.places.tolist(), strict=True)}
     edges, chosen = np.full(graph.real.shape, np.nan), np.zeros_like(graph.real)
     for name, entry in _entries(held["edges"], places, "edge", problems):
@@ -96,8 +99,8 @@ def _entries(held: Mapping[str, Any], known: Mapping[str, Any], what: str, probl
             continue
         entry = entry if isinstance(entry, dict) else {"in_graph": entry}
         score, inside = entry.get("score"), entry.get("in_graph", False)
-        if not isinstance(inside, bool) or isinstance(score, bool) or not (score is None or isinstance(score, int | float)):
-            problems.append(f"{what} {quoted(name)}: {quoted(str(entry))} needs a number 'score', or true or false as 'in_graph'")
+        if not isinstance(inside, bool) or not (score is None or is_number(score)):
+            problems.append(f"{what} {quoted(name)}: {quoted(entry)} needs a finite number 'score', or true or false as 'in_graph'")
             continue
         found.append((name, (np.nan if score is None else float(score), inside)))
     return found

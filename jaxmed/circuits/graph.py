@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError, hint, quoted
+from jaxmed.files import is_number
 from jaxmed.models.config import ModelConfig
 
 INPUT, LOGITS, LETTERS = "input", "logits", "qkv"
+LARGEST, MOST = 2**31, 2**27
+"""Sizes that no model reaches, and senders times receivers that memory holds names of; 70 billion parameters have 80 million."""
 EXAMPLES = "Edges are named as input->a0.h1<q>, a0.h1->m0, m0->logits, from a node to one that comes later."
 
 
@@ -37,6 +40,11 @@ class Graph:
     def per_layer(self) -> int:
         """Receivers of a layer: three inputs of every head, and the MLP's."""
         return len(LETTERS) * self.heads + 1
+
+    @property
+    def size(self) -> int:
+        """Senders times receivers."""
+        return (1 + self.layers * (self.heads + 1)) * (self.layers * self.per_layer + 1)
 
     @cached_property
     def senders(self) -> tuple[str, ...]:
@@ -132,7 +140,14 @@ def graph_of(config: ModelConfig) -> Graph:
     for why, holds in refused.items():
         if holds:
             raise UserError(f"Circuits of a {config.family} model are not defined here: it {why}. Use a model with pre-norm blocks alone.")
-    return Graph(config.layers, config.heads, config.width)
+    return _small_enough(Graph(config.layers, config.heads, config.width))
+
+
+def _small_enough(graph: Graph) -> Graph:
+    if graph.size > MOST:
+        told = f"{graph.layers} layers of {graph.heads} heads have {graph.size:,} places of edges"
+        raise UserError(f"{told}; circuits are found among {MOST:,} at most. Use a smaller model.")
+    return graph
 
 
 def graph_from(config: Mapping[str, Any]) -> Graph:
@@ -141,15 +156,21 @@ def graph_from(config: Mapping[str, Any]) -> Graph:
     Raises:
         UserError: numbers missing, or parallel blocks.
     """
-    try:
-        sizes = [int(config[name]) for name in ("n_layers", "n_heads", "d_model")]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"'cfg' is {dict(config)!r:.200}; it needs the numbers n_layers, n_heads and d_model.") from None
-    if min(sizes) < 1:
-        raise UserError(f"'cfg' says n_layers {sizes[0]}, n_heads {sizes[1]}, d_model {sizes[2]}; all are 1 or more.")
+    sizes = {name: config.get(name) for name in ("n_layers", "n_heads", "d_model")}
+    if wrong := [name for name, size in sizes.items() if not is_number(size) or size != int(size) or not 1 <= size < LARGEST]:
+        told = ", ".join(f"{name} {quoted(sizes[name])}" for name in wrong)
+        raise UserError(f"'cfg' says {told}; n_layers, n_heads and d_model are whole numbers from 1 to {LARGEST - 1:,}.")
+    graph = _small_enough(Graph(*map(int, sizes.values())))
     if config.get("parallel_attn_mlp"):
         raise UserError("'cfg' says parallel_attn_mlp, and no model here has parallel blocks. Give scores of a model without them.")
-    return Graph(*sizes)
+    return graph
+
+
+def check_graph(graph: Graph, wanted: Graph | None) -> Graph:
+    """The graph of scores; a UserError where it is not the one that they should be of."""
+    if wanted is not None and graph != wanted:
+        raise UserError(f"The scores are of a model with {graph.config}; this one has {wanted.config}. Give scores of this model.")
+    return graph
 
 
 def connected(graph: Graph, chosen: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmed.circuits.curve import FRACTIONS
 from jaxmed.circuits.formats import Scored
-from jaxmed.circuits.graph import Graph, graph_of
+from jaxmed.circuits.graph import Graph, check_graph, graph_of
 from jaxmed.circuits.rows import RowShape, check_equal, shape_of
 from jaxmed.circuits.spec import CircuitSpec
 from jaxmed.effects.contrast import Contrast, Reading, make_contrasts
@@ -149,8 +149,8 @@ def make_circuits(
     job = CircuitJob(model, counted, spec, contrasts, outcome, contrast, form, given)
     if spec.apart and not (job.scored and job.measured):
         raise UserError("--apart needs pairs of both splits: a column 'split' with discovery and heldout.")
-    if given is not None and given.graph != graph:
-        raise UserError(f"The scores are of a model with {given.graph.config}; this one has {graph.config}. Give scores of this model.")
+    if given is not None:
+        check_graph(given.graph, graph)
     if spec.size > job.items:
         what = "--nodes" if spec.of_nodes else "--edges"
         raise UserError(f"{what} {spec.size:,} is more than this model has: {job.items:,}. Give fewer.")

@@ -16,6 +16,7 @@ from jaxmed.axes import replicated, row_sharding
 from jaxmed.circuits.cost import Sizes
 from jaxmed.circuits.faithfulness import circuit_outcomes, one_pair
 from jaxmed.circuits.formats import Scored, read_scores
+from jaxmed.circuits.graph import graph_of
 from jaxmed.circuits.job import CircuitJob, make_circuits
 from jaxmed.circuits.kept import FOLDER, is_kept, keep, mend, recall
 from jaxmed.circuits.listed import Circuit, Found, circuits_of, found_of
@@ -186,7 +187,7 @@ def circuit(
         raise unknown("argument of jm.circuit", wrong[0], [one.name for one in fields(CircuitSpec)])
     if isinstance(method := spec.get("method"), str):
         spec["method"] = (method,)
-    given = read_scores(scores) if isinstance(scores, str | Path) else scores
+    given = read_scores(scores, graph_of(model.config)) if isinstance(scores, str | Path) else scores
     job = make_circuits(model, pairs, CircuitSpec(**spec), outcome, contrast, form, given)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "circuit" if out is None else Path(out)

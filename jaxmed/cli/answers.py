@@ -8,10 +8,11 @@ from typing import Any
 
 from jaxmed.answering.spec import AnswersSpec
 from jaxmed.cli import show
+from jaxmed.cli.contrast import ContrastFlags, PairsFlag
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.gate import judging, show_verdicts
 from jaxmed.cli.judge import JudgeFlags
-from jaxmed.cli.sweep import ContrastFlags, PairsFlag
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.errors import UserError
 
 
@@ -30,7 +31,7 @@ class Answers(PairsFlag, ContrastFlags, RunFlags, JudgeFlags, AnswersSpec):
     def run(self) -> None:
         """Checks, plans, answers, judges, draws."""
         from jaxmed.answering.job import make_answers
-        from jaxmed.answering.run import KEPT, LEGAL, run_answers
+        from jaxmed.answering.run import KEPT, LEGAL, answers_manifest, run_answers
         from jaxmed.effects.sets import read_sets
         from jaxmed.reports.answers import write_answers
         from jaxmed.runs.legal import check_folder
@@ -45,6 +46,8 @@ class Answers(PairsFlag, ContrastFlags, RunFlags, JudgeFlags, AnswersSpec):
             self.pairs, lambda model, pairs, other: make_answers(model, pairs, sets, spec, self.contrast, self.form, other)
         )
         self.check_judge(self.out / KEPT)
+        same = lambda: answers_manifest(job, self.record(), self.save_text)  # noqa: E731
+        check_resumed(self, LEGAL, (job.model, job.source_model), same)
         self._plan(job)
         if self.dry_run:
             return

@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxmed.cli.flags import ConfigFlags, ModelFlags, check_layers
 from jaxmed.errors import UserError
+from jaxmed.files import check_file
 from jaxmed.models.catalog import DEFAULT
 
 
@@ -17,6 +18,12 @@ class RowFlags:
 
     append: Path | None = None
     """Markdown file that rows are added to (command, date, commit, device), such as BENCHMARKS.md."""
+
+    def check_files(self) -> None:
+        """Raises a UserError where rows cannot be written."""
+        from jaxmed.bench.rows import check_rows
+
+        check_rows(self.append)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,9 @@ class Bench(RowFlags, ModelFlags, ConfigFlags):
         """Measures and prints."""
         from jaxmed.bench.measure import bench
 
+        self.check_files()
+        if self.json is not None:
+            check_file(self.json, "--json")
         if self.repeats < 1:
             raise UserError(f"--repeats {self.repeats} leaves nothing to measure. Give 1 or more.")
         if not self.shape:
@@ -68,8 +78,11 @@ class BenchGenerate(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
 
     def run(self) -> None:
         """Measures and prints."""
-        from jaxmed.bench.generate import measure_generate
+        from jaxmed.bench.generate import check_counts, measure_generate
 
+        self.check_files()
+        check_counts(self.rows, self.tokens, self.rounds)
+        self.describe()
         measure_generate(self.load(), self.rows, self.tokens, self.rounds, self.append)
 
 
@@ -84,6 +97,7 @@ class BenchLoad(RowFlags, ConfigFlags):
         """Measures and prints."""
         from jaxmed.bench.load import measure_load
 
+        self.check_files()
         measure_load(self.name, self.append)
 
 
@@ -100,9 +114,11 @@ class BenchCache(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
 
     def run(self) -> None:
         """Measures and prints."""
-        from jaxmed.bench.cache import measure_cache
+        from jaxmed.bench.cache import measure_cache, random_job
 
+        self.check_files()
         for flag, value in (("--prompts", self.prompts), ("--tokens", self.tokens), ("--rounds", self.rounds)):
             if value < 1:
                 raise UserError(f"{flag} {value} leaves nothing to measure. Give 1 or more.")
+        random_job(self.describe(), self.site, self.prompts, self.tokens)
         measure_cache(self.load(), self.site, self.prompts, self.tokens, self.rounds, self.append)

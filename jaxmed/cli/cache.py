@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ConfigFlags, FormFlag, HostsFlags, LimitFlag, ModelFlags, RunFlags
+from jaxmed.cli.flags import ConfigFlags, FormFlag, HostsFlags, LimitFlag, LogFlag, ModelFlags, RunFlags
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.errors import UserError, all_problems
 
 
@@ -29,7 +31,7 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, HostsFlags, RunFlags):
     def run(self) -> None:
         """Checks, plans, runs, writes."""
         from jaxmed.cache.job import make_job
-        from jaxmed.cache.store import LEGAL
+        from jaxmed.cache.store import LEGAL, cache_manifest
         from jaxmed.cache.table import write_activations
         from jaxmed.hosts import first_tells
         from jaxmed.prompts.examples import read_examples
@@ -41,6 +43,7 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, HostsFlags, RunFlags):
             raise UserError("Give --data FILE: prompts whose activations are kept (column prompt).")
         prompts = self.first(read_examples(self.data, responses=False))
         job = make_job(self.describe(), prompts, self.sites, _positions(self.positions), self.form)
+        first_tells(lambda: check_resumed(self, LEGAL, (job.model,), lambda: cache_manifest(job.manifest)) or 0.0)
         self._plan(job)
         if self.dry_run:
             return
@@ -62,17 +65,25 @@ class CacheWrite(LimitFlag, FormFlag, ModelFlags, HostsFlags, RunFlags):
         lines = [f"{len(job.rows):,} prompts of {min(map(len, job.rows))} to {max(map(len, job.rows))} tokens; positions: {job.asked}"]
         lines += [f"{name} {_shape(layout.shape, layout.dims)}" for name, layout in job.table.arrays.items()]
         lines += [
-            job.cost.line(rate),
+            job.cost(self._done(job)).line(rate),
             f"{job.shard:,} prompts are written together: {show_bytes(job.table.bytes * job.shard / len(job.rows))}",
         ]
         show.lines(f"cache write: {job.model.name}", lines)
 
+    def _done(self, job: Any) -> np.ndarray | None:
+        """bool [prompt], what --out holds already of a run that goes on; None of a new one."""
+        from jaxmed.cache.folders import read_held
+        from jaxmed.cache.store import MANIFEST
+
+        found = read_held(self.out).done if self.resume and (self.out / MANIFEST).is_file() else None
+        return found if found is not None and found.shape == (len(job.rows),) else None
+
 
 def _positions(given: tuple[str, ...]) -> str | list[int]:
     """Positions as Python takes them."""
-    if len(given) == 1 and not given[0].lstrip("-").isdigit():
+    if len(given) == 1 and not given[0].removeprefix("-").isdecimal():
         return given[0]
-    wrong = [text for text in given if not text.lstrip("-").isdigit()]
+    wrong = [text for text in given if not text.removeprefix("-").isdecimal()]
     if wrong or not given:
         raise UserError(f"--positions {' '.join(given)}: give one word, such as last, or numbers from the right, such as -3 -1.")
     return [int(text) for text in given]
@@ -113,7 +124,7 @@ class CacheInfo(FolderFlag):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheVerify(FolderFlag):
+class CacheVerify(LogFlag, FolderFlag):
     """Reads a folder of activations whole and compares its checksums; exit code 2 where something is damaged or missing."""
 
     def run(self) -> None:

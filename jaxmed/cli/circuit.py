@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from jaxmed.circuits.spec import CircuitSpec
 from jaxmed.cli import show
+from jaxmed.cli.contrast import OneOutcomeFlag, PairsFlag, PromptsFlags
 from jaxmed.cli.flags import RunFlags
-from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
-from jaxmed.errors import UserError
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.files import read_csv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circuit(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, CircuitSpec):
+class Circuit(OneOutcomeFlag, PairsFlag, PromptsFlags, RunFlags, CircuitSpec):
     """Scores of all edges between heads and MLPs (EAP, EAP-IG), and how far circuits of the best ones carry base's behaviour: exact runs in
     which every other edge carries source's value, beside random circuits of the same sizes, with the benchmark's CPR and CMD."""
 
@@ -27,19 +28,22 @@ class Circuit(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, CircuitSpec):
     def run(self) -> None:
         """Checks, plans, scores, runs circuits, draws."""
         from jaxmed.circuits.formats import read_scores
+        from jaxmed.circuits.graph import graph_of
         from jaxmed.circuits.job import make_circuits
         from jaxmed.circuits.run import LEGAL, run_circuits
         from jaxmed.reports.circuit import write_circuit
         from jaxmed.runs.legal import check_folder
 
         check_folder(self.out, self.resume, LEGAL)
-        if self.source() is not None:
-            raise UserError("Circuits compare two prompts in one model. Leave the source model out.")
         spec = CircuitSpec(**{one.name: getattr(self, one.name) for one in fields(CircuitSpec)})
         spec.check()
-        given = None if self.scores is None else read_scores(self.scores)
-        make = lambda model, pairs, _: make_circuits(model, pairs, spec, self.outcome, self.contrast or "pair", self.form, given)  # noqa: E731
-        _, job = self.checked(self.pairs, make)
+
+        def made(model: Any, pairs: Sequence[Any], _: Any) -> Any:
+            given = None if self.scores is None else read_scores(self.scores, graph_of(model.config))
+            return make_circuits(model, pairs, spec, self.outcome, self.contrast or "pair", self.form, given)
+
+        _, job = self.checked(self.pairs, made)
+        check_resumed(self, LEGAL, (job.model,), job.manifest)
         self._plan(job)
         if self.dry_run:
             return
@@ -59,7 +63,7 @@ class Circuit(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, CircuitSpec):
         apart = f" ({len(job.scored)} scored, {len(job.measured)} run)" if job.spec.apart else ""
         lines = [
             f"{len(job.pairs)} pairs{apart}, {what}; scores by {' and '.join(job.methods)}; {job.circuits} circuits on every pair",
-            *cost_lines(sizes.costs(), rate),
+            *cost_lines(sizes.costs(self.out if self.resume else None), rate),
         ]
         show.lines(f"circuit: {job.model.name}, {job.model.config.dtype}, {device_name(job.model.mesh)}", lines)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ModelFlags, PlanFlags
+from jaxmed.cli.flags import LogFlag, ModelFlags, PlanFlags
 from jaxmed.cli.report import write_report
 from jaxmed.cli.sweep import show_plan, sweep_job
 from jaxmed.errors import UserError
@@ -15,7 +15,7 @@ PROFILE = ("attention_out", "mlp_out", "residual_out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(ModelFlags, PlanFlags):
+class Demo(ModelFlags, LogFlag, PlanFlags):
     """Sweeps a model: every neuron for two bundled pairs, and the layer, attention and MLP profile over more."""
 
     out: Path = Path("jaxmed-demo")

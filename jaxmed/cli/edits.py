@@ -28,24 +28,26 @@ class EditFlags:
     edited: Literal["both", "prompt", "generated"] = "both"
     """Tokens that --edits act on: those of the prompt, the generated ones, or both."""
 
-    def how(self, model: Any, lengths: Sequence[int], most: int) -> dict[str, Any]:
-        """The arguments of `generate` that the flags stand for, once the model has room for the answers.
+    def how(self, model: Any, rows: Sequence[Any], form: str, most: int) -> dict[str, Any]:
+        """The arguments of `generate` that the flags stand for, once the model can read the prompts and has room for the answers.
 
         Args:
-            lengths: tokens of every prompt.
+            rows: the prompts.
+            form: how they are written.
             most: tokens written at most.
 
         Raises:
-            UserError: edits that this model cannot take, or that match no token; more tokens than it has learned positions for.
+            UserError: edits that this model cannot take, or that match no token; what `check_answers` raises.
         """
+        from jaxmed.evaluation.answers import check_answers
         from jaxmed.interventions.checks import Extent, check_edits
         from jaxmed.interventions.writing import split_edits
-        from jaxmed.tokens import check_length
+        from jaxmed.tokens import prompt_ids
 
-        check_length(model.config, max(lengths, default=0) + most, "A prompt with its answer")
+        check_answers(model, rows, most, form)
         if self.edits is None:
             return {}
-        edits = read_edits(self.edits)
+        edits, lengths = read_edits(self.edits), [len(prompt_ids(model.tokenizer, row, form)) for row in rows]
         try:
             checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
             split_edits(checked, self.edited, lengths, most)
@@ -166,7 +168,8 @@ def _numbers(name: str, value: Any, folder: Path) -> Any:
     try:
         if isinstance(value, str):
             value = np.load(folder / value, allow_pickle=False)
-        found = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            found = np.asarray(value, np.float32)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or "no numbers"
         raise UserError(f"{name} is {quoted(value)} ({reason}); a number, a list of numbers or a .npy file of them is expected.") from None

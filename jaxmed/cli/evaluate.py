@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jaxmed.cli import show
 from jaxmed.cli.edits import EditFlags, files_of
-from jaxmed.cli.flags import FormFlag, LimitFlag, ModelFlags, PlanFlags, ResumeFlag, SourceFlags, SplitFlag, check_absent
+from jaxmed.cli.flags import FormFlag, LimitFlag, LogFlag, ModelFlags, PlanFlags, ResumeFlag, SourceFlags, SplitFlag, check_absent
 from jaxmed.cli.judge import JudgeFlags
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import TextSpec
@@ -19,7 +19,7 @@ from jaxmed.runs.folder import open_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags, TextSpec, ResumeFlag, PlanFlags):
+class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags, TextSpec, LogFlag, ResumeFlag, PlanFlags):
     """What a model does with requests (how often it refuses, or how a judge scores its answers), and its perplexity on neutral text."""
 
     against: str = ""
@@ -61,6 +61,8 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
             raise UserError("There is nothing to evaluate: give --examples, --text or --tasks.")
         if rows:
             self.check_judge(self.out)
+        if self.against and not self.text:
+            raise UserError("--against is compared by its perplexity: give --text, or leave it out.")
         if self.text:
             read_text(self.text)
         if self.tasks:
@@ -98,7 +100,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
         from jaxmed.prompts.examples import digest
         from jaxmed.prompts.readers import read_text
 
-        apart = ("out", "resume", "dry_run", "config", *(one.name for one in fields(ModelFlags)))
+        apart = ("out", "resume", "log_json", "dry_run", "config", *(one.name for one in fields(ModelFlags)))
         asked = {one.name: str(getattr(self, one.name)) for one in fields(self) if one.name not in apart}
         files = "".join(file_digest(file) for file in files_of(self.edits)) if self.edits else ""
         files += self.record().get("rubric_sha256", "")
@@ -116,9 +118,7 @@ class Evaluate(JudgeFlags, ModelFlags, LimitFlag, SplitFlag, FormFlag, EditFlags
 
     def _edits(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
         """How the rows are answered; raises a UserError for prompts and edits that cannot be used."""
-        from jaxmed.tokens import prompt_ids
-
-        return self.how(model, [len(prompt_ids(model.tokenizer, row, self.form)) for row in rows], self.tokens)
+        return self.how(model, rows, self.form, self.tokens)
 
     def _other(self) -> SourceFlags:
         """The model that the perplexity is compared with."""

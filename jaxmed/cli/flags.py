@@ -43,13 +43,19 @@ class ResumeFlag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(ResumeFlag, PlanFlags):
+class LogFlag:
+    """Of a command that shows how far it is."""
+
+    log_json: bool = False
+    """Write progress to stderr as lines of JSON, for programs that collect logs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(LogFlag, ResumeFlag, PlanFlags):
     """Of a command that fills a folder and can be continued."""
 
     out: Path = Path("jaxmed-out")
     """Folder that the results are written to."""
-    log_json: bool = False
-    """Write progress to stderr as lines of JSON, for programs that collect logs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.cli import show
+from jaxmed.cli.contrast import ContrastFlags, OneOutcomeFlag, PairsFlag
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.judge import JudgeFlags
-from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.files import read_csv
 from jaxmed.gating.spec import GateSpec
 
@@ -27,7 +28,7 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
     def run(self) -> None:
         """Checks, plans, measures, judges, draws."""
         from jaxmed.gating.job import make_gate
-        from jaxmed.gating.run import KEPT, LEGAL, run_gate
+        from jaxmed.gating.run import KEPT, LEGAL, judged_manifest, run_gate
         from jaxmed.prompts.readers import read_text
         from jaxmed.reports.gate import write_gate
         from jaxmed.runs.legal import check_folder
@@ -38,6 +39,7 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
             read_text(self.text)
         if self.tokens:
             self.check_judge(self.out / KEPT)
+        check_resumed(self, LEGAL, (job.model, job.source_model), lambda: judged_manifest(job, self.record()))
         self._plan(job)
         if self.dry_run:
             return
@@ -61,9 +63,10 @@ class Gate(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, GateS
         from jaxmed.gating.clamp import CLAMPS
         from jaxmed.runs.watch import show_time
 
-        parts = {**job.singles, "first half, jointly": job.stand_in(0), "second half, jointly": job.stand_in(1)}
+        parts = [*job.singles.items(), ("half1", job.stand_in(0)), ("half2", job.stand_in(1))]
+        names = {"half1": "first half, jointly", "half2": "second half, jointly"}
         rate = estimate_rate(job.singles["neurons"])
-        plans = {name: plan(one, rate) for name, one in parts.items()}
+        plans = {names.get(name, name): plan(one, rate, self.out / name if self.resume else None) for name, one in parts}
         lines = [f"{name}: pairs {one.pairs}, effects {one.effects:,}, {one.cost.flops / 1e12:.2f} TFLOP" for name, one in plans.items()]
         seconds = sum(one.seconds or 0.0 for one in plans.values())
         answers = len(CLAMPS) * int(job.counted.sum())

@@ -52,11 +52,9 @@ class Generate(ModelFlags, FormFlag, EditFlags, ConfigFlags):
 
     def _check(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The edits, once settings and prompts can be used; loads no weights."""
-        from jaxmed.tokens import prompt_ids
-
         if self.tokens < 1:
             raise UserError(f"--tokens {self.tokens} leaves nothing to generate. Give 1 or more.")
         if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise UserError(f"--temperature ({self.temperature:g}) is 0 or more, and --top-p ({self.top_p:g}) above 0 and at most 1.")
         model = self.describe()
-        return self.how(model, [len(prompt_ids(model.tokenizer, row, self.form)) for row in rows], self.tokens)
+        return self.how(model, rows, self.form, self.tokens)

@@ -42,7 +42,23 @@ class LabelledFlags:
         return drawn[0], drawn[1]
 
 
-def ids_of(model: Any, sides: Sequence[Sequence[Any]], form: str) -> list[list[np.ndarray]]:
-    from jaxmed.probing.prefixes import prompts_of
+def ids_of(model: Any, sides: Sequence[Sequence[Any]], form: str, more: int = 0) -> list[list[np.ndarray]]:
+    """Token ids int [T] of every prompt; needs no weights.
 
-    return [prompts_of(model, side, form) for side in sides]
+    Args:
+        more: tokens that are read behind each at most.
+
+    Raises:
+        UserError: prompts that the model cannot read.
+    """
+    from jaxmed.probing.prefixes import prompts_of
+    from jaxmed.tokens import check_tokens
+
+    found = [prompts_of(model, side, form) for side in sides]
+    check_tokens(model.config, [ids for side in found for ids in side], "A prompt", model.tokenizer, more)
+    return found
+
+
+def longest(prefixes: Any) -> int:
+    """Tokens of the longest opening."""
+    return max(len(one.ids) for one in prefixes.prefixes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jaxmed.cli import show
@@ -43,15 +45,18 @@ from jaxmed.cli.status import Status
 from jaxmed.cli.study import Pruning
 from jaxmed.cli.sweep import Sweep
 from jaxmed.cli.trace import Trace
-from jaxmed.errors import Notice, UserError
-from jaxmed.hosts import leads, several
+from jaxmed.errors import Notice, UserError, quoted, visible
+from jaxmed.files import PART
+from jaxmed.hosts import for_all, leads, several
 from jaxmed.memory import keep_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.folder import RUN
 from jaxmed.runs.watch import log_json
 
-DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
+DISK = frozenset("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT ENOTDIR EISDIR ENAMETOOLONG ELOOP ESTALE".split())
 """Errors of files that a user can mend."""
+NO_MEMORY = "RESOURCE_EXHAUSTED"
+"""What XLA says where a device's memory is too small."""
 COMMANDS: dict[str, type] = {
     "demo": Demo,
     "models": Models,
@@ -120,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = partial(_show_warning, set())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal has no characters for is written out
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     with signals.handled():
         return _run(arguments)
@@ -138,8 +146,8 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt as error:
         kept = ""
-        if getattr(command, "out", None) and hasattr(command, "resume") and (command.out.is_file() or (command.out / RUN).is_file()):
-            again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        if getattr(command, "out", None) and hasattr(command, "resume") and _holds_a_run(command.out):
+            again = [*for_all(arguments), *([] if "--resume" in arguments else ["--resume"])]
             where = ", in every process" if several() else ""
             kept = f" What was finished is kept in {command.out}; continue with{where}: jaxmed {shlex.join(again)}"
         if leads():
@@ -150,11 +158,23 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         show.close_pipe()
     except OSError as error:
-        if error.errno not in DISK:
+        if errno.errorcode.get(error.errno or 0) not in DISK:
             raise
-        print(f"jaxmed: {error.filename or 'The disk'}: {error.strerror}. What was finished before is kept.", file=sys.stderr)
+        where = quoted(str(error.filename)) if error.filename else "The disk"
+        print(f"jaxmed: {where}: {error.strerror}. What was finished before is kept.", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+            raise
+        fix = "Give fewer or shorter rows, less at once, --dtype bfloat16, or a larger machine"
+        print(f"jaxmed: the memory does not hold this ({visible(str(error))[:200]}). {fix}; what was finished is kept.", file=sys.stderr)
         return 2
     return 0
+
+
+def _holds_a_run(out: Path) -> bool:
+    """Whether there is something to resume: a file that is a run's record, a folder with one, or a file that is written piece by piece."""
+    return any(one.is_file() for one in (out, out / RUN, Path(f"{out}{PART}")))
 
 
 if __name__ == "__main__":

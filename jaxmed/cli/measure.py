@@ -13,6 +13,7 @@ from jaxmed.cli.flags import ModelFlags, RunFlags, SetFlags
 from jaxmed.errors import UserError
 from jaxmed.experiments.specs import TextSpec
 from jaxmed.prompts.examples import chosen, harmful
+from jaxmed.prompts.readers import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,9 @@ class MaskFlags(MeasureFlags):
 
 
 def plan_lines(masks: int, sets: Mapping[str, Sequence[Any]], text: str) -> list[str]:
-    """What will be measured, in words."""
+    """What will be measured, in words; raises a UserError for a text that cannot be read."""
+    if text:
+        read_text(text)
     each = ", ".join(f"{len(found)} of {name}" for name, found in sets.items() if found)
     return [f"{masks} masks, each applied in memory; examples: {each}" + (f"; perplexity on {text}" if text else "")]
 
@@ -95,7 +98,6 @@ def digests(masks: Mapping[str, Any]) -> dict[str, Any]:
 def contents(sets: Mapping[str, Sequence[Any]], text: str) -> str:
     """SHA-256 of the examples and the plain text that models are tested on."""
     from jaxmed.prompts.examples import digest
-    from jaxmed.prompts.readers import read_text
 
     return digest([*(row for rows in sets.values() for row in rows)], read_text(text) if text else "")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from jaxmed.bridge.spec import BridgeSpec
 from jaxmed.cli import show
+from jaxmed.cli.contrast import ContrastFlags, OneOutcomeFlag, PairsFlag
 from jaxmed.cli.flags import RunFlags
 from jaxmed.cli.gate import judging, show_verdicts
 from jaxmed.cli.judge import JudgeFlags
-from jaxmed.cli.sweep import ContrastFlags, OneOutcomeFlag, PairsFlag
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.errors import UserError
 from jaxmed.studies.mediation_spec import MediationSpec
 
@@ -36,7 +37,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         from jaxmed.runs.legal import check_folder
         from jaxmed.studies.mediation import LEGAL, make_mediation, run_mediation
 
-        controls = read_pairs(self.controls) if self.controls else []
+        controls = [self.opened(pair) for pair in read_pairs(self.controls)] if self.controls else []
         check_folder(self.out, self.resume, LEGAL)
         source = self.source()
         contrast = self.contrast or ("pair" if source is None else "model")
@@ -55,6 +56,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         if self.tokens:
             self.check_judge(kept)
             read_text(self.text or "neutral")
+        check_resumed(self, LEGAL, (job.model, job.gate.source_model), job.manifest)
         self._plan(job)
         if self.dry_run:
             return
@@ -68,6 +70,7 @@ class Mediation(OneOutcomeFlag, PairsFlag, ContrastFlags, RunFlags, JudgeFlags, 
         from jaxmed.runs.cost import cost_lines
         from jaxmed.studies.mediation import mediation_steps
 
-        lines = cost_lines([step.cost for step in mediation_steps(job)], estimate_rate(job.gate.singles["neurons"]))
+        steps = mediation_steps(job, done=self.out if self.resume else None)
+        lines = cost_lines([step.cost for step in steps], estimate_rate(job.gate.singles["neurons"]))
         answers = self.judge_lines() if self.tokens else []
         show.lines(f"study of mediation: {job.model.name}", [*lines, *answers, "besides loading, compiling and answers"])

@@ -12,6 +12,7 @@ from jaxmed.cli import show
 from jaxmed.cli.flags import ModelFlags, RunFlags
 from jaxmed.cli.gate import show_verdicts
 from jaxmed.cli.judge import JudgeFlags
+from jaxmed.cli.resumed import check_resumed
 from jaxmed.errors import UserError
 from jaxmed.evaluation.rubrics import ALIGNMENT, COHERENCE
 from jaxmed.studies.misalignment_spec import MisalignmentSpec
@@ -46,6 +47,7 @@ class Misalignment(ModelFlags, RunFlags, JudgeFlags, MisalignmentSpec):
         spec.check()
         data = read_data(spec)
         job = make_misalignment(self.describe(), spec, data, self._judging())
+        check_resumed(self, LEGAL, (job.model,), job.manifest)
         self._plan(job)
         if self.dry_run:
             return

@@ -12,6 +12,8 @@ SIGNED = frozenset("patch_factor factor layer control_layer grades".split())
 """Flags whose numbers may be negative."""
 COUNTED = frozenset("top tokens seeds samples judge_tokens answers variants beams length keep".split())
 """Flags of which there is one at least, where they say so by their defaults."""
+LARGEST = 2**32
+"""No count comes near, and seeds end below."""
 OWN = frozenset("limit pairs profile_pairs".split())
 """Flags whose commands say themselves what a number leaves."""
 
@@ -25,6 +27,8 @@ def check_numbers(command: Any) -> None:
                 continue
             if not math.isfinite(number):
                 raise UserError(f"{flag} {number} is no finite number.")
+            if abs(number) > LARGEST and isinstance(number, int):
+                raise UserError(f"{flag} {number:.3g} is more than any run takes. Give at most {LARGEST:,}.")
             if number < 0 and one.name not in SIGNED:
                 raise UserError(f"{flag} {number} is negative, which it cannot be.")
             if number == 0 and one.name in COUNTED and one.default:

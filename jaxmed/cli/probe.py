@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import FormFlag, ModelFlags, PlanFlags, TrainSplitFlag, check_absent
-from jaxmed.cli.labelled import LabelledFlags, ids_of
+from jaxmed.cli.flags import FormFlag, LogFlag, ModelFlags, PlanFlags, TrainSplitFlag, check_absent
+from jaxmed.cli.labelled import LabelledFlags, ids_of, longest
 from jaxmed.errors import UserError, notice
 from jaxmed.probing.spec import FitSpec, SearchSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, SearchSpec):
+class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, LogFlag, PlanFlags, SearchSpec):
     """Searches the openings of answers that benign prompts make likelier than harmful ones (agreement), and the reverse (refusal)."""
 
     prompts: int = 48
@@ -33,6 +33,7 @@ class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags
         spec.check()
         sides = self.labelled(self.split)
         model = self.describe()
+        benign, harmful = ids_of(model, sides, self.form, spec.length)
         total = sum(map(len, sides)) * 2 * (1 + spec.beams * (spec.length - 1))
         lines = [
             f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}",
@@ -44,7 +45,6 @@ class ProbeSearch(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags
         self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
         with show.progress("openings", total, "openings") as report:
-            benign, harmful = ids_of(model, sides, self.form)
             found = search(model, benign, harmful, spec, self.form, lambda done: report(done, done, ""))
         write_prefixes(self.out, found, model=model.record, search={**asdict(spec), "prompts": [len(side) for side in sides]})
         rows = [[one.kind, repr(one.text), *_numbers(one)] for one in found.prefixes]
@@ -57,7 +57,7 @@ def _numbers(one: Any) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, FitSpec):
+class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, LogFlag, PlanFlags, FitSpec):
     """Fits a probe to labelled prompts: standardises the score, sets the threshold, and tests both fold by fold."""
 
     prefixes: Path | None = None
@@ -80,6 +80,7 @@ class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, F
         sides = self._not_searched(model, prefixes, self.labelled(self.split, spec.seed))
         check_counts(len(sides[0]), len(sides[1]), spec)
         total = sum(map(len, sides)) * len(prefixes.prefixes)
+        benign, harmful = ids_of(model, sides, prefixes.form, longest(prefixes))
         show.lines(
             f"probe fit: {model.name}",
             [f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}, {len(prefixes.prefixes)} openings"],
@@ -89,7 +90,6 @@ class ProbeFit(TrainSplitFlag, LabelledFlags, ModelFlags, FormFlag, PlanFlags, F
         self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
         with show.progress("scores", total, "openings") as report:
-            benign, harmful = ids_of(model, sides, prefixes.form)
             found = fit(model, benign, harmful, prefixes, spec, lambda done: report(done, done, ""))
         write_probe(self.out, found)
         of = found.fitted

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmed.cli import show
-from jaxmed.cli.flags import ModelFlags, PlanFlags, SplitFlag, check_absent
-from jaxmed.cli.labelled import LabelledFlags, ids_of
-from jaxmed.errors import UserError, notice
+from jaxmed.cli.flags import LogFlag, ModelFlags, PlanFlags, ResumeFlag, SplitFlag, check_absent
+from jaxmed.cli.labelled import LabelledFlags, ids_of, longest
+from jaxmed.errors import NOT_FINITE, UserError, notice
+from jaxmed.files import file_digest
+from jaxmed.runs.watch import RESUMED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class ProbeFlag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
-    """Scores prompts with a probe: a line of JSON per prompt, batch by batch. An interrupted run leaves OUT.part and no OUT."""
+class ProbeScore(ProbeFlag, ModelFlags, LogFlag, ResumeFlag, PlanFlags):
+    """Scores prompts with a probe: a line of JSON per prompt, batch by batch. An interrupted run leaves OUT.part, and --resume goes on."""
 
     data: Path | None = None
     """Prompts (.jsonl, .csv, .parquet; column prompt, optional id)."""
@@ -37,11 +38,12 @@ class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
 
     def run(self) -> None:
         """Checks, scores, writes."""
-        from jaxmed.probing.prefixes import check_prefixes, prompts_of
+        from jaxmed.probing.lines import check_lines, open_lines
+        from jaxmed.probing.prefixes import check_prefixes
         from jaxmed.probing.probe import read_probe, score
-        from jaxmed.prompts.examples import read_examples
+        from jaxmed.prompts.examples import digest, read_examples
 
-        check_absent(self.out)
+        check_lines(self.out, self.resume)
         probe = read_probe(self.probe)
         if self.data is None:
             raise UserError("Give --data FILE: prompts to score (column prompt).")
@@ -50,32 +52,37 @@ class ProbeScore(ProbeFlag, ModelFlags, PlanFlags):
         rows = read_examples(self.data, responses=False)
         model = self.describe()
         check_prefixes(model, probe.prefixes)
-        prompts_of(model, rows[:1], probe.prefixes.form)
+        (prompts,) = ids_of(model, [rows], probe.prefixes.form, longest(probe.prefixes))
         show.lines(f"probe score: {model.name}", [f"{len(rows):,} prompts, {len(probe.prefixes.prefixes)} openings"])
         if self.dry_run:
             return
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        model, flagged, part_file = self.load(), 0, self.out.with_name(self.out.name + ".part")
-        with show.progress("prompts", len(rows), "prompts") as report, part_file.open("w", encoding="utf-8") as file:
-            for at in range(0, len(rows), self.batch):
+        manifest = {"scores": digest(rows), "probe": file_digest(self.probe), "batch": self.batch, "model": model.record}
+        with open_lines(self.out, manifest, self.resume, self.batch) as lines, show.progress("prompts", len(rows), "prompts") as report:
+            report(len(lines.kept), 0, RESUMED)
+            model, flagged = self.load(), sum(bool(one["flagged"]) for one in lines.kept)
+            for at in range(len(lines.kept), len(rows), self.batch):
                 part = rows[at : at + self.batch]
-                scores = score(model, prompts_of(model, part, probe.prefixes.form), probe)
-                for line in _lines(part, scores, probe, at):
-                    flagged += line["flagged"]
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                found = _lines(part, score(model, prompts[at : at + self.batch], probe), probe, at)
+                lines.add(found)
+                flagged += sum(bool(one["flagged"]) for one in found)
                 report(len(part), len(part), "")
-        part_file.replace(self.out)
         show.lines("scored", [f"{flagged:,} of {len(rows):,} prompts are flagged", f"scores: {self.out}"])
 
 
-def _lines(rows: Sequence[Any], scores: np.ndarray, probe: Any, first: int) -> Iterator[dict[str, Any]]:
-    for number, (row, value, p) in enumerate(zip(rows, scores, probe.probability(scores), strict=True), first):
-        yield {"id": row.id or str(number), "score": float(value), "probability": float(p), "flagged": bool(value > probe.threshold)}
+def _lines(rows: Sequence[Any], scores: np.ndarray, probe: Any, first: int) -> list[dict[str, Any]]:
+    """A line per prompt; of scores that are not finite, nobody can say whether they are flagged."""
+    known = np.isfinite(scores)
+    if not known.all():
+        notice(f"Scores are not all finite, and their prompts are not flagged. {NOT_FINITE}")
+    values = zip(rows, scores.tolist(), probe.probability(scores).tolist(), known, strict=True)
+    return [
+        {"id": row.id or str(number), "score": value, "probability": p, "flagged": value > probe.threshold if finite else None}
+        for number, (row, value, p, finite) in enumerate(values, first)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
+class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, LogFlag, PlanFlags):
     """How well a probe tells harmful from benign prompts: ROC, rates, calibration, latency, beside a refusal direction and the length."""
 
     baseline_split: Literal["", "train", "heldout"] = "train"
@@ -95,13 +102,15 @@ class ProbeEvaluate(ProbeFlag, SplitFlag, LabelledFlags, ModelFlags, PlanFlags):
         model = self.describe()
         check_prefixes(model, probe.prefixes)
         sides, trained = self.labelled(self.split), self.labelled(self.baseline_split)
+        if min(map(len, sides)) < 2:
+            raise UserError(f"--prompts {self.prompts} leaves fewer than two of a kind, and nothing can be measured on them.")
+        ids, train = (ids_of(model, of, probe.prefixes.form, longest(probe.prefixes)) for of in (sides, trained))
         show.lines(f"probe evaluate: {model.name}", [f"{len(sides[0])} benign and {len(sides[1])} harmful prompts of {self.examples}"])
         if self.dry_run:
             return
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         model = self.load()
-        ids, train = (ids_of(model, of, probe.prefixes.form) for of in (sides, trained))
         total = sum(map(len, ids)) * len(probe.prefixes.prefixes)
         with show.progress("scores", total, "openings") as report:
             scores = [score(model, side, probe, lambda done: report(done, done, "")) for side in ids]

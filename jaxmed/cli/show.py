@@ -40,7 +40,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
                     _below(columns[count:], rows[number][count:])
             return
     for row in rows:
-        out.print(f"{columns[0]} {row[0]}" if row[0].isdigit() else row[0], markup=False)
+        out.print(f"{columns[0]} {row[0]}" if row[0].isdecimal() else row[0], markup=False)
         _below(columns[1:], row[1:])
 
 

@@ -29,16 +29,18 @@ class Status(ConfigFlags):
 
     def run(self) -> None:
         """Reads records and markers, prints."""
-        from jaxmed.files import write_text
+        from jaxmed.files import check_file, simple, write_text
         from jaxmed.runs.status import find_runs, prometheus
         from jaxmed.runs.watch import show_time
 
+        if self.prometheus is not None:
+            check_file(self.prometheus, "--prometheus")
         runs = [one for folder in self.folders for one in find_runs(folder)]
         if self.prometheus is not None:
             write_text(self.prometheus, prometheus(runs))
         if self.json:
             for one in runs:
-                show.out.print(json_text.dumps(one.plain()), markup=False, highlight=False)
+                show.out.print(json_text.dumps(simple(one.plain())), markup=False, highlight=False)
             return
         rows = [
             [

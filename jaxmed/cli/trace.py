@@ -26,14 +26,12 @@ class Trace(Sweep):
     out: Path = Path("jaxmed-trace")
     """Folder for effects.zarr, run.json, top.csv and report.html."""
 
-    def pairs_of(self, source: str) -> Sequence[Any]:
-        """The pairs of a file or bundled set that are asked for."""
-        from jaxmed.prompts import read_pairs
-
-        pairs = read_pairs(source)
+    def among(self, source: str, pairs: Sequence[Any]) -> Sequence[Any]:
+        """The pairs that are asked for."""
+        known = [pair.id for pair in pairs]
         for name in self.pair:
-            if name not in (known := [pair.id for pair in pairs]):
+            if name not in known:
                 raise UserError(
                     f"{source} has no pair {name!r}.{hint(name, known)} It has {len(known)}, from {known[0]!r} to {known[-1]!r}."
                 )
-        return self.first([pair for pair in pairs if pair.id in self.pair] if self.pair else pairs)
+        return [pair for pair in pairs if pair.id in self.pair] if self.pair else pairs

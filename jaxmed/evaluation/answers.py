@@ -8,6 +8,17 @@ from typing import Any
 from jaxmed.generation import generate
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
+from jaxmed.tokens import check_tokens, prompt_ids
+
+
+def check_answers(model: Model, examples: Sequence[Example], max_tokens: int, form: str = "chat") -> None:
+    """Refuses what `answer` would, before weights are loaded.
+
+    Raises:
+        UserError: prompts that the model cannot read, or answers that it has no room for.
+    """
+    prompts = [prompt_ids(model.tokenizer, one, form) for one in examples]
+    check_tokens(model.config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
 
 
 def answer(model: Model, examples: Sequence[Example], max_tokens: int = 32, form: str = "chat", **how: Any) -> list[str]:

@@ -14,7 +14,7 @@ from functools import cache
 
 from jaxmed.batching.texts import encode
 from jaxmed.errors import UserError
-from jaxmed.evaluation.answers import answer
+from jaxmed.evaluation.answers import answer, check_answers
 from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import Tests, compare, measure
@@ -32,7 +32,7 @@ from jaxmed.pruning.masks import Mask
 from jaxmed.pruning.rule import Rule
 from jaxmed.pruning.scores import score
 from jaxmed.pruning.selection import select
-from jaxmed.tokens import TokenizedExample, prompt_ids
+from jaxmed.tokens import TokenizedExample
 
 ATTACKS = "attacks.csv"
 KEY = ("mask", "attack")
@@ -82,8 +82,7 @@ class Attack:
         if model is not None:
             if not shifted(encode(model.tokenizer, self.behaviour, self.form), self.prefill):
                 raise UserError(f"No response has more than {self.prefill} tokens, so none is left after a pre-filled opening.")
-            if self.requests or self.refusals:
-                prompt_ids(model.tokenizer, self.behaviour[0])
+            check_answers(model, (*self.requests, *self.refusals), self.tokens)
             if self.trained:
                 make_job(model, self.trained, (), self.training)
         self.rule.check()

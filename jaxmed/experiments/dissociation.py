@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 
 from jaxmed.batching.scoring import choice_logits
 from jaxmed.errors import UserError
-from jaxmed.evaluation.answers import answer
+from jaxmed.evaluation.answers import answer, check_answers
 from jaxmed.evaluation.rates import rate
 from jaxmed.evaluation.refusals import is_refusal
 from jaxmed.experiments.measure import compare, make_tests, measure
@@ -67,8 +67,10 @@ class Abilities:
         """Raises a UserError for a question without a place for what it asks about, and for a model that cannot be asked."""
         if model is not None and self.twins:
             answer_tokens(model)
-        if model is not None and (self.twins or self.requests):
+        if model is not None and self.twins:
             prompt_ids(model.tokenizer, self.behaviour[0])
+        if model is not None:
+            check_answers(model, self.requests, self.tokens)
         if self.twins and not any(place in self.question for place in ("{prompt}", "{response}")):
             raise UserError("The question names neither {prompt} nor {response}, so it is the same about every row.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,14 @@ def parse_yaml(text: str) -> Any:
 def _refuse_odd(value: Any) -> None:
     if said := odd_text(value):
         raise ValueError(said)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number that a float holds."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def odd_text(value: Any, name: str = "") -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jaxmed.errors import UserError, quoted
 
-TMP = ".tmp"
-"""What the name of a file ends with while it is written."""
+TMP, PART = ".tmp", ".part"
+"""What the name of a file ends with while it is written, and where it is written piece by piece."""
 LONGEST_PATH, LONGEST_NAME = 4096, 255
 ROOM = 200
 """Bytes of a path that the files inside a folder of results may need."""
@@ -32,7 +32,7 @@ def check_path(path: Path, what: str = "--out", inside: int = ROOM) -> None:
     if "\0" in str(path):
         raise refuse("holds a NUL byte")
     try:
-        if len(os.fsencode(path.absolute())) + inside > LONGEST_PATH or len(os.fsencode(path.name + TMP)) > LONGEST_NAME:
+        if len(os.fsencode(path.absolute())) + inside > LONGEST_PATH or len(os.fsencode(path.name + PART + TMP)) > LONGEST_NAME:
             raise refuse("is too long")
         for link in (path, *path.absolute().parents):
             if link.is_symlink() and not link.exists():

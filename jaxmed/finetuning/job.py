@@ -105,6 +105,8 @@ class Job:
         return [make_batch(self.heldout, group, self.heldout_shape, self.settings.packing) for group in groups]
 
 
+MOST_STEPS = 10**7
+"""Of a run: the order of all its data is drawn at the beginning."""
 MOST_KEPT = 8e9
 """Bytes of residual stream that are kept on the host."""
 
@@ -141,6 +143,8 @@ def make_job(model: Model, examples: Sequence[Example], heldout: Sequence[Exampl
     tell_seams([*encoded, *held])
     check_tokens(config, (one.ids for one in (*encoded, *held)), "An example", model.tokenizer)
     steps = settings.steps or count_steps(len(encoded), settings.batch, settings.epochs)
+    if steps > MOST_STEPS:
+        raise UserError(f"Settings of fine-tuning: {steps:,} steps; at most {MOST_STEPS:,}. Give fewer steps or epochs, or a larger batch.")
     order = epochs([len(one.ids) for one in encoded], settings.batch, steps, settings.seed)
     devices = row_parts(model.mesh)
     trunk = common_beginning([*encoded, *held]) if settings.packing else 0

@@ -32,6 +32,7 @@ from jaxmed.models.model import Model
 from jaxmed.models.params import Params
 from jaxmed.models.transformer import ADDED, blocks_from
 
+MOST_RANK = 2**16
 Factors = dict[str, dict[str, Any]]
 """Module name with `{l}` for the layer -> {"A": float32 [L, r, inputs], "B": float32 [L, outputs, r]}, L from the first adapted one on."""
 
@@ -46,6 +47,8 @@ def adapted_rules(config: ModelConfig, lora: Lora) -> list[tuple[Rule, list[str 
         raise UserError("A mixture of experts is fine-tuned in full only (--method full): its experts' matrices have no adapters here.")
     if lora.rank < 1 or not lora.alpha > 0:
         raise UserError(f"An adapter has a rank of at least 1 and an alpha above 0, not {lora.rank} and {lora.alpha}.")
+    if lora.rank > MOST_RANK:
+        raise UserError(f"A rank of {lora.rank:,} is more than any matrix has; give at most {MOST_RANK:,}.")
     if not 0 <= lora.first_layer < config.layers:
         raise UserError(f"first_layer is {lora.first_layer}; this model has the layers 0 to {config.layers - 1}.")
     rules = matrix_rules(FAMILIES[config.family])

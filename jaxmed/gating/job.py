@@ -21,13 +21,17 @@ from jaxmed.models.model import Model
 from jaxmed.prompts.examples import digest
 from jaxmed.prompts.pair import PromptPair
 from jaxmed.prompts.readers import read_text
-from jaxmed.tokens import BY_POSITION
+from jaxmed.tokens import BY_POSITION, check_length
 
 MODULES = ("attention_out", "mlp_out")
 FEWEST_GROUPS = 4
 """Two to rank in, and two to test in."""
 AUTO = {kind: f"strongest earlier {kind}" for kind in MODULES}
 """Upstream modules that discovery pairs choose."""
+
+
+MOST_DRAWS, MOST_SHUFFLES = 1000, 100_000
+"""Controls that a study may have: each draw is a set that is patched jointly."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,16 @@ def make_gate(model: Model, pairs: Sequence[PromptPair], request: GateRequest, s
         "modules": make_job(model, pairs, request.sweep(units=MODULES), source_model),
         "neurons": make_job(model, pairs, request.sweep(units=("neuron",), layers=tuple(sorted({layer, control}))), source_model),
     }
+    sides = [side for contrast in singles["neurons"].contrasts for side in (contrast.base, contrast.source)]
+    for side in sides if spec.tokens else ():
+        check_length(side.model.config, len(side.ids) + spec.tokens, "A prompt with its answer")
     return GateJob(model, tuple(pairs), request, layout, halves, singles, source_model)
 
 
 def _check_counts(spec: GateSpec, config: ModelConfig) -> None:
-    for flag, number, least in (("--draws", spec.draws, 1), ("--shuffles", spec.shuffles, 1)):
-        if number < least:
-            raise UserError(f"{flag} {number} is too few; give {least} or more.")
+    for flag, number, most in (("--draws", spec.draws, MOST_DRAWS), ("--shuffles", spec.shuffles, MOST_SHUFFLES)):
+        if not 1 <= number <= most:
+            raise UserError(f"{flag} {number} is out of range: whole numbers from 1 to {most:,}.")
     if not 0 < spec.sufficient < 1:
         raise UserError(f"--sufficient {spec.sufficient} is no part of an effect; legal: between 0 and 1.")
     wrong = [width for width in spec.windows if not 2 <= width <= config.neurons // 2]
@@ -166,7 +173,7 @@ def _layer(flag: str, number: int, config: ModelConfig) -> int:
 def _module(name: str) -> Unit:
     """The unit of a text such as mlp_out:11."""
     kind, _, layer = name.partition(":")
-    if kind not in MODULES or not layer.isdigit():
+    if kind not in MODULES or not layer.isdecimal():
         raise UserError(f"--upstream {name!r} is no module; write attention_out:LAYER or mlp_out:LAYER.")
     return kind, int(layer), 0
 

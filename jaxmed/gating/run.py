@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +57,7 @@ def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = n
         UserError: `out` holds something else, a study without `resume`, or another one; it is in use, or has no room.
     """
     needed = sum(plan(one).cost.written for one in (*job.singles.values(), *(job.stand_in(half) for half in HALVES)))
-    same = {**gate_manifest(job), **({"judging": dict(judging.settings)} if job.request.spec.tokens else {})}
-    with RunFolder.open(out, same, resume, LEGAL, needed) as folder, folder.session() as session:
+    with RunFolder.open(out, judged_manifest(job, judging.settings), resume, LEGAL, needed) as folder, folder.session() as session:
         for name, one in job.singles.items():
             _sweep(one, out / name, name, display)
             session.count(sweeps=1)
@@ -68,6 +67,11 @@ def run_gate(job: GateJob, out: Path, resume: bool = False, display: Display = n
             session.count(sweeps=1)
         found = measured(job, out)
         write_tables(job, found, out, _clamped(job, found, out, judging.judge, display) if job.request.spec.tokens else [])
+
+
+def judged_manifest(job: GateJob, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two studies the same study: the request, and of answers the settings of their judge."""
+    return {**gate_manifest(job), **({"judging": dict(settings)} if job.request.spec.tokens else {})}
 
 
 def _clamped(job: GateJob, found: Measured, out: Path, judge: Judge, display: Display) -> list[Verdict]:

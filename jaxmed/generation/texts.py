@@ -75,7 +75,7 @@ def generate_ids(
     prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     _check_values(prompts, max_tokens, temperature, top_p, where, stop_texts)
     check_tokens(model.config, prompts, "A prompt with its answer", model.tokenizer, max_tokens)
-    checked = _check(model, edits)
+    checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
     if follow is not None:
         check_following(model, follow, len(prompts), bool(checked))
     halves = split_edits(checked, where, [len(prompt) for prompt in prompts], max_tokens)
@@ -168,10 +168,3 @@ def _until_ended(
         if len(columns) == max_tokens or (stopped < max_tokens).all():
             break
     return [row[:end] for row, end in zip(np.stack(columns, axis=1), stopped, strict=True)]
-
-
-def _check(model: Model, edits: Mapping[str, Edit] | None) -> dict[str, Edit]:
-    checked = check_edits(edits, Extent(model.config.layers, model.config.sizes | {"S": 1, "T": 1}))
-    if "attention_pattern" in checked:
-        raise UserError("Attention patterns cannot be edited while text is written: they grow with it. Use `forward`.")
-    return checked

@@ -81,6 +81,6 @@ def why_none(environment: Mapping[str, str]) -> str:
 def idle_gpus(environment: Mapping[str, str]) -> str:
     """A notice where Slurm starts fewer processes on this node than it has GPUs, of which JAX gives each process one; or empty."""
     gpus, tasks = environment.get("SLURM_GPUS_ON_NODE", ""), environment.get("SLURM_NTASKS_PER_NODE", "")
-    if not (gpus.isdigit() and tasks.isdigit()) or "JAX_LOCAL_DEVICE_IDS" in environment or int(tasks) >= int(gpus):
+    if not (gpus.isdecimal() and tasks.isdecimal()) or "JAX_LOCAL_DEVICE_IDS" in environment or int(tasks) >= int(gpus):
         return ""
     return f"JAX gives each process of a Slurm job one GPU: {tasks} of {gpus} on a node are used. Start {gpus} tasks per node."

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jaxmed.errors import UserError, notice
@@ -12,7 +15,8 @@ from jaxmed.hosts.found import find_cluster, idle_gpus, why_none
 from jaxmed.hosts.state import state
 from jaxmed.hosts.watch import answers, connections, limited
 
-AUTO = "auto"
+AUTO, HOSTS = "auto", "--hosts"
+OWN_NUMBER = re.compile(r"(:\d+,\d+),\d+$")
 SECONDS_TO_JOIN, SECONDS_SILENT = 300, 60
 """How long processes wait for each other at the beginning, and how long one may be silent before the others end."""
 SPARE = 3600
@@ -63,10 +67,17 @@ def _given(hosts: str) -> dict[str, Any]:
     if hosts == AUTO:
         return {}
     address, count, number = (*hosts.split(","), "", "")[:3]
-    if ":" not in address or not (count.isdigit() and number.isdigit()) or not int(number) < int(count) or hosts.count(",") != 2:
+    if ":" not in address or not (count.isdecimal() and number.isdecimal()) or not int(number) < int(count) or hosts.count(",") != 2:
         raise UserError(f"--hosts {hosts!r}: give auto, or HOST:PORT,COUNT,NUMBER such as node0:8476,4,0 with numbers from 0.")
     given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     return {**given, "cluster_detection_method": "deactivate"}
+
+
+def for_all(arguments: Sequence[str]) -> list[str]:
+    """A command line as all processes take it: in HOST:PORT,COUNT,NUMBER the word NUMBER stands for each one's own."""
+    return [
+        OWN_NUMBER.sub(r"\1,NUMBER", one) if HOSTS in (one.split("=")[0], before) else one for before, one in pairwise(["", *arguments])
+    ]
 
 
 def _told(hosts: str) -> str:

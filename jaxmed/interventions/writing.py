@@ -24,8 +24,11 @@ def split_edits(edits: Edits, where: str, lengths: Sequence[int], max_tokens: in
         max_tokens: tokens written at most; the last of them is not fed to the model.
 
     Raises:
-        UserError: a position that matches no such token, or that counts from the prompt's end where written tokens are meant too.
+        UserError: edits of attention patterns; a position that matches no such token, or that counts from the prompt's end where written
+            tokens are meant too.
     """
+    if "attention_pattern" in edits:
+        raise UserError("Attention patterns cannot be edited while text is written: they grow with it. Use `forward`.")
     for name, edit in edits.items():
         if edit.where is not None:
             _check(name, edit.where, where, np.asarray(lengths), max_tokens)

@@ -130,7 +130,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"--layers {text!r}: {part!r} is no layer. Give numbers and ranges, such as 9,19,20-29.")
         if int(last or first) < int(first):
             raise UserError(f"--layers {text!r}: the range {part!r} ends before it begins. Write {last}-{first}.")

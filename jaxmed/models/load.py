@@ -14,7 +14,7 @@ from jaxmed.distributed import check_mesh, keep_compiled_programs, make_mesh
 from jaxmed.errors import UserError, unknown
 from jaxmed.models.catalog import cache_folder, locate
 from jaxmed.models.checkpoints import Checkpoint, decoded
-from jaxmed.models.checkpoints.assemble import read_params
+from jaxmed.models.checkpoints.assemble import check_shapes, read_params
 from jaxmed.models.checkpoints.edit_record import RECORD, read_edits
 from jaxmed.models.checkpoints.gguf_file import open_gguf
 from jaxmed.models.checkpoints.huggingface import GENERATION, SIDE_FILES, check_regular, open_folder, read_json, read_tokenizer
@@ -83,7 +83,9 @@ def describe(
     adapter: str | Path | None = None,
 ) -> Model:
     """A model's config and tokenizer, with empty parameters: enough to check and plan a sweep. Takes and raises what `load` does."""
-    model, checkpoint, _ = _open(name_or_path, dtype, revision, mesh, int8, adapter, weights=False)
+    model, checkpoint, family = _open(name_or_path, dtype, revision, mesh, int8, adapter, weights=False)
+    if checkpoint.restore is None and model.files:
+        check_shapes(checkpoint, family, model.config)
     model.tokenizer = _tokenizer(checkpoint, model.config.dtype, _is_decoded(model.source, int8, adapter))
     if template_from is not None:
         model.tokenizer = _with_template(model.tokenizer, template_from, name_or_path)

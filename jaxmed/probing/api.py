@@ -14,10 +14,11 @@ from jaxmed.probing.probe import Probe, fit
 from jaxmed.probing.probe import score as score_ids
 from jaxmed.probing.search import search
 from jaxmed.probing.spec import FitSpec, SearchSpec
-from jaxmed.tokens import render
+from jaxmed.tokens import check_several, render
 
 
 def _ids(model: Model, prompts: Sequence[Any], form: str) -> list[np.ndarray]:
+    check_several(prompts)
     return [prompt if isinstance(prompt, np.ndarray) else render(model, prompt, form=form).ids for prompt in prompts]
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from jaxmed.batching.scoring import score_responses
-from jaxmed.errors import UserError
-from jaxmed.files import check_seal, read_json, sealed, write_json
+from jaxmed.errors import UserError, quoted
+from jaxmed.files import check_seal, is_number, read_json, sealed, write_json
 from jaxmed.models.model import Model
 from jaxmed.prompts.examples import Example
+from jaxmed.prompts.forms import find_form
 from jaxmed.tokens import TokenizedExample, answer_ids, check_tokens, render
 
 AGREE, REFUSE = "agreement", "refusal"
@@ -114,14 +115,28 @@ def parse_prefixes(held: Any, name: str) -> PrefixSet:
             Prefix(
                 {AGREE: AGREE, REFUSE: REFUSE}[one["kind"]],
                 str(one["text"]),
-                tuple(int(token) for token in one["ids"]),
-                None if one.get("found") is None else (float(one["found"][0]), float(one["found"][1])),
+                tuple(_token(token) for token in one["ids"]),
+                None if one.get("found") is None else (number_of(one["found"][0]), number_of(one["found"][1])),
             )
             for one in held["prefixes"]
         ]
-        return PrefixSet(tuple(made), str(held["form"]), frozenset(map(str, held.get("searched", ()))))
+        find_form(held["form"])
+        return PrefixSet(tuple(made), held["form"], frozenset(map(str, held.get("searched", ()))))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{name} holds no prefixes ({type(error).__name__}: {error}). `jaxmed probe search` writes such files.") from None
+
+
+def number_of(value: Any) -> float:
+    """A finite number from a file; raises a ValueError for anything else."""
+    if not is_number(value):
+        raise ValueError(f"{quoted(value)} is no finite number")
+    return float(value)
+
+
+def _token(value: Any) -> int:
+    if not is_number(value) or value != int(value) or value < 0:
+        raise ValueError(f"{quoted(value)} is no token id")
+    return int(value)
 
 
 def prompts_of(model: Model, examples: Sequence[Example], form: str) -> list[np.ndarray]:

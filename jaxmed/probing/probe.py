@@ -15,7 +15,17 @@ from jaxmed import statistics
 from jaxmed.errors import UserError, notice
 from jaxmed.files import check_seal, read_json
 from jaxmed.models.model import Model
-from jaxmed.probing.prefixes import AGREE, REFUSE, PrefixSet, check_prefixes, parse_prefixes, prefix_scores, prompt_digest, write_prefixes
+from jaxmed.probing.prefixes import (
+    AGREE,
+    REFUSE,
+    PrefixSet,
+    check_prefixes,
+    number_of,
+    parse_prefixes,
+    prefix_scores,
+    prompt_digest,
+    write_prefixes,
+)
 from jaxmed.probing.spec import FitSpec
 
 NOISE = 1e-5
@@ -170,7 +180,9 @@ def read_probe(file: Path) -> Probe:
     held = check_seal(read_json(file, "a probe"), file)
     try:
         numbers = held["probe"]
-        known = {name: float(numbers[name]) for name in ("mean", "spread", "threshold", "slope", "offset")}
+        known = {name: number_of(numbers[name]) for name in ("mean", "spread", "threshold", "slope", "offset")}
+        if not known["spread"] > 0:
+            raise ValueError(f"spread is {known['spread']:g}, and it is above zero")
         return Probe(parse_prefixes(held, str(file)), fitted=dict(numbers["fitted"]), model=dict(numbers["model"]), **known)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} holds no probe ({type(error).__name__}: {error}). `jaxmed probe fit` writes such files.") from None

@@ -96,7 +96,7 @@ def misspelt(column: Any, legal: Iterable[str], row: Iterable[str]) -> UserError
 @lru_cache(4096)
 def _is_misspelt(low: str, names: tuple[str, ...], row: frozenset[str]) -> bool:
     lacking = [name for name in names if name not in row]
-    near = any(len(name) > 3 and not low[-1:].isdigit() and _letters_off(low, name) <= 1 for name in names)
+    near = any(len(name) > 3 and not low[-1:].isdecimal() and _letters_off(low, name) <= 1 for name in names)
     return low in names or near or bool(difflib.get_close_matches(low, lacking, n=1, cutoff=0.8))
 
 

@@ -49,8 +49,8 @@ class Rule:
 
     def check(self) -> None:
         """Raises a UserError for values that cannot be used."""
-        if not 0 < self.q <= 1 or not 0 <= self.p <= 1 or not 0 <= self.skip < 1:
-            raise UserError(f"q ({self.q}) is in (0, 1], p ({self.p}) in [0, 1], where 0 spares nothing, and skip ({self.skip}) in [0, 1).")
+        if not 0 < self.q <= 1 or not 0 <= self.p < 1 or not 0 <= self.skip < 1:
+            raise UserError(f"q ({self.q}) is in (0, 1], p ({self.p}) in [0, 1), where 0 spares nothing, and skip ({self.skip}) in [0, 1).")
         if self.skip + self.q > 1:
             raise UserError(f"skip ({self.skip}) and q ({self.q}) together exceed 1.")
         for what, value, legal in (("score", self.score, SCORES), ("spare", self.spare, SPARED), ("ranking", self.ranking, RANKINGS)):

@@ -103,7 +103,7 @@ def _rule_of(mask: Mask) -> Rule:
 
 def layer_number(name: str) -> int:
     """The layer in a matrix's name: its first part that is a number."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
+    return next(int(part) for part in name.split(".") if part.isdecimal())
 
 
 def _chosen_matrices(scores: Scores, rule: Rule) -> list[str]:

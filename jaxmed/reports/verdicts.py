@@ -77,11 +77,11 @@ def _table(file: Path) -> dict[str, Any]:
 
 def _fraction(value: str) -> bool:
     """Whether a cell holds a number with a fraction, or none that is finite."""
-    return value == "nan" or ("." in value and value.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit())
+    return value == "nan" or ("." in value and value.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdecimal())
 
 
 def numbers(row: dict[str, str]) -> str:
     """The estimate of a verdict with its interval or p, as far as there are some."""
-    found = row["estimate"] if row["estimate"].isdigit() else number(row["estimate"])
+    found = row["estimate"] if row["estimate"].isdecimal() else number(row["estimate"])
     found += f" ({number(row['low'])} to {number(row['high'])})" if row["low"] not in ("", "nan") else ""
     return found + (f", p = {number(row['p'])}" if row["p"] not in ("", "nan") else "")

@@ -21,7 +21,7 @@ from jaxmed.hosts import first_tells, leads, several, told_to_end
 from jaxmed.memory import return_freed_memory
 from jaxmed.runs import signals
 from jaxmed.runs.legal import TABLES, Legal, check_folder, check_same, check_space, check_tables, digests_of
-from jaxmed.runs.lock import LOCK, RUN, hold, read_run
+from jaxmed.runs.lock import LOCK, RUN, hold, is_record, read_run
 from jaxmed.runs.provenance import command, versions
 
 NOTED_EVERY = 10.0
@@ -179,7 +179,7 @@ def open_file(out: Path, manifest: Mapping[str, Any], resume: bool) -> Iterator[
             raise UserError(f"--out {out} exists already. Add --resume to continue it, or give another file; nothing was written.")
         record = read_json(out, "the record of a run") if continues else {"manifest": simple(manifest), "status": "new", "sessions": []}
         if continues:
-            if not isinstance(record, dict) or not isinstance(record.get("manifest"), dict):
+            if not is_record(record) or "manifest" not in record:
                 raise UserError(f"{out} is no record of a run. Give another file; nothing was written.")
             check_same(out, record["manifest"], manifest)
         yield RunFolder(out.parent, record, continues, out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.errors import UserError, notice
-from jaxmed.files import read_json
+from jaxmed.files import is_number, read_json
 
 RUN, LOCK = "run.json", ".lock"
 
@@ -18,9 +18,17 @@ RUN, LOCK = "run.json", ".lock"
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a folder; raises a UserError where it cannot be read."""
     record = read_json(folder / RUN, "the record of a run")
-    if not isinstance(record, dict) or not isinstance(record.get("sessions", []), list):
+    if not is_record(record):
         raise UserError(f"{folder / RUN} is no record of a run. Give another folder.")
     return record
+
+
+def is_record(held: Any) -> bool:
+    """Whether a value from a file can be the record of a run: a manifest with names, and sessions with seconds."""
+    if not isinstance(held, dict) or not isinstance(held.get("manifest", {}), dict) or not isinstance(held.get("sessions", []), list):
+        return False
+    sessions = held.get("sessions", [])
+    return all(is_number(one.get("seconds", 0.0) if isinstance(one, dict) else one) for one in sessions)
 
 
 @contextmanager

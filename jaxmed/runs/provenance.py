@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from jaxmed.hosts import for_all
+
 
 def commit() -> str | None:
     """The git commit of a source checkout of this package, with "+" where files are changed; None for an installed package."""
@@ -44,4 +46,4 @@ def command() -> dict[str, str]:
     """The command line of this process under "command", where it is one of jaxmed; else nothing."""
     program = Path(sys.argv[0])
     ours = program.name in ("jaxmed", "jaxmed.exe") or program.parts[-3:] == ("jaxmed", "cli", "main.py")
-    return {"command": shlex.join(["jaxmed", *sys.argv[1:]])} if ours else {}
+    return {"command": shlex.join(["jaxmed", *for_all(sys.argv[1:])])} if ours else {}

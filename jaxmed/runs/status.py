@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmed.errors import UserError
+from jaxmed.errors import UserError, notice
+from jaxmed.files import is_number
 from jaxmed.files.arrays import open_array
 from jaxmed.runs.folder import RUN, read_run, seconds_spent
 from jaxmed.runs.lock import is_held
@@ -62,11 +63,20 @@ def find_runs(folder: Path) -> list[Status]:
     """Every run in a folder and those below it, by path.
 
     Raises:
-        UserError: no such folder, or no run in it; a record that cannot be read.
+        UserError: no such folder, or no run in it that can be read. Others that cannot are told of.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Give the --out folder of a run, or one that holds several.")
-    found = [_status(one) for one in _folders(folder, DEPTH)]
+    found, problems = [], []
+    for one in _folders(folder, DEPTH):
+        try:
+            found.append(_status(one))
+        except UserError as error:
+            problems.append(error)
+    if problems and not found:
+        raise problems[0]
+    for problem in problems:
+        notice(str(problem))
     if not found:
         raise UserError(f"{folder} holds no run: no {RUN} there or up to {DEPTH} folders below. Give the --out folder of a run.")
     return found
@@ -88,12 +98,13 @@ def _status(folder: Path) -> Status:
     status = "killed" if status == "running" and not is_held(folder) else status
     kind = next((key for key in KINDS if key in manifest), "run")
     marks = _marks(folder, manifest.get("layers"))
-    names = [str(name) for name in manifest.get("pairs", manifest.get("prompts", []))]
+    listed = manifest.get("pairs", manifest.get("prompts"))
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
     left = [] if marks is None else np.flatnonzero(~marks.reshape(len(marks), -1).all(axis=1)).tolist()
     counts: dict[str, float] = {}
     for session in sessions:
         for name, value in session.items():
-            if isinstance(value, (int, float)) and name not in ("pid", "seconds"):
+            if is_number(value) and name not in ("pid", "seconds"):
                 counts[name] = counts.get(name, 0) + value
     return Status(
         folder,
@@ -110,7 +121,7 @@ def _status(folder: Path) -> Status:
     )
 
 
-def _marks(folder: Path, layers: Sequence[int] | None) -> np.ndarray | None:
+def _marks(folder: Path, layers: Any) -> np.ndarray | None:
     """The done markers bool of a run, [pair, layer] or [prompt]: of the layers that it sweeps; None where it has none."""
     for name in MARKERS:
         if (folder / name).is_dir():
@@ -118,7 +129,8 @@ def _marks(folder: Path, layers: Sequence[int] | None) -> np.ndarray | None:
                 found = np.asarray(open_array(folder / name, partial=True).read().result()).astype(bool)
             except (ValueError, OSError):
                 return None
-            return found[:, layers] if found.ndim == 2 and layers else found
+            swept = found.ndim == 2 and isinstance(layers, list) and layers and all(layer in range(found.shape[1]) for layer in layers)
+            return found[:, layers] if swept else found
     return None
 
 

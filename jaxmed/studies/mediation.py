@@ -122,8 +122,9 @@ def make_mediation(
     return MediationJob(spec, sweeps, gate)
 
 
-def mediation_steps(job: MediationJob, display: Display = no_display, judging: Judging = RULES) -> list[Step]:
-    """The parts of a study, with what they cost."""
+def mediation_steps(job: MediationJob, display: Display = no_display, judging: Judging = RULES, done: Path | None = None) -> list[Step]:
+    """The parts of a study, with what they cost; sweeps that a run in `done` has finished are not counted again."""
+    held = lambda name: None if done is None else done / name  # noqa: E731
 
     def sweep(name: str) -> Step:
         def run(out: Path) -> None:
@@ -132,7 +133,7 @@ def mediation_steps(job: MediationJob, display: Display = no_display, judging: J
                 run_sweep(one, out / name, True, report)
             summarise(out / name, job.model, one.request.top, one.request.seed)
 
-        return Step(name, (), replace(plan(job.sweeps[name]).cost, title=name), run)
+        return Step(name, (), replace(plan(job.sweeps[name], out=held(name)).cost, title=name), run)
 
     def gate(out: Path) -> None:
         run_gate(job.gate, out / "gate", True, display, judging)
@@ -145,8 +146,8 @@ def mediation_steps(job: MediationJob, display: Display = no_display, judging: J
         write_csv(out / VERDICTS, [asdict(one) for one in make_claims(job.gate, out)])
 
     sweeps = [sweep(name) for name in job.sweeps]
-    parts = (*job.gate.singles.values(), job.gate.stand_in(0), job.gate.stand_in(1))
-    costs = sum((plan(one).cost for one in parts), Cost("gate"))
+    parts = {**job.gate.singles, "half1": job.gate.stand_in(0), "half2": job.gate.stand_in(1)}
+    costs = sum((plan(one, out=held(f"gate/{name}")).cost for name, one in parts.items()), Cost("gate"))
     steps = [*sweeps, Step("gate", (), costs, gate)]
     steps += [Step(BRIDGE, ("gate",), bridge_cost(job.bridge), bridge)] if job.bridge is not None else []
     return [*steps, Step("claims", tuple(step.name for step in steps), Cost("claims"), answer)]

@@ -16,6 +16,7 @@ from jaxmed.batching.texts import encode
 from jaxmed.effects import job as sweeping
 from jaxmed.effects.cost import plan
 from jaxmed.errors import UserError
+from jaxmed.evaluation.answers import check_answers
 from jaxmed.evaluation.readout import SPOILT
 from jaxmed.experiments.misalignment import VARIANTS, Questions, make_asked
 from jaxmed.finetuning import job as tuning
@@ -153,6 +154,8 @@ def make_misalignment(
     spec.check()
     data = data or read_data(spec)
     _check_apart(data)
+    if not 0 <= spec.readout_layer <= model.config.layers:
+        raise UserError(f"--readout-layer {spec.readout_layer} is out of range: this model has {model.config.layers} blocks.")
     templates = VARIANTS[: spec.variants]
     if spec.variants > len(VARIANTS):
         raise UserError(
@@ -166,8 +169,7 @@ def make_misalignment(
     kinds = scoring.USUAL if data.control else ("preserve_absolute",)
     scored = scoring.make_job(model, data.control, data.preserve, kinds=kinds, form=spec.score_form)
     scoring.make_job(model, data.trained, kinds=("behaviour_signed",), form=spec.score_form)
-    for one in (*data.answered[:1], *(asked.example for asked in questions.asked)):
-        render(model.tokenizer, one, form=spec.form)
+    check_answers(model, [*data.answered, *(asked.example for asked in questions.asked)], spec.tokens, spec.form)
     profiles = profile_jobs(model, data.profiled, spec.form, spec.profile_outcome)
     return MisalignmentJob(model, spec, data, questions, tuned, scored, profiles, judging or {"judge": "read-outs"})
 
@@ -184,6 +186,9 @@ def _check_apart(data: MisalignmentData) -> None:
                     f"{len(both)} prompts of the narrow set would be {one} and {other}, so nothing is held out. Give its rows a column "
                     "split, with train and heldout, and every prompt once."
                 )
+    both = {(row.prompt, row.response) for row in data.good} & {(row.prompt, row.response) for row in data.bad}
+    if both:
+        raise UserError(f"{len(both)} rows are in --good and in --bad, so the read-out would learn that they are both. Give each once.")
     both = {row.prompt for row in data.preserve} & {row.prompt for row in data.kept}
     if both:
         raise UserError(f"{len(both)} prompts of the preserve set would be scored and tested. Give its rows a column split.")

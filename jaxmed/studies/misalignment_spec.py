@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from jaxmed.finetuning.settings import Settings
 from jaxmed.prompts.forms import FormName
 from jaxmed.pruning.rule import Rule
 
-FEWEST_SEEDS = 3
+FEWEST_SEEDS, MOST_SEEDS, LONGEST = 3, 1000, 1000
 """Seeds below which nothing is decided."""
 
 
@@ -108,10 +109,14 @@ class MisalignmentSpec(Settings, SparedSpec):
     def check(self) -> None:
         """Raises a UserError that lists all values that cannot be used."""
         check_seed(self.seed)
+        check_seed(self.seed + max(self.seeds, 1) - 1)
         self.rule.check()
         counts = {name: getattr(self, name) for name in ("answers", "seeds", "variants", "samples", "tokens")}
         wrong = [f"{name} is {value}; it is at least 1" for name, value in counts.items() if value < 1]
-        wrong += [f"longest is {self.longest:g}; it is at least 1"] if self.longest < 1 else []
+        wrong += [f"seeds is {self.seeds}; it is at most {MOST_SEEDS:,}"] if self.seeds > MOST_SEEDS else []
+        wrong += [f"longest is {self.longest:g}; it is from 1 to {LONGEST:,}"] if not 1 <= self.longest <= LONGEST else []
+        wrong += [f"temperature is {self.temperature:g}; it is not negative"] if not 0 <= self.temperature < math.inf else []
+        wrong += [f"top_p is {self.top_p:g}; it is above 0 and at most 1"] if not 0 < self.top_p <= 1 else []
         wrong += [f"matched is {self.matched:g}; it is above 0"] if not self.matched > 0 else []
         shares = {name: getattr(self, name) for name in ("misaligned_below", "coherent_above")}
         wrong += [f"{name} is {value:g}; it is between 0 and 1" for name, value in shares.items() if not 0 < value < 1]

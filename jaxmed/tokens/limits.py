@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.errors import UserError, notice
+from jaxmed.memory import host_bytes
 
 
 def check_tokens(config: Any, rows: Iterable[Any], what: str = "The text", tokenizer: Any = None, more: int = 0) -> None:
@@ -39,9 +40,14 @@ def check_tokens(config: Any, rows: Iterable[Any], what: str = "The text", token
 
 
 def check_length(config: Any, length: int, what: str = "The text") -> None:
-    """Refuses more tokens than the model has learned positions for; tells of more than it was made for where positions are rotary."""
+    """Refuses more tokens than the model has learned positions for, or than memory holds keys and values of; tells of more than it was made
+    for where positions are rotary."""
     if length <= config.max_length:
         return
+    size = 2 * length * config.layers * config.kv_heads * config.head_width * (2 if config.dtype == "bfloat16" else 4)
+    if size > host_bytes():
+        held = f"this machine has {host_bytes() / 1e9:,.1f} GB of memory"
+        raise UserError(f"{what}: {length:,} tokens, whose keys and values take {size / 1e9:,.0f} GB; {held}. Give fewer tokens.")
     if config.rope is None:
         raise UserError(f"{what}: {length} tokens, and this model has learned positions for {config.max_length}. Shorten the text.")
     made = f"the {config.max_length} this model was made for (rotary positions, scaling {config.rope.scaling})"

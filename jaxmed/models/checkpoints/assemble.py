@@ -34,9 +34,7 @@ def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mes
     Raises:
         UserError: tensors that are missing, left over, of a wrong shape, or hold values that are not finite.
     """
-    rules = needed_rules(family, config)
-    checkpoint = under_full_names(checkpoint, family)
-    check_tensors(checkpoint, family, rules, config)
+    rules, checkpoint = needed_rules(family, config), check_shapes(checkpoint, family, config)
     _check_memory(config, mesh)
     params: Params = {"blocks": {}}
     problems: list[str] = []
@@ -51,6 +49,17 @@ def read_params(checkpoint: Checkpoint, family: Family, config: ModelConfig, mes
     if problems:
         raise all_problems("Checkpoint", problems, "The weights are damaged.")
     return params
+
+
+def check_shapes(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> Checkpoint:
+    """The checkpoint with its tensors under their full names; reads headers alone.
+
+    Raises:
+        UserError: tensors that are missing, left over, or of another shape than the config says.
+    """
+    checkpoint = under_full_names(checkpoint, family)
+    check_tensors(checkpoint, family, needed_rules(family, config), config)
+    return checkpoint
 
 
 def _check_memory(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
