@@ -322,7 +322,7 @@ def test_what_the_command_cannot_do_is_said_before_weights_are_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(SourceFlags, "load", lambda self: pytest.fail("weights were loaded"))
-    (tmp_path / "other.json").write_text(json.dumps({"cfg": {**SMALL.config, "n_layers": 9000}, "nodes": {}, "edges": {}}))
+    (tmp_path / "other.json").write_text(json.dumps({"cfg": {**SMALL.config, "n_layers": 90}, "nodes": {}, "edges": {}}))
     given = [str(tmp_path / "other.json") if one == "SCORES" else one for one in flags]
     out = ran if "--resume" in flags else tmp_path / "out"
     assert main(command(folder, out, "--method", "eap", *given)) == 2

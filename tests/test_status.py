@@ -128,6 +128,7 @@ def test_a_terminal_without_the_characters_gets_their_numbers(encoding: str, tmp
     assert {"ascii": "\\u65e5\\xe9", "latin-1": "\\u65e5é", "utf-8": "日é"}[encoding] in shown.read()
 
 
+@pytest.mark.filterwarnings("default::jaxmed.errors.Notice")
 @pytest.mark.parametrize("held", DAMAGED)
 def test_a_record_that_cannot_be_read_hides_no_other(held: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, record in (("bad", held), ("good", {"manifest": {"pairs": 7, "layers": "all"}, "status": "finished", "sessions": [2.5]})):
