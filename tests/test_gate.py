@@ -228,7 +228,7 @@ def test_measures_of_sparsity() -> None:
         ({"upstream": ("mlp_out:3",)}, "does not come before"),
         ({"upstream": ("neuron:1",)}, "is no module"),
         ({"windows": (64,)}, "from 2 to 16"),
-        ({"draws": 0}, "give 1 or more"),
+        ({"draws": 0}, "out of range: whole numbers from 1"),
         ({"sufficient": 1.5}, "between 0 and 1"),
         ({"layers": 3}, "Unknown argument of jm.gate"),
     ],
