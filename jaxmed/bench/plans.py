@@ -94,7 +94,8 @@ def compile_chunk(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, promp
     program = lowered.compile()
     memory, sent = program.memory_analysis(), collectives(program.as_text())
     weights, blocks = _local_bytes(params), _local_bytes(params["blocks"])
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    unread = _local_bytes(params["embedding"]) if "head" in params else 0  # the program does not have it, the device does
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes + unread
     number = jnp.dtype(config.dtype).itemsize
     copies = 2 * blocks if number == 2 and jax.default_backend() == "cpu" else 0
     return Compiled(weights, peak, copies, _bytes(sent["inside"], number), _bytes(sent["outside"], number))
