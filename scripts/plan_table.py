@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0"
 
 import jaxmed as jm
-from jaxmed.bench.plans import Compiled, compile_chunk, sweep_flops
+from jaxmed.bench.abstract import Compiled, compile_chunk, sweep_flops
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.models.config import ModelConfig
 from jaxmed.runs.watch import show_time

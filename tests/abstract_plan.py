@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, replace
 
 import jaxmed as jm
-from jaxmed.bench.plans import compile_chunk
+from jaxmed.bench.abstract import compile_chunk
 from jaxmed.bench.shapes import SHAPES
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import jaxmed as jm
-from jaxmed.bench import plans
+from jaxmed.bench import abstract
 from jaxmed.effects import engine, joint, readout
 from jaxmed.effects.mediators import MEDIATORS
 from jaxmed.runner import by_layer
@@ -27,7 +27,7 @@ PATHS = {"one": (("neuron", 0, 5), [("neuron", 2, 1), ("head_out", 1, 0)])}
 
 def collectives(text: str | None) -> dict[str, list[tuple[str, list[int]]]]:
     """(kind, numbers of every array) of the collectives of a compiled program, those of loops apart."""
-    found = plans.collectives(text)
+    found = abstract.collectives(text)
     return {where: [(kind, [count for _, count in sizes]) for kind, sizes in held] for where, held in found.items()}
 
 

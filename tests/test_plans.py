@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import jaxmed as jm
-from jaxmed.bench.plans import compile_chunk, sweep_flops
+from jaxmed.bench.abstract import compile_chunk, sweep_flops
 from jaxmed.bench.shapes import SHAPES
 from jaxmed.effects.cost import plan
 from jaxmed.effects.job import make_job

@@ -122,3 +122,14 @@ class BenchCache(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
                 raise UserError(f"{flag} {value} leaves nothing to measure. Give 1 or more.")
         random_job(self.describe(), self.site, self.prompts, self.tokens)
         measure_cache(self.load(), self.site, self.prompts, self.tokens, self.rounds, self.append)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPlan(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
+    """Measures a little of every kind of long work against the time that its plan says, in one run."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        from jaxmed.bench.planned import measure_plans
+
+        measure_plans(self.load(), self.rounds, self.append)

@@ -18,7 +18,7 @@ from jaxmed.cli.agreement import Agreement
 from jaxmed.cli.answers import Answers
 from jaxmed.cli.apply import Apply
 from jaxmed.cli.attack import Attack
-from jaxmed.cli.bench import Bench, BenchCache, BenchGenerate, BenchLoad
+from jaxmed.cli.bench import Bench, BenchCache, BenchGenerate, BenchLoad, BenchPlan
 from jaxmed.cli.cache import CacheInfo, CacheVerify, CacheWrite
 from jaxmed.cli.check import Check
 from jaxmed.cli.circuit import Circuit
@@ -97,6 +97,7 @@ COMMANDS: dict[str, type] = {
     "bench generate": BenchGenerate,
     "bench load": BenchLoad,
     "bench cache": BenchCache,
+    "bench plan": BenchPlan,
     "bench": Bench,
 }
 GROUPS: dict[str, str] = {
