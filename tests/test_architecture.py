@@ -110,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
         "distributed",
     }
-    | {"cache"},
+    | {"cache", "finetuning", "pruning"},
     "cli": {
         "errors",
         "axes",
