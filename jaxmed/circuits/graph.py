@@ -156,7 +156,7 @@ def graph_from(config: Mapping[str, Any]) -> Graph:
     Raises:
         UserError: numbers missing, or parallel blocks.
     """
-    sizes = {name: config.get(name) for name in ("n_layers", "n_heads", "d_model")}
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layers", "n_heads", "d_model")}
     if wrong := [name for name, size in sizes.items() if not is_number(size) or size != int(size) or not 1 <= size < LARGEST]:
         told = ", ".join(f"{name} {quoted(sizes[name])}" for name in wrong)
         raise UserError(f"'cfg' says {told}; n_layers, n_heads and d_model are whole numbers from 1 to {LARGEST - 1:,}.")

@@ -74,7 +74,8 @@ def _blob_name(file: Path) -> str | None:
 
 
 def _note(file: Path) -> Path:
-    return cache_folder() / "digests" / f"{hashlib.sha256(str(file).encode(errors='surrogateescape')).hexdigest()[:32]}.json"
+    """Where a digest is noted; another place than that of versions before notes were sealed, which would take the seal for the digest."""
+    return cache_folder() / "digests" / f"{hashlib.sha256(str(file).encode(errors='surrogateescape')).hexdigest()[:32]}.sealed.json"
 
 
 def _remember(note: Path, content: dict[str, object]) -> None:
