@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,7 +39,6 @@ def run_trials(trials: Iterable[Trial], measure: Callable[[Trial, Model], Row], 
             model = trial.make()
             table.add({**dict(zip(table.key, trial.key, strict=True)), **trial.about, **measure(trial, model)})
             del model  # before the next one is made
-            gc.collect()  # what cycles hold of it, too
             return_freed_memory()
     return table
 
