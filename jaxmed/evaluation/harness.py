@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,16 @@ class HarnessModel(TemplateLM):
         return answers
 
 
+@cache
+def _task_manager(folder: Path | None) -> TaskManager:
+    """The harness's tasks and those in `folder`; thousands of files are read for that, so once."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
 def check_tasks(tasks: Sequence[str], folder: Path | None = None) -> TaskManager:
     """The harness's tasks and those in `folder`; a UserError where one is unknown."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = _task_manager(folder)
     if missing := [name for name in tasks if not manager.match_tasks([name])]:
         raise UserError(f"lm-evaluation-harness knows no task {', '.join(missing)}. Name one of its tasks, or give --task-folder.")
     return manager
