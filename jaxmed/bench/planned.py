@@ -99,7 +99,7 @@ def _activations(model: Model) -> Case:
     prompts = [pair.base for pair in read_pairs("harm")[:48]]
     job = make_cache(model, prompts, ("residual_out",), "last", "chat")
     rate = lambda: matmul_rate(model.config, model.mesh, 512)  # noqa: E731
-    return Case("activations of 48 prompts", job.cost.flops, rate, lambda out: list(run_shards(job, [range(len(job.rows))])))
+    return Case("activations of 48 prompts", job.cost().flops, rate, lambda out: list(run_shards(job, [range(len(job.rows))])))
 
 
 def measure_plans(model: Model, rounds: int, append: Path | None = None) -> dict[str, tuple[float, float]]:
