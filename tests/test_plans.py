@@ -50,7 +50,7 @@ def test_a_sweep_of_70b_compiles_for_64_devices_and_fits_80_gb() -> None:
     found = printed("abstract_plan", "llama-3.1-70b", "tensor=8,fsdp=8", devices=64)
     config = SHAPES["llama-3.1-70b"]
     assert found["weights"] == pytest.approx(2 * 70.55e9 / 64, rel=0.01)
-    assert found["weights"] < found["peak"] - found["copies"] < 1.3 * found["weights"]
+    assert found["weights"] < found["peak"] - found["copies"] < found["weights"] + 1e9
     assert found["peak"] < 80e9
     gathered = 2 * config.layer_weights / 8
     sums = 2 * 4 * 1024 * config.width
