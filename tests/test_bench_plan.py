@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxmed.bench import planned
+from jaxmed.cli.bench import BenchPlan
 from jaxmed.errors import UserError
 from jaxmed.models.model import Model
 
@@ -29,8 +30,12 @@ def test_plans_are_held_against_what_the_work_takes(
     said = capsys.readouterr().out
     assert "1 of 2 within 25% of their plans" in said
     assert said.strip().splitlines()[-1] in (tmp_path / "rows.md").read_text()
-    with pytest.raises(UserError, match="leaves nothing to measure"):
-        planned.measure_plans(plain_model, 0)
+
+
+def test_a_bench_without_a_round_is_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BenchPlan, "load", lambda self: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="--rounds 0 leaves nothing to measure"):
+        BenchPlan(rounds=0).run()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ import jaxmed
 from jaxmed.cli import show
 from jaxmed.cli.flags import SourceFlags
 from jaxmed.cli.main import main
+from jaxmed.cli.models import Models
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -347,3 +349,13 @@ def test_a_terminal_without_colours_gets_none(environment: dict[str, str], colou
     assert child.wait() == 0, said
     colours = [code for code in re.findall(rb"\x1b\[([0-9;]*)m", said) if set(code.split(b";")) - {b"", b"0", b"1", b"2", b"3"}]
     assert bool(colours) == (coloured and arguments[0] == "sweep")
+
+
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED: 3 bytes", "INTERNAL: Out of memory allocating 3 bytes."])
+def test_too_little_memory_is_one_message(said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(command: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(Models, "run", run)
+    assert main(["models"]) == 2
+    assert f"the memory does not hold this ({said})" in capsys.readouterr().err

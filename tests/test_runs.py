@@ -19,7 +19,7 @@ from jaxmed.cli.main import main
 from jaxmed.errors import UserError
 from jaxmed.files import read_json
 from jaxmed.runs import provenance, signals
-from jaxmed.runs.folder import RunFolder, hold, last_versions, open_file, read_run, seconds_spent
+from jaxmed.runs.folder import RunFolder, hold, last_versions, open_file, read_run, seconds_spent, time_of
 from jaxmed.runs.legal import Legal, check_folder
 from tests import tiny
 
@@ -70,11 +70,13 @@ def test_sessions_add_up_and_a_killed_one_is_told(tmp_path: Path) -> None:
     record = read_run(tmp_path / "out")
     assert [session["status"] for session in record["sessions"]] == ["killed", "finished"]
     assert seconds_spent(record) >= 5
+    assert time_of(record) == f"at least {seconds_spent(record):,.0f} s"
     assert "jax" in last_versions(record)
 
 
 def test_records_of_earlier_versions_are_read() -> None:
     assert seconds_spent({"sessions": [12.5, {"seconds": 2.5}]}) == 15
+    assert time_of({"sessions": [12.5, {"seconds": 2.5}]}) == "15 s"
     assert last_versions({"versions": {"jax": "0"}, "sessions": [1.0]}) == {"jax": "0"}
 
 

@@ -20,7 +20,6 @@ from jaxmed.effects.cost import plan
 from jaxmed.effects.job import estimate_rate, make_job, with_method
 from jaxmed.effects.request import Request
 from jaxmed.effects.sweep import run_sweep
-from jaxmed.errors import UserError
 from jaxmed.files import write_text
 from jaxmed.finetuning import job as tuning
 from jaxmed.finetuning.run import run_job as tune
@@ -107,12 +106,7 @@ def measure_plans(model: Model, rounds: int, append: Path | None = None) -> dict
 
     Returns:
         Case -> (planned seconds, measured over planned), medians over rounds; the plan is made right before the work.
-
-    Raises:
-        UserError: no round.
     """
-    if rounds < 1:
-        raise UserError(f"--rounds {rounds} leaves nothing to measure. Give 1 or more.")
     found: dict[str, list[tuple[float, float]]] = {}
     for case in make_cases(model):
         for number in range(rounds + 1):

@@ -132,4 +132,6 @@ class BenchPlan(RoundsFlag, RowFlags, ModelFlags, ConfigFlags):
         """Measures and prints."""
         from jaxmed.bench.planned import measure_plans
 
+        if self.rounds < 1:
+            raise UserError(f"--rounds {self.rounds} leaves nothing to measure. Give 1 or more.")
         measure_plans(self.load(), self.rounds, self.append)

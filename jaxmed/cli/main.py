@@ -55,8 +55,8 @@ from jaxmed.runs.watch import log_json
 
 DISK = frozenset("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT ENOTDIR EISDIR ENAMETOOLONG ELOOP ESTALE".split())
 """Errors of files that a user can mend."""
-NO_MEMORY = "RESOURCE_EXHAUSTED"
-"""What XLA says where a device's memory is too small."""
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+"""What XLA says where a device's memory is too small, accelerators and CPUs."""
 COMMANDS: dict[str, type] = {
     "demo": Demo,
     "models": Models,
@@ -165,7 +165,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"jaxmed: {where}: {error.strerror}. What was finished before is kept.", file=sys.stderr)
         return 2
     except Exception as error:
-        if not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+        if not (isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)):
             raise
         fix = "Give fewer or shorter rows, less at once, --dtype bfloat16, or a larger machine"
         print(f"jaxmed: the memory does not hold this ({visible(str(error))[:200]}). {fix}; what was finished is kept.", file=sys.stderr)

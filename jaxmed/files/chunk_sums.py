@@ -1,7 +1,8 @@
 """Checksums by place, in the group `sums` beside the arrays of a Zarr group: a chunk's own checksum does not say whose chunk it is.
 
 sums/NAME is uint32 with a number per chunk of the array NAME: the CRC-32 of the chunk's name and its values, 0 where none was written. The
-attributes of `sums` hold the same of the arrays' metadata. Folders of earlier versions have no such group, and pass.
+attributes of `sums` hold the same of the arrays' metadata, that of `sums/NAME` included. Folders of earlier versions have no such group,
+and pass.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class ChunkSums:
         self.group, self.folder = group, group / GROUP
         self._open: dict[tuple[str, bool], Any] = {}
         self._row: dict[str, tuple[int, np.ndarray]] = {}
+        self._changed: dict[str, bool] = {}
 
     def make(self, names: Sequence[str]) -> None:
         """Lays out empty checksums of arrays, which are there already."""
@@ -50,6 +52,7 @@ class ChunkSums:
         _write_group(self.folder, {})
         for name in names:
             self._make(name)
+        self.note_metadata([f"{GROUP}/{name}" for name in names])
 
     def _make(self, name: str) -> None:
         array = open_array(self.group / name, partial=True)
@@ -59,46 +62,71 @@ class ChunkSums:
     def reset(self, name: str, row: int) -> None:
         """Makes room for new checksums of chunks whose first number is `row`, where those that are there cannot be read."""
         try:
-            open_array(self.folder / name, partial=True)
+            usable = not self._is_changed(name) and open_array(self.folder / name, partial=True)
         except (ValueError, OSError):
+            usable = False
+        if not usable:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             self._make(name)
+            self.note_metadata([f"{GROUP}/{name}"])
+            self._changed[name] = False
         held = self.folder / name / "c" / str(row)
         shutil.rmtree(held, ignore_errors=True)
         held.unlink(missing_ok=True)
 
     def note_metadata(self, names: Sequence[str]) -> None:
         """Notes the checksums of the metadata of arrays; "" is the group itself."""
-        if (self.folder / METADATA).is_file():
-            found = {name: sum_of(name, [(self.group / name / METADATA).read_text(encoding="utf-8")]) for name in names}
-            _write_group(self.folder, {**self._metadata(), **found})
+        held = self._metadata()
+        if held is not None and (self.folder / METADATA).is_file():
+            _write_group(self.folder, {**held, **{name: self._metadata_sum(name) for name in names}})
 
     def changed_metadata(self) -> list[str]:
-        """Names of arrays whose metadata is not what was written; "" is the group itself."""
-        found = []
-        for name, said in self._metadata().items():
-            try:
-                now = sum_of(name, [(self.group / name / METADATA).read_text(encoding="utf-8")])
-            except (OSError, ValueError):
-                now = 0
-            found += [name] if now != said else []
-        return found
+        """Names of arrays whose metadata is not what was written; "" is the group itself, "sums" this one."""
+        held = self._metadata()
+        if held is None:
+            return [GROUP]
+        return [name for name, said in held.items() if not name.startswith(f"{GROUP}/") and self._metadata_sum(name) != said]
 
-    def _metadata(self) -> dict[str, int]:
+    def _is_changed(self, name: str) -> bool:
+        """Whether the metadata of an array's checksums is not what was written; looked up once."""
+        if name not in self._changed:
+            key = f"{GROUP}/{name}"
+            said = (self._metadata() or {}).get(key)
+            self._changed[name] = said is not None and said != self._metadata_sum(key)
+        return self._changed[name]
+
+    def _metadata_sum(self, name: str) -> int:
+        """0 of metadata that cannot be read."""
         try:
-            return dict(json.loads((self.folder / METADATA).read_text(encoding="utf-8"))["attributes"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return zlib.crc32((self.group / name / METADATA).read_bytes(), zlib.crc32(name.encode())) or 1
+        except OSError:
+            return 0
+
+    def _metadata(self) -> dict[str, int] | None:
+        """The attributes of `sums`; empty where there is no such group, None where it is not as it was written."""
+        file = self.folder / METADATA
+        if not file.is_file():
             return {}
+        try:
+            text = file.read_text(encoding="utf-8")
+            held = dict(json.loads(text)["attributes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return held if _group_text(held) == text else None
 
     def set_whole(self, name: str, values: Any) -> None:
         """Notes the checksum of an array that was written at once, as one chunk."""
         ((cell, said),) = _whole(name, values)
         grid = (1,) * len(cell)
         open_array(self.folder / name, ArrayLayout(grid, grid, "uint32"))[cell].write(np.uint32(said)).result()
+        self.note_metadata([f"{GROUP}/{name}"])
 
     def forget(self, names: Iterable[str]) -> None:
         """Drops the checksums of arrays that are removed, or are about to be written anew."""
         if (self.folder / METADATA).is_file():
-            _write_group(self.folder, {name: said for name, said in self._metadata().items() if name not in {*names}})
+            names = {*names}
+            gone = names | {f"{GROUP}/{name}" for name in names}
+            _write_group(self.folder, {name: said for name, said in (self._metadata() or {}).items() if name not in gone})
             for name in names:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
@@ -119,6 +147,8 @@ class ChunkSums:
             held = self._array(name)
             if held is None:
                 return ""
+            if self._is_changed(name):
+                return f"{UNSAID}: the metadata of {GROUP}/{name} is not what was written"
             cells = _whole(name, values) if array is None else _cells(name, array, place, values)
             return MOVED if any(self._said(name, held, cell) not in (0, found) for cell, found in cells) else ""
         except (ValueError, OSError) as error:
@@ -161,6 +191,9 @@ def _cells(name: str, array: Any, place: Place, values: Any) -> Iterator[tuple[t
         yield cell, sum_of(_key(name, cell), chunk) if [len(one) for one in inside] == whole else 0
 
 
+def _group_text(attributes: dict[str, int]) -> str:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1)
+
+
 def _write_group(folder: Path, attributes: dict[str, int]) -> None:
-    held = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    (folder / METADATA).write_text(json.dumps(held, indent=1), encoding="utf-8")
+    (folder / METADATA).write_text(_group_text(attributes), encoding="utf-8")

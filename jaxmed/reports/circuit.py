@@ -14,7 +14,7 @@ from jaxmed.files import check_file, read_csv, write_text
 from jaxmed.reports.html import page_of
 from jaxmed.reports.packed import embedded
 from jaxmed.reports.style import CATEGORICAL, canvas, label, number
-from jaxmed.runs.folder import last_versions, read_run, seconds_spent
+from jaxmed.runs.folder import last_versions, read_run, time_of
 
 Rows = list[dict[str, str]]
 CURVE, MEASURES, EDGES = "curve.csv", "circuits.csv", "edges.csv"
@@ -88,7 +88,7 @@ def _facts(run: dict[str, Any], curve: Rows) -> list[tuple[str, str]]:
         ("Outcome in base", number(every["outcome"])),
         ("Outcome in source", number(none["outcome"])),
         ("All and no edges against ordinary runs", f"within {number(run.get('identity'))}"),
-        ("Time", f"{seconds_spent(run):,.0f} s"),
+        ("Time", time_of(run)),
     ]
 
 

@@ -13,7 +13,7 @@ from jaxmed.files import check_file, read_csv, write_text
 from jaxmed.reports.html import page_of
 from jaxmed.reports.packed import embedded
 from jaxmed.reports.style import Figure, number
-from jaxmed.runs.folder import last_versions, read_run, seconds_spent
+from jaxmed.runs.folder import last_versions, read_run, time_of
 
 VERDICTS = "verdicts.csv"
 
@@ -50,7 +50,7 @@ def write_verdicts(
     out = out or folder / "report.html"
     check_file(out)
     run, manifest = read_run(folder), read_run(folder)["manifest"]
-    time = f"{seconds_spent(run):,.0f} s"
+    time = time_of(run)
     pairs = [("Pairs", str(len(manifest["pairs"])))] if "pairs" in manifest else []
     models = [manifest[key]["name"] for key in ("model", "source_model") if key in manifest]
     page = page_of(

@@ -33,6 +33,12 @@ def seconds_spent(record: Mapping[str, Any]) -> float:
     return sum(session.get("seconds", 0.0) if isinstance(session, dict) else session for session in record.get("sessions", []))
 
 
+def time_of(record: Mapping[str, Any]) -> str:
+    """The same in words; how long sessions took that were killed is not known."""
+    killed = any(isinstance(one, dict) and one.get("status") == "killed" for one in record.get("sessions", []))
+    return f"{'at least ' if killed else ''}{seconds_spent(record):,.0f} s"
+
+
 def last_versions(record: Mapping[str, Any]) -> dict[str, Any]:
     """Versions of what computed a run, in its last session; of earlier versions' runs, in all."""
     sessions = [session for session in record.get("sessions", []) if isinstance(session, dict)]

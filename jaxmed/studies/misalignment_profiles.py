@@ -41,9 +41,8 @@ def profile_jobs(model: Model, pairs: Sequence[PromptPair], form: str, outcome: 
     try:
         return {name: make_job(model, pairs, replace(request, position=at)) for name, at in PLACES.items()} if pairs else {}
     except UserError as error:
-        raise UserError(
-            f"Profiled {error}\nGive other --profiled pairs, another --profile-outcome, or --profiled '' for no profiles."
-        ) from None
+        fix = "Give other --profiled pairs, another --profile-outcome, or --profiled '' for no profiles."
+        raise UserError(f"The mediation profiles cannot be measured. {error}\n{fix}") from None
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,11 @@ def _likeness(name: str, original: str, rows: Sequence[Row]) -> Verdict:
     changes = [float(row["change"]) for row in of[name] if row["unit"] == TOTAL]
     why = (
         f"total effect of the profiled pairs: {original} {totals[original]:+.2f}, {name} {totals[name]:+.2f} (change by seed "
-        f"{min(changes):+.2f} to {max(changes):+.2f}); half of the absolute effects, both places together, lie above layer "
-        f"{_middle(of[original]):.1f} in {original}, {_middle(of[name]):.1f} in {name}"
+        f"{min(changes):+.2f} to {max(changes):+.2f}); the median layer, weighted by absolute effects at both places, is "
+        f"{_median_layer(of[original]):.0f} in {original}, {_median_layer(of[name]):.0f} in {name}"
     )
     claim = f"the mediation profile is kept: {name}"
-    unit = f"correlation of mean effects with those in {original}, over layers, units and places; range over seeds"
+    unit = f"correlation of effects with those in {original}, range over seeds"
     return Verdict(claim, DESCRIBED, unit, why, float(np.mean(alike)), min(alike), max(alike))
 
 
@@ -121,8 +120,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else math.nan
 
 
-def _middle(rows: Sequence[Row]) -> float:
-    """The weighted median of layers, by absolute effects."""
+def _median_layer(rows: Sequence[Row]) -> float:
     kept = [row for row in rows if row["unit"] != TOTAL]
     size = np.zeros(1 + max(int(row["layer"]) for row in kept))
     np.add.at(size, [int(row["layer"]) for row in kept], [abs(float(row["effect"])) for row in kept])
